@@ -1,0 +1,172 @@
+"""Checkpoints: one safetensors file each, written so that it is either complete or not there at all.
+
+A file is written under a temporary name in the same folder, flushed to disk, then renamed over the old one: whoever
+reads sees the old or the new checkpoint, never a mixture. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.errors import CheckpointError, UserError
+
+FORMAT = "dense2moe-1"
+
+
+def fingerprint(*parts: Any) -> str:
+    """Short hash of JSON-able settings: a checkpoint is only continued by a run with the same one."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def make_folder(path: Path | str) -> Path:
+    """Create a folder (and its parents) and check that files can be written into it."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as err:
+        raise UserError(f"cannot write into the folder {path}: {err.strerror or err}") from err
+    return path
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; some systems cannot open folders, and there the rename alone must do."""
+    with suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
+    """Call `write(temporary path)`, flush it to disk and rename it to `path`; on any failure nothing remains."""
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(tmp)
+        with open(tmp, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+        _sync_folder(path.parent)
+    except OSError as err:
+        raise UserError(f"cannot write {path}: {err.strerror or err}") from err
+    finally:
+        with suppress(OSError):
+            tmp.unlink()
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Atomic `Path.write_text`."""
+    write_atomic(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
+
+
+def write_folder(path: Path | str, write: Callable[[Path], None]) -> None:
+    """Atomic for folders: `write(temporary folder)`, flush every file, rename; `path` must not exist or be empty."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} already exists and is not empty; choose another folder or remove it")
+    make_folder(path.parent)
+    tmp = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        write(tmp)
+        for file in tmp.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as handle:
+                    os.fsync(handle.fileno())
+        tmp.chmod(0o755)  # mkdtemp makes private folders
+        if path.exists():
+            path.rmdir()
+        os.replace(tmp, path)
+        _sync_folder(path.parent)
+    except OSError as err:
+        raise UserError(f"cannot write {path}: {err.strerror or err}") from err
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> None:
+    """Write named tensors and JSON-able metadata as one safetensors file, atomically."""
+    from safetensors.torch import save_file
+
+    flat = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    header = {"format": FORMAT, "meta": json.dumps(dict(meta or {}))}
+
+    def write(tmp: Path) -> None:
+        try:
+            save_file(flat, tmp, metadata=header)
+        except Exception as err:  # safetensors has its own error type for a full disk or a missing folder
+            raise UserError(f"cannot write {path}: {err}") from err
+
+    write_atomic(path, write)
+
+
+def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote: (tensors, metadata)."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as err:
+        raise CheckpointError(f"checkpoint {path} is truncated or no safetensors file ({err}); remove it") from err
+    if header.get("format") != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {path} has format {header.get('format')!r}; this version reads {FORMAT!r}"
+        )
+    return tensors, json.loads(header["meta"])
+
+
+def pack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Prefix every name, so that several groups share one file."""
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def unpack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The group that `pack` put under `prefix`."""
+    start = f"{prefix}/"
+    return {name[len(start) :]: t for name, t in tensors.items() if name.startswith(start)}
+
+
+def load_state(module: torch.nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:
+    """`module.load_state_dict`, with an error that says which file does not fit and where."""
+    own = module.state_dict()
+    missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    wrong = [f"{k}: {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
+    if missing or unknown or wrong:
+        raise CheckpointError(
+            f"checkpoint {source} does not fit this model: missing {missing[:3]}, unknown {unknown[:3]}, wrong shapes {wrong[:3]}"
+        )
+    module.load_state_dict(dict(state))
+
+
+def rng_state() -> dict[str, Tensor]:
+    """torch's global random streams; batches have their own generators, dropout and the like use these."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    return state
+
+
+def set_rng_state(state: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"cuda{i}" in state:
+            torch.cuda.set_rng_state(state[f"cuda{i}"], i)

@@ -1,0 +1,19 @@
+"""Errors that a command prints as one line: they name the thing, what it was and what was expected."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can put right; `d2m` prints it without a traceback and exits with 2."""
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration key is unknown, missing or of the wrong kind."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, truncated or belongs to another run."""
+
+
+class TrainingError(UserError, RuntimeError):
+    """Training cannot go on, for example because the loss is no longer finite."""
