@@ -1,0 +1,11 @@
+"""Mixture-of-Experts kernels for Diffusion Transformers: `moe_ffn` and the stages it is made of."""
+
+from d2m_kernels._version import __version__
+from d2m_kernels.combine import combine
+from d2m_kernels.grouped_gemm import grouped_gemm
+from d2m_kernels.moe_ffn import moe_ffn
+from d2m_kernels.permute import permute
+from d2m_kernels.route import route
+from d2m_kernels.routing import Routing
+
+__all__ = ["Routing", "__version__", "combine", "grouped_gemm", "moe_ffn", "permute", "route"]

@@ -1,0 +1,57 @@
+"""The activations an FFN may have, and their derivatives, for every back-end made of torch ops.
+
+A gated activation multiplies an `up` half by the activation of a `gate` half.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+PLAIN = ("gelu", "gelu_tanh", "silu", "relu")
+GATED = {"geglu": "gelu", "swiglu": "silu"}
+ACTIVATIONS = (*PLAIN, *GATED)
+
+
+def is_gated(activation: str | None) -> bool:
+    return activation in GATED
+
+
+def pointwise(name: str, z: torch.Tensor) -> torch.Tensor:
+    """act(z), elementwise; of a gated activation, the function its gate goes through."""
+    name = GATED.get(name, name)
+    if name == "gelu":
+        return F.gelu(z)
+    if name == "gelu_tanh":
+        return F.gelu(z, approximate="tanh")
+    if name == "silu":
+        return F.silu(z)
+    return F.relu(z)
+
+
+def pointwise_backward(name: str, z: torch.Tensor, dh: torch.Tensor) -> torch.Tensor:
+    """dh * act'(z), elementwise, by torch's own fused derivative kernels."""
+    name = GATED.get(name, name)
+    if name == "gelu":
+        return torch.ops.aten.gelu_backward(dh, z)
+    if name == "gelu_tanh":
+        return torch.ops.aten.gelu_backward(dh, z, approximate="tanh")
+    if name == "silu":
+        return torch.ops.aten.silu_backward(dh, z)
+    return torch.ops.aten.threshold_backward(dh, z, 0)
+
+
+def activate(name: str, z: torch.Tensor) -> torch.Tensor:
+    """h [.., F] from the pre-activation z [.., F], or [.., 2F] = [up | gate] when gated."""
+    if not is_gated(name):
+        return pointwise(name, z)
+    up, gate = z.chunk(2, dim=-1)
+    return up * pointwise(name, gate)
+
+
+def activate_backward(name: str, z: torch.Tensor, dh: torch.Tensor) -> torch.Tensor:
+    """dz, shaped like z, from dh [.., F]."""
+    if not is_gated(name):
+        return pointwise_backward(name, z, dh)
+    up, gate = z.chunk(2, dim=-1)
+    return torch.cat([dh * pointwise(name, gate), pointwise_backward(name, gate, dh * up)], dim=-1)

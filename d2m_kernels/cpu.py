@@ -1,0 +1,196 @@
+"""The back-end "cpu": C++ for route, permute and combine, oneDNN (through torch) for the products.
+
+Shapes: T tokens, D model, F hidden, E experts, K top-k, N = T*K slots, S shared neurons, H = F_e.
+
+The experts run one after another on views of the dense weights; an expert's rows go through in
+blocks of at most BLOCK_ROWS, so that besides its results a call holds one block's temporaries only.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from d2m_kernels import _ext
+from d2m_kernels.activations import activate, activate_backward, pointwise
+from d2m_kernels.reference import FFNGrads, grouped_gemm_bwd, neurons, spans
+
+__all__ = ["combine", "ffn_bwd", "ffn_fwd", "grouped_gemm", "grouped_gemm_bwd", "permute", "route"]
+
+NAME = "cpu"
+BLOCK_ROWS = 2048  # a [2048, 768] x [768, 3072] product still runs at full speed
+
+
+def unavailable() -> str | None:
+    return _ext.cpu_available()
+
+
+def unsupported(device_type: str, dtype: torch.dtype) -> str | None:
+    if device_type != "cpu":
+        return "it serves CPU tensors only"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return "it serves bf16, fp16 and fp32"
+    return None
+
+
+def route(x_TD, router_ED, top_k, mask_T=None):
+    probs_TE, weights_TK, ids_TK = _ext.cpu_route(x_TD, router_ED, top_k, mask_T)
+    return probs_TE, weights_TK, ids_TK, *permute(ids_TK, router_ED.shape[0])
+
+
+permute = _ext.cpu_permute
+combine = _ext.cpu_combine
+
+
+def blocks(offsets):
+    """(expert, first row, end row) of blocks of at most BLOCK_ROWS rows."""
+    return [
+        (e, start, min(start + BLOCK_ROWS, hi))
+        for e, lo, hi in spans(offsets)
+        for start in range(lo, hi, BLOCK_ROWS)
+    ]
+
+
+def grouped_gemm(
+    x, w_ENK, offsets, w_gate=None, gather=None, bias_EN=None, bias_gate=None, activation=None
+):
+    out = x.new_empty(x.shape[0] if gather is None else gather.shape[0], w_ENK.shape[1])
+    for e, lo, hi in blocks(offsets):
+        x_e = x[lo:hi] if gather is None else _ext.cpu_gather_rows(x, gather[lo:hi], 1)
+        z = _linear(x_e, w_ENK[e], None if bias_EN is None else bias_EN[e], out[lo:hi])
+        if w_gate is not None:
+            gate = F.linear(x_e, w_gate[e], None if bias_gate is None else bias_gate[e])
+            z.mul_(pointwise(activation, gate))
+        elif activation is not None:
+            out[lo:hi] = pointwise(activation, z)
+    out[int(offsets[-1]) :] = 0
+    return out
+
+
+def _linear(x, w, b, out):
+    """x w^T + b into `out`, without a temporary."""
+    return torch.mm(x, w.T, out=out) if b is None else torch.addmm(b, x, w.T, out=out)
+
+
+def _pre_activation(x, up_FD, gate_FD, b_up_F, b_gate_F, own, out):
+    """z = x w^T + b of the neurons `own` into `out`; gated: [up | gate] side by side."""
+    size = own.stop - own.start
+    _linear(x, up_FD[own], None if b_up_F is None else b_up_F[own], out[:, :size])
+    if gate_FD is not None:
+        _linear(x, gate_FD[own], None if b_gate_F is None else b_gate_F[own], out[:, size:])
+    return out
+
+
+def ffn_fwd(
+    x_TD, up_FD, gate_FD, w2_DF, b_up_F, b_gate_F, b2_D, weights_TK, offsets, order_N, inverse_N,
+    shared, activation, scale, save,
+):  # fmt: skip
+    own_E = neurons(shared, offsets.shape[0] - 1, up_FD.shape[0])
+    halves = 1 if gate_FD is None else 2
+    width = (own_E[0].stop - own_E[0].start) * halves
+    T, K = weights_TK.shape
+    w1 = (up_FD, gate_FD, b_up_F, b_gate_F)
+
+    z_shared = x_TD.new_empty(T, shared * halves)
+    if shared:
+        own = slice(0, shared)
+        _pre_activation(x_TD, *w1, own, z_shared)
+        y_TD = F.linear(activate(activation, z_shared), w2_DF[:, own], b2_D)
+    else:
+        y_TD = x_TD.new_zeros(x_TD.shape) if b2_D is None else b2_D.repeat(T, 1)
+    if not save:
+        z_shared = None
+    z_routed = x_TD.new_empty(order_N.shape[0], width) if save else None
+    if not K:
+        return y_TD, z_shared, z_routed
+
+    y_ND = x_TD.new_empty(order_N.shape[0], x_TD.shape[1])
+    for e, lo, hi in blocks(offsets):
+        x_e = _ext.cpu_gather_rows(x_TD, order_N[lo:hi], K)
+        z = z_routed[lo:hi] if save else x_TD.new_empty(hi - lo, width)
+        _pre_activation(x_e, *w1, own_E[e], z)
+        torch.mm(activate(activation, z), w2_DF[:, own_E[e]].T, out=y_ND[lo:hi])
+    y_TD = combine(y_ND, inverse_N.view(T, K), weights_TK, offsets, y_TD, None, scale)
+    return y_TD, z_shared, z_routed
+
+
+def ffn_bwd(
+    dy_TD, x_TD, up_FD, gate_FD, w2_DF, weights_TK, offsets, order_N, inverse_N, z_shared, z_routed,
+    shared, activation, scale, frozen, grads: FFNGrads,
+):  # fmt: skip
+    own_E = neurons(shared, offsets.shape[0] - 1, up_FD.shape[0])
+    T, K = weights_TK.shape
+    w = (up_FD, gate_FD, w2_DF)
+    dx_TD = None
+    if shared:
+        dx_TD, _ = _part_bwd(slice(0, shared), frozen, w, dy_TD, x_TD, z_shared, activation, None, grads)
+    if grads.b2 is not None:
+        torch.sum(dy_TD, 0, out=grads.b2)
+    _zero_empty(own_E, offsets, grads)
+    if K:
+        dx_ND = None if grads.x is None else x_TD.new_empty(order_N.shape[0], x_TD.shape[1])
+        dweights_N = weights_TK.new_zeros(T * K)
+        for e, lo, hi in spans(offsets):
+            slots = order_N[lo:hi].long()
+            x_e = _ext.cpu_gather_rows(x_TD, order_N[lo:hi], K)
+            dy_e = _ext.cpu_gather_rows(dy_TD, order_N[lo:hi], K)
+            factor = (scale * weights_TK.view(-1)[slots, None]).to(x_TD.dtype)
+            dx_e, sums = _part_bwd(
+                own_E[e], 0, w, dy_e, x_e, z_routed[lo:hi], activation, factor, grads
+            )
+            if dx_ND is not None:
+                dx_ND[lo:hi] = dx_e
+            dweights_N[slots] = scale * sums
+        if grads.weights is not None:
+            grads.weights.copy_(dweights_N.view(T, K))
+        if grads.x is not None:
+            dx_TD = combine(dx_ND, inverse_N.view(T, K), None, offsets, dx_TD, None, 1.0)
+    if grads.x is not None:
+        grads.x.zero_() if dx_TD is None else grads.x.copy_(dx_TD)
+
+
+def _part_bwd(own, frozen, w, dy, x, z, activation, factor, grads: FFNGrads):
+    """One expert's gradients, written into `grads`; returns dx of its rows and rowsum(dA' * h).
+
+    `factor` [rows, 1] is scale * weight, None for the shared expert; the first `frozen` neurons of
+    the layer have no gradient.
+    """
+    up_FD, gate_FD, w2_DF = w
+    size = own.stop - own.start
+    dh = dy @ w2_DF[:, own]
+    h = activate(activation, z)
+    sums = None if factor is None else torch.linalg.vecdot(dh.float(), h.float())
+    if factor is not None:
+        dh, h = dh * factor, h * factor
+    dz = activate_backward(activation, z, dh)
+
+    skip = min(max(frozen - own.start, 0), size)
+    live = slice(own.start + skip, own.stop)
+    for dw, db, first in ((grads.up, grads.b_up, 0), (grads.gate, grads.b_gate, size)):
+        dz_live = dz[:, first + skip : first + size]
+        if dw is not None:
+            dw[own.start : live.start] = 0
+            torch.mm(dz_live.T, x, out=dw[live])
+        if db is not None:
+            db[own.start : live.start] = 0
+            torch.sum(dz_live, 0, out=db[live])
+    if grads.w2 is not None:
+        grads.w2[:, own.start : live.start] = 0
+        torch.mm(dy.T, h[:, skip:], out=grads.w2[:, live])
+    dx = None
+    if grads.x is not None:
+        dx = dz[:, :size] @ up_FD[own]
+        if gate_FD is not None:
+            dx.addmm_(dz[:, size:], gate_FD[own])
+    return dx, sums
+
+
+def _zero_empty(own_E, offsets, grads: FFNGrads):
+    """Zero gradient for the neurons that no token reached (a frozen slice is zeroed where it is)."""
+    reached = {e for e, _, _ in spans(offsets)}
+    for own in (own_E[e] for e in range(len(own_E)) if e not in reached):
+        for dw in (grads.up, grads.gate, grads.b_up, grads.b_gate):
+            if dw is not None:
+                dw[own] = 0
+        if grads.w2 is not None:
+            grads.w2[:, own] = 0

@@ -1,0 +1,104 @@
+"""`grouped_gemm`: one matrix product an expert over ragged groups of rows, activation included.
+
+Shapes: R rows of x, M rows of the output, E experts, N output features, K input features.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from d2m_kernels import backends, checks
+from d2m_kernels import ops as _ops  # noqa: F401  (registers d2m::*)
+from d2m_kernels.combine import unit
+
+
+def grouped_gemm(
+    x, w, offsets, *, w_gate=None, gather=None, bias=None, activation=None, backend=None
+):
+    """out[r] = act(x[gather[r]] w[e]^T + bias[e]) for offsets[e] <= r < offsets[e + 1].
+
+    With `w_gate` the output is (x w^T + bias) * act(x w_gate^T + bias_gate) and `activation` is
+    "geglu" or "swiglu". Rows past offsets[E] come back as zero. Differentiable in x, w, w_gate and
+    bias; an expert without rows gets gradient zero.
+
+    Args:
+        x: [R, K] bf16, fp16 or fp32 (fp64: reference only).
+        w, w_gate: [E, N, K] in x's dtype, any outer strides with a unit inner stride, so that both
+            stacked experts and views of a dense matrix work.
+        offsets: [E + 1] int32, ascending from 0 (of `route` or `permute`).
+        gather: [M] int32 rows of x, or None for x itself (M = R).
+        bias: [E, N] in x's dtype, a pair of them when gated, or None.
+
+    Returns:
+        [M, N] in x's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape or device is wrong.
+    """
+    checks.tensor("x", x, 2, "[R, K]")
+    checks.floating("x", x)
+    checks.tensor("w", w, 3, "[E, N, K]")
+    E, N, K = w.shape
+    if K != x.shape[1]:
+        raise ValueError(f"w: expected [E, N, K = {x.shape[1]}], got {checks.shape_of(w)}")
+    gated = checks.is_gated(activation)
+    if gated != (w_gate is not None) or (activation is not None and activation not in checks.ACTIVATIONS):
+        raise ValueError(
+            f"activation: expected {'geglu or swiglu with w_gate' if w_gate is not None else 'gelu, gelu_tanh, silu, relu or None without w_gate'}"
+            f", got {activation!r}"
+        )
+    if isinstance(bias, (tuple, list)):
+        if not gated or len(bias) != 2:
+            raise ValueError("bias: a pair (up, gate) needs w_gate")
+        bias, bias_gate = bias
+    else:
+        bias_gate = None
+    weights = [("w", w)] if w_gate is None else [("w", w), ("w_gate", w_gate)]
+    for name, t in weights:
+        checks.shape(name, t, (E, N, K), "[E, N, K]")
+        checks.unit_inner_stride(name, t)
+    biases = [(n, t) for n, t in (("bias", bias), ("bias_gate", bias_gate)) if t is not None]
+    for name, t in biases:
+        checks.shape(name, t, (E, N), "[E, N]")
+    for name, t in weights + biases:
+        checks.same_device(name, t, x)
+        checks.same_dtype(name, t, x.dtype)
+    indices = [("offsets", offsets, (E + 1,), "[E + 1]")]
+    if gather is not None:
+        checks.tensor("gather", gather, 1, "[M] int32")
+        indices.append(("gather", gather, tuple(gather.shape), "[M]"))
+    for name, t, size, legend in indices:
+        checks.shape(name, t, size, legend)
+        checks.same_device(name, t, x)
+        if t.dtype != torch.int32:
+            raise TypeError(f"{name}: expected int32, got {checks.shape_of(t)}")
+    name = backends.resolve(backend, x.device.type, x.dtype)
+    return GroupedGemmFunction.apply(
+        unit(x), w, offsets, w_gate, gather, unit(bias), unit(bias_gate), activation, name
+    )
+
+
+class GroupedGemmFunction(torch.autograd.Function):
+    """d2m::grouped_gemm; saves its inputs and recomputes the pre-activation."""
+
+    @staticmethod
+    def forward(ctx, x, w, offsets, w_gate, gather, bias, bias_gate, activation, backend):
+        ctx.save_for_backward(x, w, offsets, w_gate, gather, bias, bias_gate)
+        ctx.activation, ctx.backend = activation, backend
+        return torch.ops.d2m.grouped_gemm(
+            x, w, offsets, w_gate, gather, bias, bias_gate, activation, backend
+        )
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, w, offsets, w_gate, gather, bias, bias_gate = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        needs = [need[0], need[1], need[3], need[5], need[6]]
+        grads = torch.ops.d2m.grouped_gemm_bwd(
+            unit(dout), x, w, offsets, w_gate, gather, bias, bias_gate, ctx.activation, needs,
+            ctx.backend,
+        )  # fmt: skip
+        dx, dw, dw_gate, db, db_gate = (
+            g if n else None for g, n in zip(grads, needs, strict=True)
+        )
+        return dx, dw, None, dw_gate, None, db, db_gate, None, None

@@ -1,0 +1,153 @@
+"""`moe_ffn`: a dense FFN run as a Mixture of Experts (Dense2MoE, eqs. 1-3).
+
+Shapes: T tokens, D model, F hidden = S shared + E * H, E experts, K top-k, N = T*K slots.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from d2m_kernels import backends, checks
+from d2m_kernels import ops as _ops  # noqa: F401  (registers d2m::*)
+from d2m_kernels.combine import unit
+from d2m_kernels.route import RouteFunction, reroute, tokens_of
+from d2m_kernels.routing import Routing
+
+
+def moe_ffn(
+    x,
+    router,
+    w1,
+    w2,
+    b1=None,
+    b2=None,
+    *,
+    top_k=2,
+    shared=0,
+    activation="gelu_tanh",
+    gate_first=False,
+    routed_scale=1.0,
+    token_mask=None,
+    routing=None,
+    freeze_shared=False,
+    backend=None,
+    return_routing=False,
+):
+    """y = MLP_shared(x) + routed_scale * sum_{i in TopK} g_i(x) MLP_i(x) + b2 (eqs. 2-3).
+
+    The experts are views of the dense FFN's own weights: rows of w1 and columns of w2 are
+    [shared | expert 0 | ... | expert E-1], and MLP(x) = act(x w1^T + b1) w2^T (eq. 1). Gates g are
+    the softmax over the selected logits. Differentiable in x, router, w1, w2, b1 and b2.
+
+    Args:
+        x: [..., D] bf16, fp16 or fp32 (fp64: reference only).
+        router: [E, D] gating weights; may be fp32 beside a bf16 x. Logits are fp32, also under
+            autocast. With top_k=1 the gate is 1, so the task gives the router no gradient.
+        w1: [F, D]; gated: [2F, D] = [up; gate], or a pair (up, gate) of [F, D]. Any row stride.
+        w2: [D, F], any row stride.
+        b1, b2: [F] (gated as w1) and [D], or None. b2 is added once and never scaled.
+        top_k: 0..E experts a token; "dense": every neuron with weight 1, router and routed_scale
+            unused (their gradient is zero). top_k=E still weighs the experts.
+        shared: S, the number of neurons every token uses.
+        activation: gelu, gelu_tanh, silu, relu; gated: geglu (up * gelu(gate)), swiglu.
+        gate_first: a stacked gated w1 is [gate; up] (FLUX.2) instead of [up; gate] (diffusers).
+        routed_scale: factor of the routed sum.
+        token_mask: [...] bool; False (padding): the shared expert only, no part in statistics.
+        routing: ids and order of an earlier call to reuse; probs and weights are recomputed from
+            x, so that gradients flow.
+        freeze_shared: the first S neurons of w1, b1 and w2 get gradient zero, at no cost.
+        backend: None (the best available), or "triton", "cuda", "cpu", "torch", "reference".
+        return_routing: also return the `Routing`.
+
+    Returns:
+        [..., D] in x's dtype, or autocast's; with return_routing a pair (y, Routing).
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape or device is wrong.
+        RuntimeError: the requested back-end cannot serve this device or dtype.
+    """
+    checks.input_and_router(x, router)
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    k = checks.top_k(top_k, router.shape[0])
+    checks.weights(x, router, w1, w2, b1, b2, k, shared, activation, None if autocast else dtype)
+    checks.mask(token_mask, x)
+    if not isinstance(routed_scale, (int, float)) or isinstance(routed_scale, bool):
+        raise TypeError(f"routed_scale: expected a float, got {type(routed_scale).__name__}")
+    name = backends.resolve(backend, device, dtype)
+    x_TD = tokens_of(x)
+    T, E = x_TD.shape[0], router.shape[0]
+    if routing is not None:
+        checks.routing(routing, T, E, k, x)
+
+    w1, w1_gate = w1 if isinstance(w1, (tuple, list)) else (w1, None)
+    b1, b1_gate = b1 if isinstance(b1, (tuple, list)) else (b1, None)
+    with torch.autocast(device, enabled=False):
+        if k or return_routing:
+            routing = _route(x_TD, router, k, token_mask, routing, name, device)
+        args = (x_TD, w1, w1_gate, w2, b1, b1_gate, b2)
+        if autocast:
+            args = tuple(t if t is None else t.to(dtype) for t in args)
+        if k:
+            slots = (routing.weights, routing.offsets, routing.order, routing.inverse)
+        else:
+            slots = _no_slots(x_TD, router)
+        always = w2.shape[1] if top_k == "dense" else shared
+        frozen = shared if freeze_shared else 0
+        y_TD = FFNFunction.apply(
+            *args, *slots, always, activation, gate_first, float(routed_scale), frozen, name
+        )
+    y = y_TD.view(x.shape)
+    return (y, routing) if return_routing else y
+
+
+def _route(x_TD, router, k, token_mask, routing, name, device) -> Routing:
+    if routing is not None:
+        return reroute(x_TD, router, routing)
+    # The router's own dtypes may be ones that the FFN's back-end does not take (fp64 beside fp32).
+    if torch.promote_types(x_TD.dtype, router.dtype) == torch.float64:
+        name = "reference"
+    mask_T = None if token_mask is None else token_mask.reshape(-1)
+    return Routing(*RouteFunction.apply(x_TD, router, k, mask_T, name))
+
+
+def _no_slots(x_TD, router):
+    """Weights [T, 0] tied to the router, so that its gradient is zero and not None; no slots."""
+    weights = x_TD.new_empty(x_TD.shape[0], 0, dtype=torch.float32) + router.reshape(-1)[:0].float()
+    offsets = torch.zeros(router.shape[0] + 1, dtype=torch.int32, device=x_TD.device)
+    slots = torch.empty(0, dtype=torch.int32, device=x_TD.device)
+    return weights, offsets, slots, slots
+
+
+class FFNFunction(torch.autograd.Function):
+    """d2m::ffn_fwd and d2m::ffn_bwd; saves x, the pre-activations and the routing, no more."""
+
+    @staticmethod
+    def forward(
+        ctx, x, w1, w1_gate, w2, b1, b1_gate, b2, weights, offsets, order, inverse,
+        shared, activation, gate_first, scale, frozen, backend,
+    ):  # fmt: skip
+        save = any(ctx.needs_input_grad)
+        b1, b1_gate, b2 = unit(b1), unit(b1_gate), unit(b2)
+        y, z_shared, z_routed = torch.ops.d2m.ffn_fwd(
+            x, w1, w1_gate, w2, b1, b1_gate, b2, weights, offsets, order, inverse,
+            shared, activation, gate_first, scale, save, backend,
+        )  # fmt: skip
+        if save:
+            ctx.save_for_backward(
+                x, w1, w1_gate, w2, b1, b1_gate, b2, weights, offsets, order, inverse,
+                z_shared, z_routed,
+            )  # fmt: skip
+            ctx.attrs = (shared, activation, gate_first, scale, frozen)
+            ctx.backend = backend
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        needs = list(ctx.needs_input_grad[:8])
+        grads = torch.ops.d2m.ffn_bwd(
+            unit(dy), *ctx.saved_tensors, *ctx.attrs, needs, ctx.backend
+        )
+        grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
+        return *grads, *(None,) * 9

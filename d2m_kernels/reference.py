@@ -1,0 +1,336 @@
+"""The specification: every stage in plain torch, written to be obviously right rather than fast.
+
+Shapes: T tokens, D model, F hidden, E experts, K top-k, N = T*K slots, S shared neurons, H = F_e
+neurons of one expert, M rows of a grouped GEMM. Products are taken in fp32 (fp64 for fp64 inputs)
+and rounded once, to the input's dtype, at the end of a stage. It is also the back-end "reference":
+it runs anywhere, and every other back-end is compared with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from d2m_kernels.activations import (
+    activate,
+    activate_backward,
+    pointwise,
+    pointwise_backward,
+)
+
+NAME = "reference"
+
+
+@dataclass
+class FFNGrads:
+    """Where `ffn_bwd` writes: every buffer that is not None is to be filled completely."""
+
+    x: torch.Tensor | None  # [T, D]
+    up: torch.Tensor | None  # [F, D]
+    gate: torch.Tensor | None  # [F, D]
+    w2: torch.Tensor | None  # [D, F]
+    b_up: torch.Tensor | None  # [F]
+    b_gate: torch.Tensor | None  # [F]
+    b2: torch.Tensor | None  # [D]
+    weights: torch.Tensor | None  # [T, K] fp32
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def unsupported(_device_type: str, _dtype: torch.dtype) -> str | None:
+    return None
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype that sums are taken in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------------------------------------------- route, permute
+
+
+def select(logits_TE: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The K largest logits, best first; ties go to the lowest id and NaN comes last. [T, K] int64"""
+    nan_TE = logits_TE.isnan()
+    key_TE = logits_TE.masked_fill(nan_TE, -torch.inf)
+    by_value_TE = key_TE.sort(dim=-1, descending=True, stable=True).indices
+    nan_last_TE = nan_TE.gather(-1, by_value_TE).to(torch.int8).sort(dim=-1, stable=True).indices
+    return by_value_TE.gather(-1, nan_last_TE)[:, :top_k]
+
+
+def route(x_TD, router_ED, top_k: int, mask_T=None):
+    """Gate of eqs. 2-3: probs, weights, ids and the expert order (see `Routing`)."""
+    logits_TE = wide(x_TD) @ wide(router_ED).T
+    ids_TK = select(logits_TE, top_k)
+    weights_TK = logits_TE.gather(-1, ids_TK).softmax(-1)
+    probs_TE = logits_TE.softmax(-1)
+    if mask_T is not None:
+        ids_TK = ids_TK.masked_fill(~mask_T[:, None], -1)
+        weights_TK = weights_TK.masked_fill(~mask_T[:, None], 0)
+        probs_TE = probs_TE.masked_fill(~mask_T[:, None], 0)
+    ids_TK = ids_TK.to(torch.int32)
+    return probs_TE, weights_TK, ids_TK, *permute(ids_TK, router_ED.shape[0])
+
+
+def permute(ids_TK, num_experts: int):
+    """Stable counting sort of the slots by expert; slots with id -1 go last and are not counted."""
+    ids_N = ids_TK.reshape(-1).to(torch.int64)
+    ids_N = torch.where(ids_N < 0, num_experts, ids_N)
+    order_N = ids_N.sort(stable=True).indices
+    inverse_N = torch.empty_like(order_N)
+    inverse_N[order_N] = torch.arange(ids_N.numel(), device=ids_N.device)
+    experts = torch.arange(num_experts, device=ids_N.device)
+    counts_E = (ids_N[:, None] == experts).sum(0)
+    offsets = torch.cat([counts_E.new_zeros(1), counts_E.cumsum(0)])
+    return offsets.to(torch.int32), order_N.to(torch.int32), inverse_N.to(torch.int32)
+
+
+# ------------------------------------------------------------------------- grouped GEMM, combine
+
+
+def spans(offsets: torch.Tensor):
+    """(expert, first row, end row) of every expert that has rows."""
+    bounds = offsets.tolist()
+    pairs = zip(bounds[:-1], bounds[1:], strict=True)
+    return [(e, lo, hi) for e, (lo, hi) in enumerate(pairs) if hi > lo]
+
+
+def linear(x, w, b):
+    """x w^T + b in the wide dtype."""
+    y = wide(x) @ wide(w).T
+    return y if b is None else y + wide(b)
+
+
+def grouped_gemm(
+    x, w_ENK, offsets, w_gate=None, gather=None, bias_EN=None, bias_gate=None, activation=None
+):
+    """Row r of expert e: act(x[gather[r]] w[e]^T + bias[e]); rows past offsets[E] are zero."""
+    if gather is not None:
+        x = x[gather.long()]
+    out = x.new_zeros(x.shape[0], w_ENK.shape[1])
+    for e, lo, hi in spans(offsets):
+        z = linear(x[lo:hi], w_ENK[e], None if bias_EN is None else bias_EN[e])
+        if w_gate is not None:
+            gate = linear(x[lo:hi], w_gate[e], None if bias_gate is None else bias_gate[e])
+            z = z * pointwise(activation, gate)
+        elif activation is not None:
+            z = pointwise(activation, z)
+        out[lo:hi] = z.to(x.dtype)
+    return out
+
+
+def grouped_gemm_bwd(
+    dout, x, w_ENK, offsets, w_gate, gather, bias_EN, bias_gate, activation, needs
+):
+    """Gradients (x, w, w_gate, bias, bias_gate) of `grouped_gemm`, None where `needs` is False.
+
+    An expert without rows has gradient zero; rows of x that several slots gather are summed.
+    """
+    present = (x, w_ENK, w_gate, bias_EN, bias_gate)
+    dx, dw, dw_gate, db, db_gate = (
+        torch.zeros_like(wide(t), memory_format=torch.contiguous_format) if need else None
+        for t, need in zip(present, needs, strict=True)
+    )
+    rows = torch.arange(dout.shape[0], device=x.device) if gather is None else gather.long()
+    for e, lo, hi in spans(offsets):
+        x_e = wide(x[rows[lo:hi]])
+        z = linear(x_e, w_ENK[e], None if bias_EN is None else bias_EN[e])
+        dz = wide(dout[lo:hi])
+        if w_gate is not None:
+            gate = linear(x_e, w_gate[e], None if bias_gate is None else bias_gate[e])
+            dgate = pointwise_backward(activation, gate, dz * z)
+            dz = dz * pointwise(activation, gate)
+        elif activation is not None:
+            dz = pointwise_backward(activation, z, dz)
+        halves = [(dz, w_ENK, dw, db)]
+        if w_gate is not None:
+            halves.append((dgate, w_gate, dw_gate, db_gate))
+        for d, w, dw_half, db_half in halves:
+            if dx is not None:
+                dx.index_add_(0, rows[lo:hi], d @ wide(w[e]))
+            if dw_half is not None:
+                dw_half[e] = d.T @ x_e
+            if db_half is not None:
+                db_half[e] = d.sum(0)
+    return tuple(
+        None if grad is None else grad.to(t.dtype)
+        for grad, t in zip((dx, dw, dw_gate, db, db_gate), present, strict=True)
+    )
+
+
+def combine(y_ND, inverse_TK, weights_TK, offsets, base_TD=None, bias_D=None, scale: float = 1.0):
+    """out[t] = base[t] + bias + scale * sum_j weights[t, j] * y[inverse[t, j]]; no weights: ones.
+
+    Slots whose row lies past offsets[E] (masked tokens) are left out, whatever their row holds.
+    """
+    if y_ND.shape[0] == 0:
+        rows_TKD = wide(y_ND).new_zeros(*inverse_TK.shape, y_ND.shape[1])
+    else:
+        rows_TKD = wide(y_ND)[inverse_TK.long()]
+    if weights_TK is not None:
+        rows_TKD = rows_TKD * weights_TK[..., None].to(rows_TKD.dtype)
+    live_TK = inverse_TK < offsets[-1]
+    out = scale * torch.where(live_TK[..., None], rows_TKD, 0).sum(1)
+    if base_TD is not None:
+        out = out + base_TD
+    if bias_D is not None:
+        out = out + bias_D
+    return out.to(y_ND.dtype)
+
+
+# ------------------------------------------------------------------------------------ the layer
+
+
+def neurons(shared: int, num_experts: int, hidden: int):
+    """The slice of neurons that each expert owns."""
+    size = (hidden - shared) // num_experts
+    return [slice(shared + e * size, shared + (e + 1) * size) for e in range(num_experts)]
+
+
+def _pre_activation(x, up_FD, gate_FD, b_up_F, b_gate_F, own):
+    """z = x w^T + b of the neurons `own`; gated: [up | gate] side by side."""
+    z = linear(x, up_FD[own], None if b_up_F is None else b_up_F[own])
+    if gate_FD is None:
+        return z
+    gate = linear(x, gate_FD[own], None if b_gate_F is None else b_gate_F[own])
+    return torch.cat([z, gate], dim=-1)
+
+
+def ffn_fwd(
+    x_TD,
+    up_FD,
+    gate_FD,
+    w2_DF,
+    b_up_F,
+    b_gate_F,
+    b2_D,
+    weights_TK,
+    offsets,
+    order_N,
+    inverse_N,
+    shared: int,
+    activation: str,
+    scale: float,
+    save: bool,
+):
+    """Eq. 2: y = shared(x) + scale * sum_k weight * expert(x) + b2, and the pre-activations.
+
+    Returns y [T, D], z_shared [T, S or 2S], z_routed [N, H or 2H] (in expert order, in x's dtype);
+    the last two are None unless `save`.
+    """
+    num_experts = offsets.shape[0] - 1
+    own_E = neurons(shared, num_experts, up_FD.shape[0])
+    width = (own_E[0].stop - own_E[0].start) * (1 if gate_FD is None else 2)
+    own_S = slice(0, shared)
+
+    z_shared = _pre_activation(x_TD, up_FD, gate_FD, b_up_F, b_gate_F, own_S).to(x_TD.dtype)
+    y_TD = linear(activate(activation, wide(z_shared)), w2_DF[:, own_S], b2_D)
+
+    top_k = weights_TK.shape[1]
+    z_routed = x_TD.new_zeros(order_N.shape[0], width)
+    y_ND = wide(x_TD).new_zeros(order_N.shape[0], x_TD.shape[1])
+    for e, lo, hi in spans(offsets):
+        tokens = order_N[lo:hi].long() // top_k
+        z = _pre_activation(x_TD[tokens], up_FD, gate_FD, b_up_F, b_gate_F, own_E[e])
+        z_routed[lo:hi] = z.to(x_TD.dtype)
+        y_ND[lo:hi] = linear(activate(activation, wide(z_routed[lo:hi])), w2_DF[:, own_E[e]], None)
+    if top_k:
+        y_TD = combine(y_ND, inverse_N.view(weights_TK.shape), weights_TK, offsets, y_TD, None, scale)
+    y_TD = y_TD.to(x_TD.dtype)
+    return (y_TD, z_shared, z_routed) if save else (y_TD, None, None)
+
+
+def ffn_bwd(
+    dy_TD,
+    x_TD,
+    up_FD,
+    gate_FD,
+    w2_DF,
+    weights_TK,
+    offsets,
+    order_N,
+    inverse_N,
+    z_shared,
+    z_routed,
+    shared: int,
+    activation: str,
+    scale: float,
+    frozen: int,
+    grads: FFNGrads,
+):
+    """The gradient of `ffn_fwd`, written into `grads`; the first `frozen` neurons get zero.
+
+    With dA' = dy W2 (unweighted) and h = act(z): dweight = scale * rowsum(dA' * h),
+    dz = scale * weight * dA' * act'(z), dW2 = dy^T (scale * weight * h), dW1 = dz^T x, dx = dz W1.
+    """
+    num_experts = offsets.shape[0] - 1
+    own_E = neurons(shared, num_experts, up_FD.shape[0])
+    dy_TD, wide_x_TD = wide(dy_TD), wide(x_TD)
+    out = _WideGrads(grads, wide_x_TD)
+
+    def part(own, rows, dy, x, z, factor):
+        """One expert: returns dx of its rows and the row sums that the weights' gradient needs."""
+        dh = dy @ wide(w2_DF[:, own])
+        h = activate(activation, z)
+        dz = activate_backward(activation, z, dh * factor)
+        out.add_weights(own, dy, x, h * factor, dz, gate_FD is not None)
+        half = own.stop - own.start
+        dx = dz[:, :half] @ wide(up_FD[own])
+        if gate_FD is not None:
+            dx = dx + dz[:, half:] @ wide(gate_FD[own])
+        if grads.x is not None:
+            out.x.index_add_(0, rows, dx)
+        return (dh * h).sum(-1)
+
+    all_rows = torch.arange(x_TD.shape[0], device=x_TD.device)
+    if shared:
+        one = dy_TD.new_ones(())
+        part(slice(0, shared), all_rows, dy_TD, wide_x_TD, wide(z_shared), one)
+    top_k = weights_TK.shape[1]
+    dweights_N = wide_x_TD.new_zeros(order_N.shape[0])
+    for e, lo, hi in spans(offsets):
+        slots = order_N[lo:hi].long()
+        rows = slots // top_k
+        factor = scale * weights_TK.reshape(-1)[slots, None].to(dy_TD.dtype)
+        z = wide(z_routed[lo:hi])
+        dweights_N[slots] = scale * part(own_E[e], rows, dy_TD[rows], wide_x_TD[rows], z, factor)
+    out.b2 = dy_TD.sum(0)
+    out.weights = dweights_N.view(weights_TK.shape)
+    out.write(frozen)
+
+
+class _WideGrads:
+    """Accumulates gradients in the wide dtype; `write` rounds them once into the caller's buffers."""
+
+    def __init__(self, grads: FFNGrads, like: torch.Tensor):
+        self._grads = grads
+        for name, buffer in vars(grads).items():
+            zero = None if buffer is None else torch.zeros_like(buffer, dtype=like.dtype)
+            setattr(self, name, zero)
+
+    def add_weights(self, own, dy, x, h, dz, gated: bool):
+        half = own.stop - own.start
+        halves = [(self.up, self.b_up, dz[:, :half])]
+        if gated:
+            halves.append((self.gate, self.b_gate, dz[:, half:]))
+        for w, b, dz_half in halves:
+            if w is not None:
+                w[own] += dz_half.T @ x
+            if b is not None:
+                b[own] += dz_half.sum(0)
+        if self.w2 is not None:
+            self.w2[:, own] += dy.T @ h
+
+    def write(self, frozen: int):
+        for name, buffer in vars(self._grads).items():
+            if buffer is None:
+                continue
+            grad = getattr(self, name)
+            if name in ("up", "gate", "b_up", "b_gate"):
+                grad[:frozen] = 0
+            elif name == "w2":
+                grad[:, :frozen] = 0
+            buffer.copy_(grad)

@@ -1,0 +1,93 @@
+"""`route`: which experts each token goes to, and with what weight (eqs. 2-3).
+
+Shapes: T tokens, D model, E experts, K top-k, N = T*K slots.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from d2m_kernels import backends, checks
+from d2m_kernels import ops as _ops  # noqa: F401  (registers d2m::*)
+from d2m_kernels.reference import wide
+from d2m_kernels.routing import Routing
+
+
+def route(x, router, *, top_k=2, token_mask=None, backend=None) -> Routing:
+    """Selects the top-k experts of every token: alpha = softmax(W_g x), I = TopK(alpha), eq. 3.
+
+    Args:
+        x: [..., D] bf16, fp16 or fp32 (fp64: reference only).
+        router: [E, D] gating weights W_g, of any of these dtypes; on x's device.
+        top_k: 0..E, or "dense" (like 0: nothing is routed).
+        token_mask: [...] bool; False: the token is routed nowhere (ids -1, weights and probs 0).
+        backend: see `moe_ffn`.
+
+    Returns:
+        Routing over the T = x.numel() / D tokens; `probs` and `weights` are differentiable in x
+        and router. Logits are fp32, also under autocast; ties go to the lowest id, NaN comes last.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape or device is wrong.
+        RuntimeError: the requested back-end cannot serve this device or dtype.
+    """
+    checks.input_and_router(x, router)
+    checks.mask(token_mask, x)
+    k = checks.top_k(top_k, router.shape[0])
+    name = backends.resolve(backend, x.device.type, x.dtype)
+    x_TD = tokens_of(x)
+    mask_T = None if token_mask is None else token_mask.reshape(-1)
+    with torch.autocast(x.device.type, enabled=False):
+        return Routing(*RouteFunction.apply(x_TD, router, k, mask_T, name))
+
+
+def tokens_of(x) -> torch.Tensor:
+    """x as [T, D] with a unit inner stride; a view where possible."""
+    x_TD = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
+    return x_TD if x_TD.stride(-1) == 1 or x_TD.shape[-1] == 1 else x_TD.contiguous()
+
+
+def reroute(x_TD, router, routing: Routing) -> Routing:
+    """`routing`'s ids and order with probs and weights computed afresh, so that gradients flow."""
+    logits_TE = wide(x_TD) @ wide(router).T
+    live_TK = routing.ids >= 0
+    chosen_TK = logits_TE.gather(-1, routing.ids.clamp(min=0).long())
+    weights_TK = torch.where(live_TK, chosen_TK.softmax(-1), 0)
+    probs_TE = logits_TE.softmax(-1)
+    if routing.ids.shape[1]:
+        probs_TE = torch.where(live_TK.any(-1, keepdim=True), probs_TE, 0)
+    return Routing(
+        probs_TE, weights_TK, routing.ids, routing.offsets, routing.order, routing.inverse
+    )
+
+
+class RouteFunction(torch.autograd.Function):
+    """d2m::route with the gradient of both softmaxes; saves x, router, probs, weights and ids."""
+
+    @staticmethod
+    def forward(ctx, x_TD, router_ED, top_k, mask_T, backend):
+        outputs = torch.ops.d2m.route(x_TD, router_ED, top_k, mask_T, backend)
+        probs_TE, weights_TK, ids_TK, offsets, order_N, inverse_N = outputs
+        ctx.save_for_backward(x_TD, router_ED, probs_TE, weights_TK, ids_TK)
+        ctx.mark_non_differentiable(ids_TK, offsets, order_N, inverse_N)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, dprobs_TE, dweights_TK, *_):
+        x_TD, router_ED, probs_TE, weights_TK, ids_TK = ctx.saved_tensors
+        dlogits_TE = softmax_backward(probs_TE, dprobs_TE)
+        if ids_TK.shape[1]:
+            dchosen_TK = softmax_backward(weights_TK, dweights_TK)
+            dchosen_TK = torch.where(ids_TK >= 0, dchosen_TK, 0)
+            dlogits_TE = dlogits_TE.scatter_add(1, ids_TK.clamp(min=0).long(), dchosen_TK)
+        dx_TD = drouter_ED = None
+        if ctx.needs_input_grad[0]:
+            dx_TD = (dlogits_TE @ wide(router_ED)).to(x_TD.dtype)
+        if ctx.needs_input_grad[1]:
+            drouter_ED = (dlogits_TE.T @ wide(x_TD)).to(router_ED.dtype)
+        return dx_TD, drouter_ED, None, None, None
+
+
+def softmax_backward(p, dp):
+    """dz of p = softmax(z): p * (dp - sum(p * dp))."""
+    return p * (dp - (p * dp).sum(-1, keepdim=True))
