@@ -1,0 +1,150 @@
+"""Which tile each launch uses: a short table, keyed on stage, architecture, dtype and sizes.
+
+A rule applies when the rows a group has on average and the width of its output do not exceed the
+rule's bounds; the first that applies wins. `D2M_TRITON_CONFIG` pins: either one name for every
+stage ("small", or any `Config.name`) or a list "up=128x256x64w8s3,wgrad=small". Nothing is tuned
+at run time unless the user asks by pinning.
+"""
+
+import functools
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+ENV = "D2M_TRITON_CONFIG"
+STAGES = ("up", "up_gated", "down", "down_combine", "act_bwd", "dx", "dx_combine", "wgrad")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One tile shape: BLOCK_M rows, BLOCK_N columns, BLOCK_K of the sum at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    per_sm: int = 1  # programs on one multiprocessor; 2 hide each other's epilogue when K is short
+    tma: bool = False  # W (and A where its rows are consecutive) by TMA descriptor
+    group_m: int = 8
+
+    @property
+    def name(self) -> str:
+        tail = "tma" if self.tma else ""
+        tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
+        return f"{tile}w{self.warps}s{self.stages}p{self.per_sm}{tail}"
+
+    def meta(self) -> dict:
+        return dict(
+            BLOCK_M=self.block_m, BLOCK_N=self.block_n, BLOCK_K=self.block_k, GROUP_M=self.group_m,
+            num_warps=self.warps, num_stages=self.stages,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rule:
+    config: Config
+    max_rows: float = float("inf")  # average rows of a group: T for the shared one, N / E routed
+    max_width: float = float("inf")  # columns of a group's output
+
+
+# At most 99 KB of shared memory: sm_86, sm_89 and sm_120 have no more, and it is every stage's last
+# resort on any other device.
+SMALL = Config(64, 64, 32, warps=4, stages=3, per_sm=2)
+# fp32 products without TF32 run on the plain units: 64x64 outputs are 32 registers a thread.
+FP32 = Config(64, 64, 16, warps=8, stages=2, per_sm=1)
+
+# sm_90. 128x256 over 8 warps needs 9.3 TB/s of L2 at 790 TFLOP/s, 128x128 over 4 needs 12.3: the
+# wide tile where K is long, two narrow programs on an SM where K is 768 and the epilogue weighs.
+_WIDE = Config(128, 256, 64, warps=8, stages=3, tma=True)
+_PAIR = Config(128, 128, 64, warps=8, stages=3, per_sm=2, tma=True)
+_SHORT = Config(64, 128, 64, warps=4, stages=4, per_sm=2, tma=True)
+_SM90 = {
+    "up": (Rule(_SHORT, max_rows=128), Rule(_PAIR, max_width=128), Rule(_WIDE)),
+    "up_gated": (Rule(_SHORT, max_rows=128), Rule(Config(128, 128, 64, 8, 3, tma=True))),
+    "down": (Rule(_SHORT, max_rows=128), Rule(_PAIR)),
+    "down_combine": (Rule(_SHORT, max_rows=512), Rule(_PAIR)),
+    "act_bwd": (Rule(_SHORT, max_rows=128), Rule(_PAIR)),
+    "dx": (Rule(_SHORT, max_rows=128), Rule(_PAIR)),
+    "dx_combine": (Rule(_SHORT, max_rows=512), Rule(_PAIR)),
+    "wgrad": (Rule(Config(128, 256, 64, 8, 3)),),
+}
+
+# sm_80: 163 KB, mma.sync, everything by cp.async.
+_SM80_WIDE = Config(128, 256, 32, warps=8, stages=4)
+_SM80_PAIR = Config(128, 128, 32, warps=4, stages=4, per_sm=2)
+_SM80_SHORT = Config(64, 128, 32, warps=4, stages=4, per_sm=2)
+_SM80 = {
+    "up": (Rule(_SM80_SHORT, max_rows=128), Rule(_SM80_PAIR)),
+    "up_gated": (Rule(_SM80_SHORT),),
+    "down": (Rule(_SM80_SHORT, max_rows=128), Rule(_SM80_PAIR)),
+    "down_combine": (Rule(_SM80_SHORT, max_rows=512), Rule(_SM80_PAIR)),
+    "act_bwd": (Rule(_SM80_SHORT, max_rows=128), Rule(_SM80_PAIR)),
+    "dx": (Rule(_SM80_SHORT, max_rows=128), Rule(_SM80_PAIR)),
+    "dx_combine": (Rule(_SM80_SHORT, max_rows=512), Rule(_SM80_PAIR)),
+    "wgrad": (Rule(_SM80_PAIR),),
+}
+TABLE = {"sm90": _SM90, "sm80": _SM80}
+# Bytes of shared memory a program may have, where a table applies.
+SHARED_LIMIT = {"sm90": 227 * 1024, "sm80": 163 * 1024, "small": 99 * 1024}
+
+
+def candidates(stage: str, arch: str) -> tuple[Config, ...]:
+    """Every 16-bit config the table can choose for a stage, SMALL last."""
+    found = [rule.config for rule in TABLE.get(arch, {}).get(stage, ())]
+    return tuple(dict.fromkeys((*found, SMALL)))
+
+
+@functools.cache
+def arch_of(device_type: str, device_index: int | None) -> str:
+    """The table that fits a device: by capability, and by the shared memory it offers."""
+    if device_type != "cuda":
+        return "small"
+    major, minor = torch.cuda.get_device_capability(device_index)
+    if (major, minor) == (9, 0):
+        return "sm90"
+    properties = torch.cuda.get_device_properties(device_index)
+    roomy = getattr(properties, "shared_memory_per_block_optin", 0) >= SHARED_LIMIT["sm80"]
+    return "sm80" if major >= 8 and roomy else "small"
+
+
+@functools.cache
+def _known() -> dict[str, Config]:
+    named = {"small": SMALL, "fp32": FP32}
+    for arch in TABLE:
+        for stage in STAGES:
+            named.update((config.name, config) for config in candidates(stage, arch))
+    return named
+
+
+@functools.cache
+def _pinned(spec: str) -> dict[str, Config]:
+    """{stage: config} of an ENV value; what it does not understand it warns about and ignores."""
+    pins = {}
+    for entry in filter(None, (part.strip() for part in spec.split(","))):
+        stage, _, name = entry.rpartition("=")
+        config = _known().get(name)
+        if config is None or stage not in ("", *STAGES):
+            warnings.warn(
+                f"{ENV}: ignored {entry!r}; expected NAME or STAGE=NAME with a stage of "
+                f"{', '.join(STAGES)} and a name of {', '.join(_known())}",
+                stacklevel=2,
+            )
+            continue
+        pins.update(dict.fromkeys(STAGES if stage == "" else (stage,), config))
+    return pins
+
+
+def select(stage: str, x: torch.Tensor, rows: float, width: int) -> Config:
+    """The config of a launch on x's device and dtype, for groups of `rows` x `width` outputs."""
+    pinned = _pinned(os.environ.get(ENV, "")).get(stage)
+    if pinned is not None:
+        return pinned
+    if x.dtype == torch.float32:
+        return FP32
+    for rule in TABLE.get(arch_of(x.device.type, x.device.index), {}).get(stage, ()):
+        if rows <= rule.max_rows and width <= rule.max_width:
+            return rule.config
+    return SMALL

@@ -1,0 +1,250 @@
+"""Grouped GEMM on the device's own offsets: one persistent launch over all groups' tiles.
+
+Shapes: T tokens, E experts, M rows in expert order, N outputs and K inputs of an expert, S shared
+neurons. Serves `grouped_gemm`, the up-projection (where the shared expert's tiles ride along and
+the activation sits in the epilogue), the routed down-projection and the routed part of dx.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from d2m_kernels.triton_ import configs
+from d2m_kernels.triton_.common import (
+    _act, _dot, _expert_of, _expert_spans, _grouped, _halves, _load_a, _load_w, _matmul,
+    even, pointwise_name, precision, programs,
+)  # fmt: skip
+from d2m_kernels.triton_.launch import descriptor, launch, power_of_two, rows_descriptor
+
+
+@triton.jit(do_not_specialize=["T", "M"])
+def _grouped_gemm_fwd_kernel(
+    x_ptr, x_desc, rows_ptr, offsets_ptr,
+    w_ptr, w_desc, gate_ptr, gate_desc, bias_ptr, bias_gate_ptr,
+    out_ptr, z_ptr, out_shared_ptr, z_shared_ptr,
+    T, M, N, K, S, E,
+    stride_xt, stride_wn, stride_gn, w_row, w_col, w_row_step, w_col_step, bias_at, bias_step,
+    ACT: tl.constexpr, PRECISION: tl.constexpr, GATHER_DIV: tl.constexpr, GATED: tl.constexpr,
+    DUAL: tl.constexpr, TRANS_W: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """out[r] = act(x[row(r)] W_e^T + b_e) for the rows of every expert e, zero past offsets[E].
+
+    GATED: out = (x W^T + b) * act(x G^T + b_g). DUAL: out = x[:, :K] W + x[:, K:2K] G instead, one
+    sum over both halves. The shared expert (out_shared_ptr given) is a group of all T rows, S wide.
+    """
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    e, lo, hi, tiles, ends = _expert_spans(offsets_ptr, E, M, tiles_n, BLOCK_M, BLOCK_E)
+    shared_tiles = 0
+    if out_shared_ptr is not None:
+        shared_tiles = tl.cdiv(T, BLOCK_M) * tl.cdiv(S, BLOCK_N)
+    total = shared_tiles + tl.sum(tiles, 0)
+    for tile in tl.range(tl.program_id(0), total, tl.num_programs(0)):
+        # -- which group, which rows, which weights
+        expert, row_lo, row_hi, local = _expert_of(tile - shared_tiles, e, lo, hi, tiles, ends)
+        group_tiles_n = tiles_n
+        width = N
+        row = w_row + expert * w_row_step
+        col = w_col + expert * w_col_step
+        bias_off = bias_at + expert * bias_step
+        k_end = tl.where(expert == E, 0, K)  # the tail has no product: it is stored as zero
+        if out_shared_ptr is not None:
+            routed = tile >= shared_tiles
+            row_lo = tl.where(routed, row_lo, 0)
+            row_hi = tl.where(routed, row_hi, T)
+            local = tl.where(routed, local, tile)
+            group_tiles_n = tl.where(routed, tiles_n, tl.cdiv(S, BLOCK_N))
+            width = tl.where(routed, N, S)
+            row = tl.where(routed, row, 0)
+            col = tl.where(routed, col, 0)
+            bias_off = tl.where(routed, bias_off, 0)
+            k_end = tl.where(routed, k_end, K)
+        tiles_m = tl.cdiv(row_hi - row_lo, BLOCK_M)
+        m, n = _grouped(local, tiles_m, group_tiles_n, GROUP_M)
+        n0 = n * BLOCK_N
+        r0 = row_lo + m * BLOCK_M
+        r = r0 + tl.arange(0, BLOCK_M)
+        source = tl.minimum(r, row_hi - 1)  # rows past the group repeat its last, unstored
+        if rows_ptr is not None:
+            if out_shared_ptr is not None:
+                slot = tl.load(rows_ptr + source, mask=routed, other=0)
+                source = tl.where(routed, slot // GATHER_DIV, source)
+            else:
+                source = tl.load(rows_ptr + source) // GATHER_DIV
+
+        # -- the products
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        if GATED:
+            acc_gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            for k0 in tl.range(0, k_end, BLOCK_K):
+                a = _load_a(x_ptr, x_desc, source, r0, stride_xt, 0, K, k0, EVEN_K, BLOCK_K)
+                w = _load_w(w_ptr, w_desc, row, col, stride_wn, n0, width, K, k0, TRANS_W,
+                            EVEN_N, EVEN_K, BLOCK_N, BLOCK_K)  # fmt: skip
+                g = _load_w(gate_ptr, gate_desc, row, col, stride_gn, n0, width, K, k0, TRANS_W,
+                            EVEN_N, EVEN_K, BLOCK_N, BLOCK_K)  # fmt: skip
+                acc = _dot(a, w, acc, PRECISION)
+                acc_gate = _dot(a, g, acc_gate, PRECISION)
+        else:
+            acc = _matmul(acc, x_ptr, x_desc, source, r0, stride_xt, 0, w_ptr, w_desc, row, col,
+                          stride_wn, n0, width, k_end, PRECISION, TRANS_W, EVEN_N, EVEN_K,
+                          BLOCK_N, BLOCK_K)  # fmt: skip
+            if DUAL:
+                acc = _matmul(acc, x_ptr, x_desc, source, r0, stride_xt, K, gate_ptr, gate_desc,
+                              row, col, stride_gn, n0, width, k_end, PRECISION, TRANS_W, EVEN_N,
+                              EVEN_K, BLOCK_N, BLOCK_K)  # fmt: skip
+
+        # -- bias, pre-activation, activation: by halves, as the whole tile would not fit the registers
+        out_base = out_ptr
+        z_base = z_ptr
+        if out_shared_ptr is not None:
+            out_base = tl.where(routed, out_ptr, out_shared_ptr)
+            if z_ptr is not None:
+                z_base = tl.where(routed, z_ptr, z_shared_ptr)
+        bias_width = tl.where(k_end > 0, width, 0)
+        if BLOCK_N >= 128:
+            left, right = _halves(acc)
+            left_gate = left
+            right_gate = right
+            if GATED:
+                left_gate, right_gate = _halves(acc_gate)
+            _finish(left, left_gate, out_base, z_base, bias_ptr, bias_gate_ptr, bias_off, r, row_hi,
+                    n0, width, bias_width, ACT, GATED, BLOCK_N // 2)  # fmt: skip
+            _finish(right, right_gate, out_base, z_base, bias_ptr, bias_gate_ptr, bias_off, r,
+                    row_hi, n0 + BLOCK_N // 2, width, bias_width, ACT, GATED, BLOCK_N // 2)  # fmt: skip
+        else:
+            if not GATED:
+                acc_gate = acc
+            _finish(acc, acc_gate, out_base, z_base, bias_ptr, bias_gate_ptr, bias_off, r, row_hi,
+                    n0, width, bias_width, ACT, GATED, BLOCK_N)  # fmt: skip
+
+
+@triton.jit
+def _finish(acc, acc_gate, out_ptr, z_ptr, bias_ptr, bias_gate_ptr, bias_off, r, row_hi, n0, width,
+            bias_width, ACT: tl.constexpr, GATED: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Epilogue of columns n0 .. n0 + WIDTH: stores z (where wanted) and the activated output."""
+    offs_n = n0 + tl.arange(0, WIDTH)
+    mask = (r < row_hi)[:, None] & (offs_n < width)[None, :]
+    r_long = r.to(tl.int64)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + bias_off + offs_n, mask=offs_n < bias_width, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    if bias_gate_ptr is not None:
+        bias = tl.load(bias_gate_ptr + bias_off + offs_n, mask=offs_n < bias_width, other=0.0)
+        acc_gate += bias.to(tl.float32)[None, :]
+    if z_ptr is not None:
+        dtype = z_ptr.dtype.element_ty
+        if GATED:
+            z_ptrs = z_ptr + (r_long * (2 * width))[:, None] + offs_n[None, :]
+            tl.store(z_ptrs, acc.to(dtype), mask=mask)
+            tl.store(z_ptrs + width, acc_gate.to(dtype), mask=mask)
+        else:
+            z_ptrs = z_ptr + (r_long * width)[:, None] + offs_n[None, :]
+            tl.store(z_ptrs, acc.to(dtype), mask=mask)
+    if GATED:
+        acc = acc * _act(acc_gate, ACT)
+    else:
+        acc = _act(acc, ACT)
+    out_ptrs = out_ptr + (r_long * width)[:, None] + offs_n[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the groups' weights lie in one matrix: expert e's corner is (row, col) + e * step.
+
+    Covers stacked experts [E, N, K] with any outer strides and slices of a dense matrix alike.
+    """
+
+    matrix: torch.Tensor
+    stride: int
+    rows: int  # extent that a TMA descriptor may cover
+    cols: int
+    row: int = 0
+    col: int = 0
+    row_step: int = 0
+    col_step: int = 0
+
+    def describe(self, config: configs.Config, N: int, K: int, trans: bool):
+        """Its descriptor, unless a K tile would reach past the group into other numbers."""
+        whole = self.rows == K if trans else self.cols == K
+        if not config.tma or (K % config.block_k and not whole):
+            return None
+        block = [config.block_k, config.block_n] if trans else [config.block_n, config.block_k]
+        return descriptor(self.matrix, self.rows, self.cols, self.stride, block)
+
+
+def stacked(w_ENK: torch.Tensor) -> Weights:
+    """w [E, N, K] with a unit inner stride and any outer strides."""
+    E, N, K = w_ENK.shape
+    stride_e, stride_n = w_ENK.stride(0), w_ENK.stride(1)
+    row_step, col_step = divmod(stride_e, stride_n) if stride_n else (0, stride_e)
+    rows, cols = (E - 1) * row_step + N, (E - 1) * col_step + K
+    return Weights(w_ENK, stride_n, rows, cols, 0, 0, row_step, col_step)
+
+
+def neuron_rows(up_FD: torch.Tensor, shared: int, per_expert: int) -> Weights:
+    """Rows shared + e * per_expert .. of w1 belong to expert e."""
+    return Weights(up_FD, up_FD.stride(0), *up_FD.shape, row=shared, row_step=per_expert)
+
+
+def neuron_columns(w2_DF: torch.Tensor, shared: int, per_expert: int) -> Weights:
+    """Columns shared + e * per_expert .. of w2 belong to expert e."""
+    return Weights(w2_DF, w2_DF.stride(0), *w2_DF.shape, col=shared, col_step=per_expert)
+
+
+def grouped_matmul(
+    stage, x, offsets, weights: Weights, out, *, N, K, gate: Weights | None = None, gather=None,
+    gather_div=1, bias=None, bias_gate=None, bias_at=0, bias_step=0, activation=None, z=None,
+    out_shared=None, z_shared=None, trans=False, dual=False,
+):  # fmt: skip
+    """Launches the kernel; `gate` is the second weight matrix of a gated or a dual product."""
+    M, E = out.shape[0], offsets.shape[0] - 1
+    T, S = (0, 0) if out_shared is None else out_shared.shape
+    if M + T == 0 or N == 0:
+        return
+    rows, width = (T, S) if out_shared is not None and T * S > M * N else (M / E, N)
+
+    def arguments(config):
+        per_n = even(N, config.block_n) and even(S, config.block_n)
+        describe = lambda w: None if w is None else w.describe(config, N, K, trans)  # noqa: E731
+        consecutive = gather is None and out_shared is None
+        return dict(
+            x_ptr=x, x_desc=rows_descriptor(config, x, K) if consecutive else None,
+            rows_ptr=gather, offsets_ptr=offsets, w_ptr=weights.matrix, w_desc=describe(weights),
+            gate_ptr=None if gate is None else gate.matrix, gate_desc=describe(gate),
+            bias_ptr=bias, bias_gate_ptr=bias_gate, out_ptr=out, z_ptr=z,
+            out_shared_ptr=out_shared, z_shared_ptr=z_shared, T=T, M=M, N=N, K=K, S=S, E=E,
+            stride_xt=x.stride(0), stride_wn=weights.stride,
+            stride_gn=0 if gate is None else gate.stride, w_row=weights.row, w_col=weights.col,
+            w_row_step=weights.row_step, w_col_step=weights.col_step, bias_at=bias_at,
+            bias_step=bias_step, ACT=pointwise_name(activation), PRECISION=precision(x.dtype),
+            GATHER_DIV=gather_div, GATED=gate is not None and not dual, DUAL=dual, TRANS_W=trans,
+            EVEN_N=per_n, EVEN_K=even(K, config.block_k), BLOCK_E=power_of_two(E + 1),
+        )  # fmt: skip
+
+    config = configs.select(stage, x, rows, width)
+    grid = lambda c: (programs(x.device, c.per_sm),)  # noqa: E731
+    launch(_grouped_gemm_fwd_kernel, stage, config, grid, arguments)
+
+
+def grouped_gemm(
+    x, w_ENK, offsets, w_gate=None, gather=None, bias_EN=None, bias_gate=None, activation=None
+):
+    """Row r of expert e: act(x[gather[r]] w[e]^T + bias[e]); rows past offsets[E] are zero."""
+    E, N, K = w_ENK.shape
+    out = x.new_empty(x.shape[0] if gather is None else gather.shape[0], N)
+    if w_gate is not None and w_gate.stride() != w_ENK.stride():
+        w_ENK, w_gate = w_ENK.contiguous(), w_gate.contiguous()
+    if bias_gate is not None and bias_EN is not None and bias_gate.stride(0) != bias_EN.stride(0):
+        bias_EN, bias_gate = bias_EN.contiguous(), bias_gate.contiguous()
+    any_bias = bias_EN if bias_EN is not None else bias_gate
+    grouped_matmul(
+        "up" if w_gate is None else "up_gated", x, offsets, stacked(w_ENK), out, N=N, K=K,
+        gate=None if w_gate is None else stacked(w_gate), gather=gather, bias=bias_EN,
+        bias_gate=bias_gate, bias_step=0 if any_bias is None else any_bias.stride(0),
+        activation=activation,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,50 @@
+"""Launching: TMA descriptors where they are possible, and a second try with the small tile."""
+
+import functools
+import warnings
+
+import torch
+import triton
+from triton.runtime.errors import OutOfResources
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from d2m_kernels.triton_ import configs
+
+
+def launch(kernel, stage: str, config: configs.Config, grid, arguments) -> None:
+    """Runs kernel[grid(config)](**arguments(config)); a tile that does not fit becomes SMALL.
+
+    `arguments` is a function because descriptors and evenness flags depend on the tile.
+    """
+    try:
+        kernel[grid(config)](**arguments(config), **config.meta())
+    except OutOfResources as error:
+        if config == configs.SMALL:
+            raise
+        _warn_once(f"{stage}: {config.name} does not fit this device ({error}); using the small tile")
+        launch(kernel, stage, configs.SMALL, grid, arguments)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def descriptor(matrix: torch.Tensor, rows: int, cols: int, stride: int, block: list[int]):
+    """A TMA descriptor of `matrix` seen as [rows, cols], or None where TMA cannot address it."""
+    size = matrix.element_size()
+    aligned = matrix.data_ptr() % 16 == 0 and stride * size % 16 == 0
+    if not aligned or rows < 1 or not 1 <= cols <= stride or stride * size >= 2**40:
+        return None
+    return TensorDescriptor(matrix, [rows, cols], [stride, 1], block)
+
+
+def rows_descriptor(config: configs.Config, a: torch.Tensor, K: int):
+    """Descriptor of A for groups of consecutive rows; the sum must not run into other columns."""
+    if not config.tma or (a.shape[1] != K and K % config.block_k):
+        return None
+    return descriptor(a, a.shape[0], a.shape[1], a.stride(0), [config.block_m, config.block_k])
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    return max(least, triton.next_power_of_2(max(n, 1)))
