@@ -1,0 +1,190 @@
+"""FLUX's two kinds of block with MoE feed-forwards and, if wanted, a narrow AdaLN input.
+
+Shapes: B samples, I image tokens, X text tokens, S = X + I, D width, F neurons, A AdaLN input.
+
+A block is called like diffusers' own and returns (text, image); three more arguments exist:
+
+    token_mask      [B, X] bool, False for padding: those text tokens are not routed
+    saved_routing   dict, filled by the first pass and read by a recomputation, so that gradient
+                    checkpointing never routes twice (ids that flip would corrupt the gradient)
+    return_routing  also return {"ff": Routing, "ff_context": Routing} or {"": Routing}
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention import FeedForward
+from diffusers.models.transformers.transformer_flux import (
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2m_kernels import Routing
+from d2m_models.config import MoEConfig
+from d2m_models.moe import ExpertLayer, MoEFeedForward
+
+
+def narrow_adaln(norm: nn.Module, width: int) -> None:
+    """Lets an AdaLN module read the compressed conditioning, to which silu is already applied."""
+    norm.silu = nn.Identity()
+    norm.linear = nn.Linear(width, norm.linear.out_features)
+
+
+def _reuse(layer: ExpertLayer, key: str, saved: dict[str, Routing] | None, x, mask):
+    """The ids for this pass: None (route now), or those that the first pass saved."""
+    if saved is None or layer.top_k in (0, "dense"):
+        return None
+    if key not in saved:
+        saved[key] = layer.choose(x, mask)
+    return saved[key]
+
+
+class FluxMoETransformerBlock(FluxTransformerBlock):
+    """Double-stream block; `ff` and `ff_context` are MoE layers unless `moe` is None.
+
+    Args:
+        dim, num_attention_heads, attention_head_dim: as FLUX.
+        moe: the experts, or None.
+        adaln_dim: A, or None for D.
+        ff_dim, ff_context_dim: F where it is not 4 D (pruned models).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        moe: MoEConfig | None = None,
+        adaln_dim: int | None = None,
+        ff_dim: int | None = None,
+        ff_context_dim: int | None = None,
+    ):
+        super().__init__(dim, num_attention_heads, attention_head_dim)
+        if adaln_dim is not None:
+            narrow_adaln(self.norm1, adaln_dim)
+            narrow_adaln(self.norm1_context, adaln_dim)
+        for name, hidden in (("ff", ff_dim), ("ff_context", ff_context_dim)):
+            if hidden is not None:
+                ffn = FeedForward(dim, dim, inner_dim=hidden, activation_fn="gelu-approximate")
+                setattr(self, name, ffn)
+            if moe is not None:
+                setattr(self, name, MoEFeedForward(getattr(self, name), moe))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        token_mask: Tensor | None = None,
+        saved_routing: dict[str, Routing] | None = None,
+        return_routing: bool = False,
+    ):
+        x, c = hidden_states, encoder_hidden_states
+        x_normed, x_gate_attn, x_shift, x_scale, x_gate = self.norm1(x, emb=temb)
+        c_normed, c_gate_attn, c_shift, c_scale, c_gate = self.norm1_context(c, emb=temb)
+        # (image, text), and a third part when an IP-Adapter is loaded
+        x_attn, c_attn, *ip_attn = self.attn(
+            hidden_states=x_normed,
+            encoder_hidden_states=c_normed,
+            image_rotary_emb=image_rotary_emb,
+            **(joint_attention_kwargs or {}),
+        )
+        routing: dict[str, Routing] = {}
+
+        x = x + x_gate_attn.unsqueeze(1) * x_attn
+        x_normed = self.norm2(x) * (1 + x_scale[:, None]) + x_shift[:, None]
+        x_ff = self._feed_forward("ff", x_normed, None, saved_routing, routing)
+        x = x + x_gate.unsqueeze(1) * x_ff
+        if ip_attn:
+            x = x + ip_attn[0]
+
+        c = c + c_gate_attn.unsqueeze(1) * c_attn
+        c_normed = self.norm2_context(c) * (1 + c_scale[:, None]) + c_shift[:, None]
+        c_ff = self._feed_forward("ff_context", c_normed, token_mask, saved_routing, routing)
+        c = c + c_gate.unsqueeze(1) * c_ff
+        if c.dtype == torch.float16:
+            c = c.clip(-65504, 65504)
+        return (c, x, routing) if return_routing else (c, x)
+
+    def _feed_forward(self, name, x, mask, saved, routing):
+        layer = getattr(self, name)
+        if not isinstance(layer, MoEFeedForward):
+            return layer(x)
+        reuse = _reuse(layer, name, saved, x, mask)
+        y, routing[name] = layer(x, routing=reuse, token_mask=mask, return_routing=True)
+        return y
+
+
+class FluxMoESingleTransformerBlock(FluxSingleTransformerBlock, ExpertLayer):
+    """Single-stream block; `proj_mlp` and the MLP columns of `proj_out` are the MoE layer.
+
+    `proj_out` [D, D + F] acts on [attention | mlp]; its columns are [attention | shared | experts],
+    so the MoE part is a view of the dense model's own matrix.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        moe: MoEConfig | None = None,
+        adaln_dim: int | None = None,
+        mlp_dim: int | None = None,
+    ):
+        super().__init__(dim, num_attention_heads, attention_head_dim)
+        if adaln_dim is not None:
+            narrow_adaln(self.norm, adaln_dim)
+        if mlp_dim is not None:
+            self.mlp_hidden_dim = mlp_dim
+            self.proj_mlp = nn.Linear(dim, mlp_dim)
+            self.proj_out = nn.Linear(dim + mlp_dim, dim)
+        if moe is not None:
+            self.add_experts(dim, self.mlp_hidden_dim, moe, "gelu_tanh")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        token_mask: Tensor | None = None,
+        saved_routing: dict[str, Routing] | None = None,
+        return_routing: bool = False,
+    ):
+        num_text = encoder_hidden_states.shape[1]
+        s = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        normed, gate = self.norm(s, emb=temb)
+        attn = self.attn(
+            hidden_states=normed,
+            image_rotary_emb=image_rotary_emb,
+            **(joint_attention_kwargs or {}),
+        )
+        routing: dict[str, Routing] = {}
+        if self.num_experts:
+            mask = token_mask
+            if mask is not None:
+                mask = F.pad(mask, (0, s.shape[1] - num_text), value=True)
+            width = attn.shape[-1]
+            out, routing[""] = self.run_experts(
+                normed,
+                self.proj_mlp,
+                self.proj_out,
+                first_column=width,
+                routing=_reuse(self, "", saved_routing, normed, mask),
+                token_mask=mask,
+                also=lambda weight: F.linear(attn, weight[:, :width]),
+            )
+        else:
+            out = self.proj_out(torch.cat([attn, self.act_mlp(self.proj_mlp(normed))], dim=2))
+        s = s + gate.unsqueeze(1) * out
+        if s.dtype == torch.float16:
+            s = s.clip(-65504, 65504)
+        c, x = s[:, :num_text], s[:, num_text:]
+        return (c, x, routing) if return_routing else (c, x)

@@ -1,0 +1,304 @@
+"""FLUX with Mixture-of-Experts feed-forwards and Mixture-of-Blocks depth, for diffusers.
+
+Shapes: B samples, I image tokens, X text tokens, D width, A AdaLN input.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+# ModelMixin is not used below, but must be in this namespace: a pipeline that is loaded again finds
+# our class through this module and accepts it only if the module has ModelMixin.
+from diffusers import FluxTransformer2DModel, ModelMixin  # noqa: F401
+from diffusers.configuration_utils import register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.utils import apply_lora_scale
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2m_models.blocks import (
+    FluxMoESingleTransformerBlock,
+    FluxMoETransformerBlock,
+    narrow_adaln,
+)
+from d2m_models.config import FluxMoEConfig
+from d2m_models.mob import MixtureOfBlocks, take_rows
+from d2m_models.moe import set_top_k
+from d2m_models.output import FluxMoEAux, FluxMoEOutput
+
+KINDS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
+
+for _block in (FluxMoETransformerBlock, FluxMoESingleTransformerBlock):
+    TransformerBlockRegistry.register(
+        _block,
+        TransformerBlockMetadata(
+            return_hidden_states_index=1, return_encoder_hidden_states_index=0
+        ),
+    )
+
+
+class FluxMoETransformer2DModel(FluxTransformer2DModel):
+    """`FluxTransformer2DModel` whose FFNs may be MoE layers and whose blocks may form MoB groups.
+
+    Made by `convert_flux` or `from_pretrained`; the names of all dense parameters are kept.
+
+    Args:
+        patch_size ... axes_dims_rope: as `FluxTransformer2DModel`.
+        moe, dense_double_blocks, dense_single_blocks, mob, adaln_dim: the fields of
+            `FluxMoEConfig`, as plain dicts, lists and numbers.
+        ff_dims: {FFN name: neurons} where a dense FFN does not have 4 D of them (pruned models).
+    """
+
+    _no_split_modules = ["FluxMoETransformerBlock", "FluxMoESingleTransformerBlock"]
+    _repeated_blocks = ["FluxMoETransformerBlock", "FluxMoESingleTransformerBlock"]
+    _supports_gradient_checkpointing = True
+    _supports_group_offloading = True
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "router"]
+    _keep_in_fp32_modules = ["router", "mob_routers"]
+    # FLUX's plan cuts w1 and w2 across the boundaries of experts.
+    _tp_plan = None
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: int = 1,
+        in_channels: int = 64,
+        out_channels: int | None = None,
+        num_layers: int = 19,
+        num_single_layers: int = 38,
+        attention_head_dim: int = 128,
+        num_attention_heads: int = 24,
+        joint_attention_dim: int = 4096,
+        pooled_projection_dim: int = 768,
+        guidance_embeds: bool = False,
+        axes_dims_rope: tuple[int, int, int] = (16, 56, 56),
+        moe: dict[str, Any] | None = None,
+        dense_double_blocks: tuple[int, ...] = (),
+        dense_single_blocks: tuple[int, ...] = (),
+        mob: dict[str, Any] | None = None,
+        adaln_dim: int | None = None,
+        ff_dims: dict[str, int] | None = None,
+    ):
+        structure = FluxMoEConfig(
+            moe=moe,
+            dense_double_blocks=tuple(dense_double_blocks),
+            dense_single_blocks=tuple(dense_single_blocks),
+            mob=mob,
+            adaln_dim=adaln_dim,
+            num_layers=num_layers,
+            num_single_layers=num_single_layers,
+        )
+        # FLUX's own embedders and output head, without its blocks; the depth is registered again.
+        super().__init__(
+            patch_size=patch_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_layers=0,
+            num_single_layers=0,
+            attention_head_dim=attention_head_dim,
+            num_attention_heads=num_attention_heads,
+            joint_attention_dim=joint_attention_dim,
+            pooled_projection_dim=pooled_projection_dim,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=axes_dims_rope,
+        )
+        self.register_to_config(num_layers=num_layers, num_single_layers=num_single_layers)
+        self.d2m_config = structure
+        dim, widths = self.inner_dim, dict(ff_dims or {})
+        shape = (dim, num_attention_heads, attention_head_dim)
+        self.transformer_blocks = nn.ModuleList(
+            FluxMoETransformerBlock(
+                *shape,
+                moe=None if i in structure.dense_double_blocks else structure.moe,
+                adaln_dim=adaln_dim,
+                ff_dim=widths.pop(f"transformer_blocks.{i}.ff", None),
+                ff_context_dim=widths.pop(f"transformer_blocks.{i}.ff_context", None),
+            )
+            for i in range(num_layers)
+        )
+        self.single_transformer_blocks = nn.ModuleList(
+            FluxMoESingleTransformerBlock(
+                *shape,
+                moe=None if i in structure.dense_single_blocks else structure.moe,
+                adaln_dim=adaln_dim,
+                mlp_dim=widths.pop(f"single_transformer_blocks.{i}", None),
+            )
+            for i in range(num_single_layers)
+        )
+        if widths:
+            raise ValueError(f"ff_dims names FFNs that the model does not have: {sorted(widths)}")
+        if adaln_dim is not None:
+            self.adaln_down = nn.Linear(dim, adaln_dim)
+            narrow_adaln(self.norm_out, adaln_dim)
+        if structure.mob is not None:
+            mob = structure.mob
+            self.mob_routers = nn.ModuleDict(
+                {
+                    f"{kind}_groups": nn.ModuleList(
+                        MixtureOfBlocks(dim, len(group), mob.active, mob.alpha, mob.select)
+                        for group in getattr(mob, f"{kind}_groups")
+                    )
+                    for kind in KINDS
+                }
+            )
+
+    def set_top_k(self, top_k) -> None:
+        """See `d2m_models.set_top_k`."""
+        set_top_k(self, top_k)
+
+    @apply_lora_scale("joint_attention_kwargs")
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor = None,
+        pooled_projections: Tensor = None,
+        timestep: Tensor = None,
+        img_ids: Tensor = None,
+        txt_ids: Tensor = None,
+        guidance: Tensor = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        controlnet_block_samples=None,
+        controlnet_single_block_samples=None,
+        return_dict: bool = True,
+        controlnet_blocks_repeat: bool = False,
+        output_aux: bool = False,
+    ) -> FluxMoEOutput | tuple:
+        """FLUX's forward: hidden_states [B, I, channels] -> sample of that shape.
+
+        Args:
+            hidden_states ... controlnet_blocks_repeat: as `FluxTransformer2DModel.forward`; also
+                `joint_attention_kwargs={"token_mask": [B, X] bool}` keeps padding out of routing.
+            output_aux: also return block features, expert routing and block routing
+                (`FluxMoEAux`), as `.aux` or as the second element of the tuple.
+        """
+        if output_aux and self.is_cache_enabled:
+            raise ValueError("output_aux=True needs every block to run; call disable_cache() first")
+        x = self.x_embedder(hidden_states)
+        temb = self._embed_conditioning(x.dtype, timestep, guidance, pooled_projections)
+        condition = temb
+        if self.d2m_config.adaln_dim is not None:
+            condition = self.adaln_down(F.silu(temb))
+        c = self.context_embedder(encoder_hidden_states)
+        ids = [i[0] if i.ndim == 3 else i for i in (txt_ids, img_ids)]  # 3-D ids: older callers
+        shared = {"image_rotary_emb": self.pos_embed(torch.cat(ids, dim=0))}
+
+        attention_kwargs = dict(joint_attention_kwargs or {})
+        token_mask = attention_kwargs.pop("token_mask", None)
+        if "ip_adapter_image_embeds" in attention_kwargs:
+            embeds = attention_kwargs.pop("ip_adapter_image_embeds")
+            attention_kwargs["ip_hidden_states"] = self.encoder_hid_proj(embeds)
+        per_sample = {"temb": condition, "kwargs": attention_kwargs, "token_mask": token_mask}
+
+        aux = FluxMoEAux() if output_aux else None
+        residuals = partial(_residual, len(self.transformer_blocks), controlnet_blocks_repeat)
+        after = partial(residuals, controlnet_block_samples)
+        x, c = self._run_blocks("double", x, c, temb, per_sample, shared, after, aux)
+        residuals = partial(_residual, len(self.single_transformer_blocks), False)
+        after = partial(residuals, controlnet_single_block_samples)
+        x, c = self._run_blocks("single", x, c, temb, per_sample, shared, after, aux)
+
+        sample = self.proj_out(self.norm_out(x, condition))
+        if not return_dict:
+            return (sample, aux) if output_aux else (sample,)
+        return FluxMoEOutput(sample=sample, aux=aux)
+
+    def _embed_conditioning(self, dtype, timestep, guidance, pooled_projections) -> Tensor:
+        times = [t.to(dtype) * 1000 for t in (timestep, guidance) if t is not None]
+        return self.time_text_embed(*times, pooled_projections)
+
+    def _run_blocks(self, kind, x, c, temb, per_sample, shared, after, aux):
+        """All blocks of one kind in order; a group's first block stands for the whole group."""
+        name = KINDS[kind]
+        blocks = getattr(self, name)
+        mob = self.d2m_config.mob
+        groups = getattr(mob, f"{kind}_groups") if mob is not None else ()
+        starts = {group[0]: g for g, group in enumerate(groups)}
+        batch, index = x.shape[0], 0
+        while index < len(blocks):
+            if index not in starts:
+                x, c = self._run_block(name, index, x, c, per_sample, shared, aux)
+                if aux is not None:
+                    aux.features[f"{name}.{index}"] = (x, c)
+                x = after(index, x)
+                index += 1
+                continue
+            g = starts[index]
+            first, router = index, self.mob_routers[f"{kind}_groups"][g]
+
+            def run(place, x, c, rows, first=first):
+                part = take_rows(per_sample, rows, batch)
+                return self._run_block(name, first + place, x, c, part, shared, aux)
+
+            def after_place(place, x, first=first):
+                return after(first + place, x)
+
+            x, c, routing = router(x, c, temb, run, after_place, self._token_group())
+            if aux is not None:
+                aux.features[f"mob.{kind}.{g}"] = (x, c)
+                aux.mob[f"mob.{kind}.{g}"] = routing
+            index += len(groups[g])
+        return x, c
+
+    def _run_block(self, name, index, x, c, per_sample, shared, aux):
+        block = getattr(self, name)[index]
+        args = (
+            x,
+            c,
+            per_sample["temb"],
+            shared["image_rotary_emb"],
+            per_sample["kwargs"],
+        )
+        extra = {"token_mask": per_sample["token_mask"], "return_routing": aux is not None}
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            saved: dict[str, Any] = {}
+            out = self._gradient_checkpointing_func(
+                block, *args, extra["token_mask"], saved, extra["return_routing"]
+            )
+        else:
+            # Hooks of caches look arguments up by name; defaults are left out for them.
+            extra = {key: value for key, value in extra.items() if value not in (None, False)}
+            out = block(
+                hidden_states=args[0],
+                encoder_hidden_states=args[1],
+                temb=args[2],
+                image_rotary_emb=args[3],
+                joint_attention_kwargs=args[4],
+                **extra,
+            )
+        if aux is not None:
+            for key, routing in out[2].items():
+                aux.routing[f"{name}.{index}.{key}".rstrip(".")] = routing
+        return out[1], out[0]
+
+    def _token_group(self):
+        """The process group over which tokens are split, or None."""
+        config = getattr(self._parallel_config, "context_parallel_config", None)
+        return None if config is None else config._flattened_mesh.get_group()
+
+    def enable_cache(self, config) -> None:
+        """As diffusers'; under MoB only caches that act on the model's ends are allowed."""
+        if self.d2m_config.mob is not None and type(config).__name__ != "FirstBlockCacheConfig":
+            raise ValueError(
+                f"{type(config).__name__} counts the calls of every block, which differ between the "
+                f"blocks of a MoB group; use FirstBlockCacheConfig, or a model without MoB"
+            )
+        super().enable_cache(config)
+
+    @classmethod
+    def from_single_file(cls, *args, **kwargs):
+        raise ValueError(
+            "single-file checkpoints hold the dense model: load them with "
+            "diffusers.FluxTransformer2DModel.from_single_file and pass the result to convert_flux"
+        )
+
+
+def _residual(count: int, repeat: bool, samples, index: int, x: Tensor) -> Tensor:
+    """Adds the ControlNet residual that belongs to block `index` of the dense model's `count`."""
+    if samples is None:
+        return x
+    if repeat:
+        return x + samples[index % len(samples)]
+    return x + samples[index // -(-count // len(samples))]

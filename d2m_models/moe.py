@@ -1,0 +1,186 @@
+"""The MoE layer: a dense FFN whose neurons lie in another order, plus a router.
+
+Shapes: T tokens, D width, F = F_s + E * F_e neurons, E experts, K top-k.
+
+    w1 [F, D] rows, w2 [D, F] columns: [ shared | expert 0 | ... | expert E-1 ]
+
+The Linears stay the dense model's own, under the dense model's names; an expert is a view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2m_kernels import Routing, moe_ffn, route
+from d2m_models.config import MoEConfig, check_top_k
+from d2m_models.weights import effective_weight
+
+ROUTER_STD = 0.02  # never zero: ties would send every token to experts 0..K-1
+
+
+class ExpertLayer(nn.Module):
+    """What every routed layer has: router, sizes, the order of its neurons, and how to run.
+
+    Attributes:
+        router: Linear [E, D] without bias, W_g of eq. 3; kept in fp32.
+        neuron_order: int32 [F] buffer, new position -> neuron of the dense FFN.
+        shared: F_s. num_experts: E. expert: F_e.
+        top_k: experts per token, 0..E, or "dense"; change it with `set_top_k`.
+        freeze_shared: no gradient for the shared neurons (second distillation stage).
+        backend: None for the best `d2m_kernels` back-end, or its name.
+    """
+
+    num_experts = 0  # until add_experts: a FLUX block that stays dense has none
+
+    def add_experts(self, dim: int, hidden: int, config: MoEConfig, activation: str) -> None:
+        self.shared, self.expert = config.sizes(dim, hidden)
+        self.num_experts = config.num_experts
+        self.top_k = config.top_k
+        self.routed_scale = config.routed_scale
+        self.activation = activation
+        self.freeze_shared = False
+        self.backend: str | None = None
+        self.router = nn.Linear(dim, config.num_experts, bias=False)
+        nn.init.normal_(self.router.weight, std=ROUTER_STD)
+        self.register_buffer("neuron_order", torch.arange(hidden, dtype=torch.int32))
+
+    def run_experts(
+        self,
+        x: Tensor,
+        up: nn.Module,
+        down: nn.Module,
+        first_column: int = 0,
+        routing: Routing | None = None,
+        token_mask: Tensor | None = None,
+        also: Any = None,
+    ) -> tuple[Tensor, Routing]:
+        """shared(x) + routed_scale * sum_k weight * expert(x) + b2 (eqs. 2-3).
+
+        Args:
+            x: [..., D]. up: Linear w1 [F, D]. down: Linear whose weight holds w2 [D, F] in the
+                columns from `first_column` on.
+            routing: ids of an earlier call; weights are computed afresh.
+            token_mask: [...] bool; False tokens get the shared neurons only.
+            also: called with down's weight, its result is added: the rest of a fused Linear.
+        """
+
+        def run(w1_FD, b1_F, w2_DX, b2_D, router_ED):
+            y, new_routing = moe_ffn(
+                x,
+                router_ED,
+                w1_FD,
+                w2_DX[:, first_column:] if first_column else w2_DX,
+                b1_F,
+                b2_D,
+                top_k=self.top_k,
+                shared=self.shared,
+                activation=self.activation,
+                routed_scale=self.routed_scale,
+                token_mask=token_mask,
+                routing=routing,
+                freeze_shared=self.freeze_shared,
+                backend=self.backend,
+                return_routing=True,
+            )
+            return (y if also is None else y + also(w2_DX)), new_routing
+
+        # Nested, so that all three weights are in place (onloaded, cast) while they are used.
+        return effective_weight(
+            self.router,
+            lambda router_ED, _: effective_weight(
+                up,
+                lambda w1_FD, b1_F: effective_weight(
+                    down, lambda w2_DX, b2_D: run(w1_FD, b1_F, w2_DX, b2_D, router_ED)
+                ),
+            ),
+        )
+
+    def choose(self, x: Tensor, token_mask: Tensor | None = None) -> Routing:
+        """Only the routing of x, without gradient: ids to keep for a recomputation."""
+        with torch.no_grad():
+            return effective_weight(
+                self.router,
+                lambda router_ED, _: route(
+                    x, router_ED, top_k=self.top_k, token_mask=token_mask, backend=self.backend
+                ),
+            )
+
+    def extra_repr(self) -> str:
+        return (
+            f"shared={self.shared}, experts={self.num_experts}x{self.expert}, top_k={self.top_k}"
+        )
+
+
+class MoEFeedForward(ExpertLayer):
+    """An FFN module turned into an MoE layer in place of itself, children and names unchanged.
+
+    Args:
+        ffn: the dense module; its children are adopted (their neurons already in order).
+        up, down: paths of its two Linears, e.g. "net.0.proj" and "net.2".
+        activation: name as in `moe_ffn`.
+        config: the experts.
+        gate_first: for gated activations, w1 is [gate; up] rather than [up; gate].
+    """
+
+    def __init__(
+        self,
+        ffn: nn.Module,
+        config: MoEConfig,
+        activation: str = "gelu_tanh",
+        up: str = "net.0.proj",
+        down: str = "net.2",
+    ):
+        super().__init__()
+        for name, child in ffn.named_children():
+            self.add_module(name, child)
+        self._paths = (up, down)
+        dim, hidden = ffn.get_submodule(up).in_features, ffn.get_submodule(down).in_features
+        self.add_experts(dim, hidden, config, activation)
+
+    def linears(self) -> tuple[nn.Module, nn.Module]:
+        """The up and the down Linear (looked up, since peft replaces them by wrappers)."""
+        up, down = self._paths
+        return self.get_submodule(up), self.get_submodule(down)
+
+    def forward(
+        self,
+        x: Tensor,
+        routing: Routing | None = None,
+        token_mask: Tensor | None = None,
+        return_routing: bool = False,
+    ) -> Tensor | tuple[Tensor, Routing]:
+        y, routing = self.run_experts(x, *self.linears(), routing=routing, token_mask=token_mask)
+        return (y, routing) if return_routing else y
+
+
+def moe_layers(model: nn.Module) -> dict[str, ExpertLayer]:
+    """Every MoE layer of a converted model by name."""
+    return {name: m for name, m in model.named_modules() if getattr(m, "num_experts", 0) and isinstance(m, ExpertLayer)}
+
+
+def set_top_k(model: nn.Module, top_k: int | str | Mapping[str, int | str]) -> None:
+    """Sets how many experts a token uses; nothing changes if any part of the request is wrong.
+
+    Args:
+        model: any converted model.
+        top_k: 0..E, "dense", or {name: value}, where a name is an MoE layer
+            ("transformer_blocks.3.ff") or a module that contains some ("transformer_blocks.3").
+    """
+    layers = moe_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no MoE layers; convert it first")
+    wanted = top_k if isinstance(top_k, Mapping) else {"": top_k}
+    plan: dict[str, int | str] = {}
+    for prefix, value in wanted.items():
+        names = [n for n in layers if prefix in ("", n) or n.startswith(f"{prefix}.")]
+        if not names:
+            raise ValueError(f"top_k names {prefix!r}, which holds no MoE layer; layers: {list(layers)}")
+        for name in names:
+            at = f"top_k for {name}" if prefix else "top_k"
+            plan[name] = check_top_k(value, layers[name].num_experts, at)
+    for name, value in plan.items():
+        layers[name].top_k = value

@@ -1,0 +1,89 @@
+"""What a forward returns beside the sample, and how to record the same of a dense teacher.
+
+Shapes: B samples, I image tokens, X text tokens, D width, m blocks of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from d2m_kernels import Routing
+from d2m_models.config import FluxMoEConfig
+from d2m_models.mob import MoBRouting
+
+Features = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass
+class FluxMoEAux:
+    """What distillation needs of a forward; tensors carry gradient.
+
+    Attributes:
+        features: block name ("transformer_blocks.3", "single_transformer_blocks.7"), or group name
+            ("mob.double.0") in place of the group's blocks, -> (image [B, I, D], text [B, X, D]).
+        routing: MoE layer name ("transformer_blocks.3.ff", "single_transformer_blocks.7") -> Routing
+            over that layer's tokens, samples in order (inside a group: the samples that ran it).
+        mob: group name -> MoBRouting.
+    """
+
+    features: Features = field(default_factory=dict)
+    routing: dict[str, Routing] = field(default_factory=dict)
+    mob: dict[str, MoBRouting] = field(default_factory=dict)
+
+
+@dataclass
+class FluxMoEOutput(Transformer2DModelOutput):
+    """`sample`, and `aux` when the forward was called with `output_aux=True`."""
+
+    aux: FluxMoEAux | None = None
+
+
+def group_names(config: FluxMoEConfig) -> dict[str, tuple[str, ...]]:
+    """Group name ("mob.double.0") -> names of its blocks."""
+    if config.mob is None:
+        return {}
+    kinds = (
+        ("double", "transformer_blocks", config.mob.double_groups),
+        ("single", "single_transformer_blocks", config.mob.single_groups),
+    )
+    return {
+        f"mob.{kind}.{g}": tuple(f"{prefix}.{i}" for i in group)
+        for kind, prefix, groups in kinds
+        for g, group in enumerate(groups)
+    }
+
+
+@contextmanager
+def block_features(model: nn.Module, config: FluxMoEConfig | None = None) -> Iterator[Features]:
+    """Records the block outputs of a (dense) FLUX model under the names `FluxMoEAux.features` uses.
+
+        with block_features(teacher, student.d2m_config) as features:
+            teacher(...)
+
+    Each forward overwrites the entries. With the student's `config`, the group entries hold the
+    output of the group's last block, the teacher feature of the paper's third stage.
+    """
+    aliases = {} if config is None else {n[-1]: g for g, n in group_names(config).items()}
+    features: Features = {}
+    handles = []
+    for prefix in ("transformer_blocks", "single_transformer_blocks"):
+        for i, block in enumerate(getattr(model, prefix)):
+            name = f"{prefix}.{i}"
+
+            def record(_module, _args, output, name=name):
+                text, image = output[0], output[1]
+                features[name] = (image, text)
+                if name in aliases:
+                    features[aliases[name]] = (image, text)
+
+            handles.append(block.register_forward_hook(record))
+    try:
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()
