@@ -116,8 +116,9 @@ def _no_slots(x_TD, router):
     """Weights [T, 0] tied to the router, so that its gradient is zero and not None; no slots."""
     weights = x_TD.new_empty(x_TD.shape[0], 0, dtype=torch.float32) + router.reshape(-1)[:0].float()
     offsets = torch.zeros(router.shape[0] + 1, dtype=torch.int32, device=x_TD.device)
-    slots = torch.empty(0, dtype=torch.int32, device=x_TD.device)
-    return weights, offsets, slots, slots
+    # Two tensors: Dynamo refuses an autograd.Function that is given the same one twice.
+    order, inverse = (torch.empty(0, dtype=torch.int32, device=x_TD.device) for _ in range(2))
+    return weights, offsets, order, inverse
 
 
 class FFNFunction(torch.autograd.Function):

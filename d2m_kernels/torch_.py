@@ -35,8 +35,8 @@ def layout_reason(*operands: torch.Tensor) -> str | None:
     """Why grouped_mm cannot take these operands, or None: each needs 16-byte aligned rows."""
     for t in operands:
         unit = 16 // t.element_size()
-        outer = [s for s, n in zip(t.stride(), t.shape, strict=True) if s != 1 and n > 1]
-        if t.data_ptr() % 16 or any(s % unit for s in outer):
+        inner, outer = sorted(t.stride()[-2:])
+        if t.data_ptr() % 16 or inner != 1 or outer % unit:
             return f"strides {t.stride()} of {t.dtype} are no multiple of 16 bytes"
     return None
 

@@ -1,0 +1,61 @@
+"""The back-end "cuda": CUDA C++ for route, permute and combine; the products by Triton where it is
+installed, else by torch's grouped_mm.
+
+Shapes: T tokens, D model, E experts, K top-k, N = T*K slots. The kernels come from the extension
+built at install or, without one, are compiled from the same sources by NVRTC through CuPy.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from d2m_kernels import _ext, backends, torch_
+
+NAME = "cuda"
+
+
+def unavailable() -> str | None:
+    return _ext.cuda_available()
+
+
+def unsupported(device_type: str, dtype: torch.dtype) -> str | None:
+    if device_type != "cuda":
+        return "it serves CUDA tensors only"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return "it serves bf16, fp16 and fp32"
+    if _products() is torch_:
+        return torch_.unavailable() or torch_.unsupported(device_type, dtype)
+    return None
+
+
+def _products():
+    return backends.module("triton") if backends.unavailable("triton") is None else torch_
+
+
+def route(x_TD, router_ED, top_k, mask_T=None):
+    probs_TE, weights_TK, ids_TK = _ext.cuda_route(x_TD, router_ED, top_k, mask_T)
+    return probs_TE, weights_TK, ids_TK, *permute(ids_TK, router_ED.shape[0])
+
+
+def permute(ids_TK, num_experts: int):
+    return _ext.cuda_permute(ids_TK, num_experts)
+
+
+def combine(y_ND, inverse_TK, weights_TK, offsets, base_TD=None, bias_D=None, scale=1.0):
+    return _ext.cuda_combine(y_ND, inverse_TK, weights_TK, offsets, base_TD, bias_D, scale)
+
+
+def grouped_gemm(*args):
+    return _products().grouped_gemm(*args)
+
+
+def grouped_gemm_bwd(*args):
+    return _products().grouped_gemm_bwd(*args)
+
+
+def ffn_fwd(*args):
+    return _products().ffn_fwd(*args)
+
+
+def ffn_bwd(*args):
+    return _products().ffn_bwd(*args)
