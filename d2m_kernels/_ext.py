@@ -1,0 +1,146 @@
+"""The only file that touches pointers and streams: tensors to `_d2m_cpu` / `_d2m_cuda` and back.
+
+Shapes: T tokens, D model, E experts, K top-k, N = T*K slots; slot s = t*K + j is choice j of token
+t.
+
+Nothing here validates: the public wrappers have done so. Matrices are 2-D with a unit inner stride
+and any row stride; outputs are allocated here and are contiguous. The extension modules know
+neither torch nor its allocator, so one build serves every torch version.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+import torch
+
+ABI = 1  # D2M_ABI in csrc/abi.h
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # D2mDtype in csrc/abi.h
+
+
+@functools.cache
+def _load(name: str):
+    """(module, None) or (None, why not)."""
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            return None, f"the extension module {name} is not installed (pip install .)"
+        return None, f"the extension module {name} does not load: {error}"
+    found = getattr(module, "ABI", None)
+    if found != ABI:
+        where = getattr(module, "__file__", name)
+        return None, (
+            f"{where} was built from other sources (its ABI is {found}, expected {ABI}): "
+            "run pip install . again"
+        )
+    return module, None
+
+
+def _need(name: str):
+    module, reason = _load(name)
+    if module is None:
+        raise RuntimeError(reason)
+    return module
+
+
+def cpu_available() -> str | None:
+    """None if the C++ extension can be used, else the reason why not."""
+    return _load("_d2m_cpu")[1]
+
+
+def cuda_available() -> str | None:
+    """None if the CUDA extension can be used on this machine, else the reason why not."""
+    reason = _load("_d2m_cuda")[1]
+    if reason is None and not torch.cuda.is_available():
+        reason = "_d2m_cuda is installed, but torch sees no CUDA device"
+    return reason
+
+
+def _matrix(x: torch.Tensor | None) -> tuple[int, int, int]:
+    """(address, dtype code, row stride in elements) of a matrix or vector; zeros for None."""
+    if x is None:
+        return 0, 0, 0
+    return x.data_ptr(), _DTYPES[x.dtype], x.stride(0) if x.dim() > 1 else 0
+
+
+def _flat(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """x contiguous and in `dtype`: itself when it is so already, as it is on every hot path."""
+    return None if x is None else x.to(dtype).contiguous()
+
+
+def _address(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _slots_per_token(inverse: torch.Tensor, weights_TK: torch.Tensor | None) -> tuple[int, int]:
+    """(T, K); `inverse` may be flat where the weights give the shape, else it is [T, K]."""
+    T, K = inverse.shape if weights_TK is None else weights_TK.shape
+    return T, K
+
+
+# ------------------------------------------------------------------------------------------ CPU
+
+
+def cpu_route(x_TD, router_ED, top_k: int, mask_T=None):
+    """Gate of eqs. 2-3 -> probs [T, E] fp32, weights [T, K] fp32, ids [T, K] int32."""
+    m = _need("_d2m_cpu")
+    (T, D), E = x_TD.shape, router_ED.shape[0]
+    probs_TE = x_TD.new_empty(T, E, dtype=torch.float32)
+    weights_TK = x_TD.new_empty(T, top_k, dtype=torch.float32)
+    ids_TK = x_TD.new_empty(T, top_k, dtype=torch.int32)
+    mask_T = _flat(mask_T, torch.bool)
+    m.route(
+        *_matrix(x_TD), *_matrix(router_ED), _address(mask_T), T, D, E, top_k,
+        probs_TE.data_ptr(), weights_TK.data_ptr(), ids_TK.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return probs_TE, weights_TK, ids_TK
+
+
+def cpu_permute(ids_TK, num_experts: int):
+    """Stable counting sort by expert -> offsets [E + 1], order [N], inverse [N], all int32."""
+    m = _need("_d2m_cpu")
+    ids_N = _flat(ids_TK, torch.int32)
+    offsets = ids_N.new_empty(num_experts + 1)
+    order_N, inverse_N = ids_N.new_empty(ids_N.numel()), ids_N.new_empty(ids_N.numel())
+    m.permute(
+        ids_N.data_ptr(), ids_N.numel(), num_experts,
+        offsets.data_ptr(), order_N.data_ptr(), inverse_N.data_ptr(),
+    )  # fmt: skip
+    return offsets, order_N, inverse_N
+
+
+def cpu_combine(
+    y_ND, inverse_N, weights_TK, offsets, base_TD=None, bias_D=None, scale: float = 1.0
+):
+    """out[t] = base[t] + bias + scale * sum_j weights[t, j] * y[inverse[t*K + j]].
+
+    [T, D] in y's dtype. Sums are fp32; slots with inverse >= offsets[E] are skipped; weights
+    None means ones (then `inverse_N` has to be [T, K]).
+    """
+    m = _need("_d2m_cpu")
+    (T, K), D = _slots_per_token(inverse_N, weights_TK), y_ND.shape[1]
+    out_TD = y_ND.new_empty(T, D)
+    inverse_N, offsets = _flat(inverse_N, torch.int32), _flat(offsets, torch.int32)
+    weights_TK = _flat(weights_TK, torch.float32)
+    bias_D = None if bias_D is None else bias_D.contiguous()
+    m.combine(
+        *_matrix(y_ND), inverse_N.data_ptr(), _address(weights_TK), offsets.data_ptr(),
+        offsets.numel() - 1, *_matrix(base_TD), *_matrix(bias_D)[:2], scale,
+        out_TD.data_ptr(), T, D, K, torch.get_num_threads(),
+    )  # fmt: skip
+    return out_TD
+
+
+def cpu_gather_rows(x, idx, divisor: int = 1):
+    """x[idx // divisor] for int32 `idx`: the tokens of a run of slots, in one threaded copy."""
+    m = _need("_d2m_cpu")
+    idx = _flat(idx, torch.int32)
+    out = x.new_empty(idx.numel(), x.shape[1])
+    size = x.element_size()
+    m.gather_rows(
+        x.data_ptr(), x.stride(0) * size, idx.data_ptr(), idx.numel(), divisor,
+        x.shape[1] * size, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
