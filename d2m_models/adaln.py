@@ -38,7 +38,9 @@ class AdaLNBasis:
             found = tuple(temb_nD.shape) if isinstance(temb_nD, Tensor) else type(temb_nD).__name__
             raise ValueError(f"adaln_calibration must be temb samples [n >= 2, D], got {found}")
         if not 1 <= dim <= temb_nD.shape[1]:
-            raise ValueError(f"adaln_dim must be in 1..{temb_nD.shape[1]} (the model width), got {dim}")
+            raise ValueError(
+                f"adaln_dim must be in 1..{temb_nD.shape[1]} (the model width), got {dim}"
+            )
         s_nD = F.silu(temb_nD.detach().to("cpu", torch.float64))
         if not torch.isfinite(s_nD).all():
             raise ValueError("adaln_calibration has values that are NaN or infinite")

@@ -2,7 +2,7 @@
 
 Ratios are relative to the model width D, as in the paper (section 3.1): a FLUX FFN has expansion
 ratio r = 4 = shared_ratio + num_experts * expert_ratio. Everything here is plain data that is
-checked on construction and survives a round trip through JSON; it needs neither torch nor diffusers.
+checked on construction and survives a round trip through JSON, without torch or diffusers.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class MoEConfig:
         return self.shared_ratio + self.top_k * self.expert_ratio
 
     def sizes(self, dim: int, hidden: int) -> tuple[int, int]:
-        """(F_s, F_e) neurons for a dense FFN of `hidden` neurons on width `dim`; exact or an error."""
+        """(F_s, F_e) for a dense FFN of `hidden` neurons on width `dim`; exact or an error."""
         shared, expert = self.shared_ratio * dim, self.expert_ratio * dim
         for name, value in (("shared_ratio", shared), ("expert_ratio", expert)):
             if abs(value - round(value)) > 1e-6:
@@ -174,7 +174,9 @@ class MoBConfig:
                     f"{kind}[{g}] = {group}"
                 )
             if seen & set(group):
-                raise ValueError(f"MoBConfig.{kind}: blocks {sorted(seen & set(group))} are in two groups")
+                raise ValueError(
+                    f"MoBConfig.{kind}: blocks {sorted(seen & set(group))} are in two groups"
+                )
             seen |= set(group)
 
     def to_dict(self) -> dict[str, Any]:
@@ -214,7 +216,9 @@ class FluxMoEConfig:
             if isinstance(value, Mapping):
                 object.__setattr__(self, name, cls.from_dict(value))
             elif value is not None and not isinstance(value, cls):
-                raise TypeError(f"FluxMoEConfig.{name} must be a {cls.__name__} or None, got {value!r}")
+                raise TypeError(
+                    f"FluxMoEConfig.{name} must be a {cls.__name__} or None, got {value!r}"
+                )
         _check_int("FluxMoEConfig", "num_layers", self.num_layers, 0)
         _check_int("FluxMoEConfig", "num_single_layers", self.num_single_layers, 0)
         if self.adaln_dim is not None:
@@ -225,7 +229,9 @@ class FluxMoEConfig:
         ):
             blocks = tuple(sorted(set(_check_ints("FluxMoEConfig", name, getattr(self, name)))))
             if blocks and blocks[-1] >= count and self.moe is not None:
-                raise ValueError(f"FluxMoEConfig.{name}={blocks} does not fit a model of {count} such blocks")
+                raise ValueError(
+                    f"FluxMoEConfig.{name}={blocks} does not fit a model of {count} such blocks"
+                )
             object.__setattr__(self, name, blocks)
         if self.mob is not None:
             for kind, count in (
@@ -234,7 +240,9 @@ class FluxMoEConfig:
             ):
                 last = max((g[-1] for g in getattr(self.mob, kind)), default=-1)
                 if last >= count:
-                    raise ValueError(f"MoBConfig.{kind} names block {last}, but the model has {count} such blocks")
+                    raise ValueError(
+                        f"MoBConfig.{kind} names block {last}, but the model has {count} such blocks"
+                    )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers: what `json.dumps` and a diffusers config take."""
@@ -284,7 +292,9 @@ PRESETS: dict[str, FluxMoEConfig] = {
     ),
     # Dense comparators: FLUX.1-Lite and FLUX-Mini are FLUX with fewer blocks.
     "flux-lite": FluxMoEConfig(moe=None, dense_double_blocks=(), num_layers=8),
-    "flux-mini": FluxMoEConfig(moe=None, dense_double_blocks=(), num_layers=5, num_single_layers=10),
+    "flux-mini": FluxMoEConfig(
+        moe=None, dense_double_blocks=(), num_layers=5, num_single_layers=10
+    ),
 }
 
 
@@ -313,8 +323,8 @@ def resolve_config(
         )
     if (config.num_layers, config.num_single_layers) != (num_layers, num_single_layers):
         raise ValueError(
-            f"config is for {config.num_layers} double and {config.num_single_layers} single blocks, "
-            f"the dense model has {num_layers} and {num_single_layers}; set num_layers and "
+            f"config is for {config.num_layers} double and {config.num_single_layers} single "
+            f"blocks, the dense model has {num_layers} and {num_single_layers}; set num_layers and "
             f"num_single_layers, or use prune_depth to remove blocks"
         )
     return config

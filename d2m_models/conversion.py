@@ -100,7 +100,9 @@ def convert_flux(
     state = {}
     for key, value in dense.state_dict().items():
         if "lora_" in key or ".base_layer." in key:
-            raise ValueError(f"dense carries adapter weights ({key}); fuse or unload its LoRAs first")
+            raise ValueError(
+                f"dense carries adapter weights ({key}); fuse or unload its LoRAs first"
+            )
         state[key] = value.detach().clone()
     with torch.device("meta"):
         model = FluxMoETransformer2DModel(**model_arguments(dense, structure))
@@ -131,7 +133,10 @@ def convert_flux(
 
 
 def model_arguments(dense: FluxTransformer2DModel, structure: FluxMoEConfig | None = None) -> dict:
-    """Constructor arguments of a `FluxMoETransformer2DModel` shaped like `dense`."""
+    """Constructor arguments of a `FluxMoETransformer2DModel` shaped like `dense`.
+
+    Without `structure` the result is structured like `dense` itself.
+    """
     names = (
         "patch_size",
         "in_channels",
@@ -146,6 +151,7 @@ def model_arguments(dense: FluxTransformer2DModel, structure: FluxMoEConfig | No
     arguments = {name: dense.config[name] for name in names}
     if dense.config.get("ff_dims"):
         arguments["ff_dims"] = dict(dense.config["ff_dims"])
+    structure = structure or getattr(dense, "d2m_config", None)
     if structure is None:
         structure = FluxMoEConfig(
             moe=None,
@@ -197,8 +203,8 @@ def to_dense(
     """The dense FLUX again, neurons in their old order; routers and MoB groups are dropped.
 
     Args:
-        adaln: the dense model's AdaLN tensors by name ("norm_out.linear.weight", ...), which a model
-            with compressed AdaLN needs; `adaln_state` takes them from a dense model.
+        adaln: the dense model's AdaLN tensors by name ("norm_out.linear.weight", ...), which a
+            model with compressed AdaLN needs; `adaln_state` takes them from a dense model.
     """
     if not isinstance(model, FluxMoETransformer2DModel):
         raise TypeError(f"model must be a FluxMoETransformer2DModel, got {type(model).__name__}")

@@ -282,8 +282,8 @@ class FluxMoETransformer2DModel(FluxTransformer2DModel):
         """As diffusers'; under MoB only caches that act on the model's ends are allowed."""
         if self.d2m_config.mob is not None and type(config).__name__ != "FirstBlockCacheConfig":
             raise ValueError(
-                f"{type(config).__name__} counts the calls of every block, which differ between the "
-                f"blocks of a MoB group; use FirstBlockCacheConfig, or a model without MoB"
+                f"{type(config).__name__} counts the calls of every block, which differ between "
+                f"the blocks of a MoB group; use FirstBlockCacheConfig, or a model without MoB"
             )
         super().enable_cache(config)
 

@@ -36,12 +36,21 @@ class ExpertLayer(nn.Module):
 
     num_experts = 0  # until add_experts: a FLUX block that stays dense has none
 
-    def add_experts(self, dim: int, hidden: int, config: MoEConfig, activation: str) -> None:
+    def add_experts(
+        self,
+        dim: int,
+        hidden: int,
+        config: MoEConfig,
+        activation: str,
+        gate_first: bool = False,
+    ) -> None:
+        """Adds router, neuron order and settings for an FFN of `hidden` neurons."""
         self.shared, self.expert = config.sizes(dim, hidden)
         self.num_experts = config.num_experts
         self.top_k = config.top_k
         self.routed_scale = config.routed_scale
         self.activation = activation
+        self.gate_first = gate_first
         self.freeze_shared = False
         self.backend: str | None = None
         self.router = nn.Linear(dim, config.num_experts, bias=False)
@@ -79,6 +88,7 @@ class ExpertLayer(nn.Module):
                 top_k=self.top_k,
                 shared=self.shared,
                 activation=self.activation,
+                gate_first=self.gate_first,
                 routed_scale=self.routed_scale,
                 token_mask=token_mask,
                 routing=routing,
@@ -110,9 +120,7 @@ class ExpertLayer(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        return (
-            f"shared={self.shared}, experts={self.num_experts}x{self.expert}, top_k={self.top_k}"
-        )
+        return f"shared={self.shared}, experts={self.num_experts}x{self.expert}, top_k={self.top_k}"
 
 
 class MoEFeedForward(ExpertLayer):
@@ -133,13 +141,14 @@ class MoEFeedForward(ExpertLayer):
         activation: str = "gelu_tanh",
         up: str = "net.0.proj",
         down: str = "net.2",
+        gate_first: bool = False,
     ):
         super().__init__()
         for name, child in ffn.named_children():
             self.add_module(name, child)
         self._paths = (up, down)
         dim, hidden = ffn.get_submodule(up).in_features, ffn.get_submodule(down).in_features
-        self.add_experts(dim, hidden, config, activation)
+        self.add_experts(dim, hidden, config, activation, gate_first)
 
     def linears(self) -> tuple[nn.Module, nn.Module]:
         """The up and the down Linear (looked up, since peft replaces them by wrappers)."""
@@ -159,7 +168,11 @@ class MoEFeedForward(ExpertLayer):
 
 def moe_layers(model: nn.Module) -> dict[str, ExpertLayer]:
     """Every MoE layer of a converted model by name."""
-    return {name: m for name, m in model.named_modules() if getattr(m, "num_experts", 0) and isinstance(m, ExpertLayer)}
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if getattr(m, "num_experts", 0) and isinstance(m, ExpertLayer)
+    }
 
 
 def set_top_k(model: nn.Module, top_k: int | str | Mapping[str, int | str]) -> None:
@@ -178,7 +191,9 @@ def set_top_k(model: nn.Module, top_k: int | str | Mapping[str, int | str]) -> N
     for prefix, value in wanted.items():
         names = [n for n in layers if prefix in ("", n) or n.startswith(f"{prefix}.")]
         if not names:
-            raise ValueError(f"top_k names {prefix!r}, which holds no MoE layer; layers: {list(layers)}")
+            raise ValueError(
+                f"top_k names {prefix!r}, which holds no MoE layer; layers: {list(layers)}"
+            )
         for name in names:
             at = f"top_k for {name}" if prefix else "top_k"
             plan[name] = check_top_k(value, layers[name].num_experts, at)

@@ -29,7 +29,9 @@ def _check_split(hidden: int, shared: int, num_experts: int) -> int:
 
 def _check_scores(importance_F: Tensor) -> Tensor:
     if not isinstance(importance_F, Tensor) or importance_F.ndim != 1:
-        found = tuple(importance_F.shape) if isinstance(importance_F, Tensor) else type(importance_F)
+        found = (
+            tuple(importance_F.shape) if isinstance(importance_F, Tensor) else type(importance_F)
+        )
         raise ValueError(f"importance must be a tensor [F] with one score a neuron, got {found}")
     scores_F = importance_F.detach().double().cpu()
     if not torch.isfinite(scores_F).all():
@@ -93,7 +95,9 @@ def coactivation_neuron_order(
     profile_Rn = torch.nn.functional.normalize(profile_Rn, dim=1)
     expert_R = torch.arange(num_experts).repeat_interleave(size)
     for _ in range(iterations):
-        centre_En = torch.zeros(num_experts, profile_Rn.shape[1]).index_add_(0, expert_R, profile_Rn)
+        centre_En = torch.zeros(num_experts, profile_Rn.shape[1]).index_add_(
+            0, expert_R, profile_Rn
+        )
         similarity_RE = profile_Rn @ torch.nn.functional.normalize(centre_En, dim=1).t()
         updated_R = _balanced_assignment(similarity_RE, size)
         if torch.equal(updated_R, expert_R):
@@ -145,7 +149,9 @@ def inverse_order(order_F: Tensor) -> Tensor:
     return torch.empty_like(order_F).scatter_(0, order_F, torch.arange(order_F.numel()))
 
 
-def permute_neurons(weight: Tensor, order_F: Tensor, dim: int, first: int = 0, stacks: int = 1) -> Tensor:
+def permute_neurons(
+    weight: Tensor, order_F: Tensor, dim: int, first: int = 0, stacks: int = 1
+) -> Tensor:
     """A copy of `weight` whose neurons along `dim` lie in the given order.
 
     Args:
@@ -158,7 +164,7 @@ def permute_neurons(weight: Tensor, order_F: Tensor, dim: int, first: int = 0, s
     hidden = order_F.numel()
     if weight.shape[dim] != first + stacks * hidden:
         raise ValueError(
-            f"weight of shape {tuple(weight.shape)} has {weight.shape[dim]} entries along dim {dim}, "
+            f"weight {tuple(weight.shape)} has {weight.shape[dim]} entries along dim {dim}, "
             f"expected {first} + {stacks} x {hidden}"
         )
     order_F = order_F.to(weight.device, torch.int64)

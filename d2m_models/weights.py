@@ -93,8 +93,8 @@ def _read(linear: nn.Module, use: Callable) -> Any:
 
 def _unreadable(linear: nn.Module, why: str) -> str:
     return (
-        f"the MoE path cannot read the weight of a {type(linear).__module__}.{type(linear).__name__}: "
-        f"{why}. Dequantize the model, or leave FFN Linears out of the quantization "
+        f"the MoE path cannot read the weight of a {type(linear).__name__} "
+        f"({type(linear).__module__}): {why}. Dequantize the model, or leave FFN Linears out of the quantization "
         f"(modules_to_not_convert / modules_to_not_quantize)"
     )
 
@@ -123,7 +123,9 @@ def _read_lora(layer: nn.Module, use: Callable) -> Any:
         return effective_weight(layer.base_layer, use)
     kind = type(layer).__name__
     if not hasattr(layer, "lora_A"):
-        raise RuntimeError(f"the MoE path cannot apply a {kind} adapter; merge it first (fuse_lora)")
+        raise RuntimeError(
+            f"the MoE path cannot apply a {kind} adapter; merge it first (fuse_lora)"
+        )
     active = [a for a in layer.active_adapters if a in layer.lora_A]
     deltas = []
     for adapter in active:
