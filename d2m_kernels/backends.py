@@ -45,7 +45,6 @@ def why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     return unavailable(name) or module(name).unsupported(device_type, dtype)
 
 
-@torch.compiler.assume_constant_result
 def resolve(requested: str | None, device_type: str, dtype: torch.dtype) -> str:
     """The back-end to use: the requested one or an error; without a request, the best available.
 
@@ -64,6 +63,11 @@ def resolve(requested: str | None, device_type: str, dtype: torch.dtype) -> str:
             "pass backend=None for the best one available (python -m d2m_kernels lists them)"
         )
     return requested
+
+
+# What torch.compiler.assume_constant_result sets: the decorator itself would import torch._dynamo,
+# and Triton with it, on `import d2m_kernels`.
+resolve._dynamo_marked_constant = True
 
 
 @functools.cache

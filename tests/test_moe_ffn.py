@@ -281,6 +281,7 @@ def test_saved_for_backward_is_x_pre_activations_and_routing():
 @pytest.mark.parametrize("k", [0, 2, "dense"])
 def test_compiles_without_a_graph_break(backend, k):
     case = Case(T=17, k=k)
+    torch._dynamo.reset()  # each case is a new program, not a recompilation of the last one
     compiled = torch.compile(call(case, backend), fullgraph=True, backend="aot_eager")
     eager, ours = run(call(case, backend), case.build()), run(compiled, case.build())
     for name in eager:
