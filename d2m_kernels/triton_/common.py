@@ -40,7 +40,7 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def pointwise_name(activation: str | None) -> str:
-    """The constexpr ACT of the kernels: what goes through a nonlinearity, of a gated one its gate."""
+    """The constexpr ACT of the kernels: what goes through a nonlinearity (gated: the gate)."""
     return GATED.get(activation, activation) or "none"
 
 
@@ -116,7 +116,7 @@ def _grouped(local, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def _expert_spans(offsets_ptr, E, M, tiles_n, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Vectors over e: first row, end row, end of its tiles. Lane E is the tail past offsets[E].
+    """Vectors over e: first row, end row, end of its tiles. Lane E is the tail offsets[E] .. M.
 
     Kept in registers for a program's whole life, so that finding a tile's expert is three
     reductions over BLOCK_E lanes and no memory access.
@@ -124,7 +124,7 @@ def _expert_spans(offsets_ptr, E, M, tiles_n, BLOCK_M: tl.constexpr, BLOCK_E: tl
     e = tl.arange(0, BLOCK_E)
     lo = tl.load(offsets_ptr + e, mask=e <= E, other=0)
     hi = tl.load(offsets_ptr + e + 1, mask=e < E, other=0)
-    hi = tl.where(e == E, M, hi)
+    hi = tl.where(e == E, tl.maximum(M, lo), hi)
     tiles = tl.where(e <= E, (hi - lo + BLOCK_M - 1) // BLOCK_M * tiles_n, 0)
     return e, lo, hi, tiles, tl.cumsum(tiles, 0)
 

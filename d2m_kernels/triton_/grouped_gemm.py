@@ -5,18 +5,27 @@ neurons. Serves `grouped_gemm`, the up-projection (where the shared expert's til
 the activation sits in the epilogue), the routed down-projection and the routed part of dx.
 """
 
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
 
 from d2m_kernels.triton_ import configs
 from d2m_kernels.triton_.common import (
-    _act, _dot, _expert_of, _expert_spans, _grouped, _halves, _load_a, _load_w, _matmul,
-    even, pointwise_name, precision, programs,
+    _act,
+    _dot,
+    _expert_of,
+    _expert_spans,
+    _grouped,
+    _halves,
+    _load_a,
+    _load_w,
+    _matmul,
+    even,
+    pointwise_name,
+    precision,
+    programs,
 )  # fmt: skip
-from d2m_kernels.triton_.launch import descriptor, launch, power_of_two, rows_descriptor
+from d2m_kernels.triton_.launch import launch, power_of_two, rows_descriptor
+from d2m_kernels.triton_.weights import Weights, stacked
 
 
 @triton.jit(do_not_specialize=["T", "M"])
@@ -70,7 +79,8 @@ def _grouped_gemm_fwd_kernel(
         source = tl.minimum(r, row_hi - 1)  # rows past the group repeat its last, unstored
         if rows_ptr is not None:
             if out_shared_ptr is not None:
-                slot = tl.load(rows_ptr + source, mask=routed, other=0)
+                gathered = source < tl.where(routed, M, 0)
+                slot = tl.load(rows_ptr + source, mask=gathered, other=0)
                 source = tl.where(routed, slot // GATHER_DIV, source)
             else:
                 source = tl.load(rows_ptr + source) // GATHER_DIV
@@ -96,7 +106,7 @@ def _grouped_gemm_fwd_kernel(
                               row, col, stride_gn, n0, width, k_end, PRECISION, TRANS_W, EVEN_N,
                               EVEN_K, BLOCK_N, BLOCK_K)  # fmt: skip
 
-        # -- bias, pre-activation, activation: by halves, as the whole tile would not fit the registers
+        # -- bias, pre-activation, activation: by halves, since the whole tile overflows the registers
         out_base = out_ptr
         z_base = z_ptr
         if out_shared_ptr is not None:
@@ -113,7 +123,7 @@ def _grouped_gemm_fwd_kernel(
             _finish(left, left_gate, out_base, z_base, bias_ptr, bias_gate_ptr, bias_off, r, row_hi,
                     n0, width, bias_width, ACT, GATED, BLOCK_N // 2)  # fmt: skip
             _finish(right, right_gate, out_base, z_base, bias_ptr, bias_gate_ptr, bias_off, r,
-                    row_hi, n0 + BLOCK_N // 2, width, bias_width, ACT, GATED, BLOCK_N // 2)  # fmt: skip
+                    row_hi, n0 + BLOCK_N // 2, width, bias_width, ACT, GATED, BLOCK_N // 2)
         else:
             if not GATED:
                 acc_gate = acc
@@ -151,50 +161,6 @@ def _finish(acc, acc_gate, out_ptr, z_ptr, bias_ptr, bias_gate_ptr, bias_off, r,
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Where the groups' weights lie in one matrix: expert e's corner is (row, col) + e * step.
-
-    Covers stacked experts [E, N, K] with any outer strides and slices of a dense matrix alike.
-    """
-
-    matrix: torch.Tensor
-    stride: int
-    rows: int  # extent that a TMA descriptor may cover
-    cols: int
-    row: int = 0
-    col: int = 0
-    row_step: int = 0
-    col_step: int = 0
-
-    def describe(self, config: configs.Config, N: int, K: int, trans: bool):
-        """Its descriptor, unless a K tile would reach past the group into other numbers."""
-        whole = self.rows == K if trans else self.cols == K
-        if not config.tma or (K % config.block_k and not whole):
-            return None
-        block = [config.block_k, config.block_n] if trans else [config.block_n, config.block_k]
-        return descriptor(self.matrix, self.rows, self.cols, self.stride, block)
-
-
-def stacked(w_ENK: torch.Tensor) -> Weights:
-    """w [E, N, K] with a unit inner stride and any outer strides."""
-    E, N, K = w_ENK.shape
-    stride_e, stride_n = w_ENK.stride(0), w_ENK.stride(1)
-    row_step, col_step = divmod(stride_e, stride_n) if stride_n else (0, stride_e)
-    rows, cols = (E - 1) * row_step + N, (E - 1) * col_step + K
-    return Weights(w_ENK, stride_n, rows, cols, 0, 0, row_step, col_step)
-
-
-def neuron_rows(up_FD: torch.Tensor, shared: int, per_expert: int) -> Weights:
-    """Rows shared + e * per_expert .. of w1 belong to expert e."""
-    return Weights(up_FD, up_FD.stride(0), *up_FD.shape, row=shared, row_step=per_expert)
-
-
-def neuron_columns(w2_DF: torch.Tensor, shared: int, per_expert: int) -> Weights:
-    """Columns shared + e * per_expert .. of w2 belong to expert e."""
-    return Weights(w2_DF, w2_DF.stride(0), *w2_DF.shape, col=shared, col_step=per_expert)
-
-
 def grouped_matmul(
     stage, x, offsets, weights: Weights, out, *, N, K, gate: Weights | None = None, gather=None,
     gather_div=1, bias=None, bias_gate=None, bias_at=0, bias_step=0, activation=None, z=None,
@@ -203,7 +169,7 @@ def grouped_matmul(
     """Launches the kernel; `gate` is the second weight matrix of a gated or a dual product."""
     M, E = out.shape[0], offsets.shape[0] - 1
     T, S = (0, 0) if out_shared is None else out_shared.shape
-    if M + T == 0 or N == 0:
+    if M * N + T * S == 0:
         return
     rows, width = (T, S) if out_shared is not None and T * S > M * N else (M / E, N)
 

@@ -21,7 +21,7 @@ def launch(kernel, stage: str, config: configs.Config, grid, arguments) -> None:
     except OutOfResources as error:
         if config == configs.SMALL:
             raise
-        _warn_once(f"{stage}: {config.name} does not fit this device ({error}); using the small tile")
+        _warn_once(f"{stage}: {config.name} does not fit here ({error}); using the small tile")
         launch(kernel, stage, configs.SMALL, grid, arguments)
 
 
