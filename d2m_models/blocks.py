@@ -147,6 +147,9 @@ class FluxMoESingleTransformerBlock(FluxSingleTransformerBlock, ExpertLayer):
         if moe is not None:
             self.add_experts(dim, self.mlp_hidden_dim, moe, "gelu_tanh")
 
+    def linears(self) -> tuple[nn.Module, nn.Module]:
+        return self.proj_mlp, self.proj_out
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -174,8 +177,7 @@ class FluxMoESingleTransformerBlock(FluxSingleTransformerBlock, ExpertLayer):
             width = attn.shape[-1]
             out, routing[""] = self.run_experts(
                 normed,
-                self.proj_mlp,
-                self.proj_out,
+                *self.linears(),
                 first_column=width,
                 routing=_reuse(self, "", saved_routing, normed, mask),
                 token_mask=mask,

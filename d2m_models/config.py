@@ -241,7 +241,7 @@ class FluxMoEConfig:
                 last = max((g[-1] for g in getattr(self.mob, kind)), default=-1)
                 if last >= count:
                     raise ValueError(
-                        f"MoBConfig.{kind} names block {last}, but the model has {count} such blocks"
+                        f"MoBConfig.{kind} names block {last}, the model has {count} such blocks"
                     )
 
     def to_dict(self) -> dict[str, Any]:
@@ -319,7 +319,8 @@ def resolve_config(
         )
     if not isinstance(config, FluxMoEConfig):
         raise TypeError(
-            f"config must be a FluxMoEConfig, a MoEConfig or a preset name, got {type(config).__name__}"
+            "config must be a FluxMoEConfig, a MoEConfig or a preset name, "
+            f"got {type(config).__name__}"
         )
     if (config.num_layers, config.num_single_layers) != (num_layers, num_single_layers):
         raise ValueError(

@@ -25,6 +25,7 @@ from d2m_models.blocks import (
     narrow_adaln,
 )
 from d2m_models.config import FluxMoEConfig
+from d2m_models.lora import check_lora_keys, dense_order, permute_adapter
 from d2m_models.mob import MixtureOfBlocks, take_rows
 from d2m_models.moe import set_top_k
 from d2m_models.output import FluxMoEAux, FluxMoEOutput
@@ -286,6 +287,21 @@ class FluxMoETransformer2DModel(FluxTransformer2DModel):
                 f"the blocks of a MoB group; use FirstBlockCacheConfig, or a model without MoB"
             )
         super().enable_cache(config)
+
+    def load_lora_adapter(self, source, prefix="transformer", hotswap=False, **kwargs):
+        """As diffusers'; the neurons of a dense FLUX LoRA are put in this model's order."""
+        if self.d2m_config.adaln_dim is not None and isinstance(source, dict):
+            check_lora_keys(source)
+        before = set(getattr(self, "peft_config", {}))
+        super().load_lora_adapter(source, prefix=prefix, hotswap=hotswap, **kwargs)
+        new = {kwargs["adapter_name"]} if hotswap else set(getattr(self, "peft_config", {})) - before
+        for adapter in new:
+            permute_adapter(self, adapter)
+
+    def save_lora_adapter(self, save_directory, adapter_name="default", **kwargs):
+        """As diffusers', in the dense model's order, so that the file serves both models."""
+        with dense_order(self, adapter_name):
+            super().save_lora_adapter(save_directory, adapter_name, **kwargs)
 
     @classmethod
     def from_single_file(cls, *args, **kwargs):

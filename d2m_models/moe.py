@@ -57,6 +57,10 @@ class ExpertLayer(nn.Module):
         nn.init.normal_(self.router.weight, std=ROUTER_STD)
         self.register_buffer("neuron_order", torch.arange(hidden, dtype=torch.int32))
 
+    def linears(self) -> tuple[nn.Module, nn.Module]:
+        """The up and the down Linear, as they are now: peft puts wrappers in their place."""
+        raise NotImplementedError
+
     def run_experts(
         self,
         x: Tensor,
@@ -151,7 +155,6 @@ class MoEFeedForward(ExpertLayer):
         self.add_experts(dim, hidden, config, activation, gate_first)
 
     def linears(self) -> tuple[nn.Module, nn.Module]:
-        """The up and the down Linear (looked up, since peft replaces them by wrappers)."""
         up, down = self._paths
         return self.get_submodule(up), self.get_submodule(down)
 

@@ -27,7 +27,7 @@ class FluxMoEAux:
         features: block name ("transformer_blocks.3", "single_transformer_blocks.7"), or group name
             ("mob.double.0") in place of the group's blocks, -> (image [B, I, D], text [B, X, D]).
         routing: MoE layer name ("transformer_blocks.3.ff", "single_transformer_blocks.7") ->
-            Routing over that layer's tokens, samples in order (inside a group: the samples that ran it).
+            Routing over that layer's tokens, samples in order (inside a group: those that ran it).
         mob: group name -> MoBRouting.
     """
 

@@ -94,8 +94,8 @@ def _read(linear: nn.Module, use: Callable) -> Any:
 def _unreadable(linear: nn.Module, why: str) -> str:
     return (
         f"the MoE path cannot read the weight of a {type(linear).__name__} "
-        f"({type(linear).__module__}): {why}. Dequantize the model, or leave FFN Linears out of the quantization "
-        f"(modules_to_not_convert / modules_to_not_quantize)"
+        f"({type(linear).__module__}): {why}. Dequantize the model, or leave FFN Linears out of "
+        f"the quantization (modules_to_not_convert / modules_to_not_quantize)"
     )
 
 
