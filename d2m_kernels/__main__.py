@@ -1,4 +1,4 @@
-"""`python -m d2m_kernels`: versions, which back-ends are active here, and why the others are not."""
+"""`python -m d2m_kernels`: versions, which back-ends are active, and why the others are not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of the public wrappers: each error names the argument, what it was and what was expected."""
+"""Checks of the public wrappers: an error names the argument, what it was, what was expected."""
 
 from __future__ import annotations
 

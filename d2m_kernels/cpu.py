@@ -123,7 +123,9 @@ def ffn_bwd(
     w = (up_FD, gate_FD, w2_DF)
     dx_TD = None
     if shared:
-        dx_TD, _ = _part_bwd(slice(0, shared), frozen, w, dy_TD, x_TD, z_shared, activation, None, grads)
+        dx_TD, _ = _part_bwd(
+            slice(0, shared), frozen, w, dy_TD, x_TD, z_shared, activation, None, grads
+        )
     if grads.b2 is not None:
         torch.sum(dy_TD, 0, out=grads.b2)
     _zero_empty(own_E, offsets, grads)
@@ -186,7 +188,7 @@ def _part_bwd(own, frozen, w, dy, x, z, activation, factor, grads: FFNGrads):
 
 
 def _zero_empty(own_E, offsets, grads: FFNGrads):
-    """Zero gradient for the neurons that no token reached (a frozen slice is zeroed where it is)."""
+    """Zero gradient for the neurons that no token reached."""
     reached = {e for e, _, _ in spans(offsets)}
     for own in (own_E[e] for e in range(len(own_E)) if e not in reached):
         for dw in (grads.up, grads.gate, grads.b_up, grads.b_gate):

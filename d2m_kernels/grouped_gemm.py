@@ -9,6 +9,7 @@ import torch
 
 from d2m_kernels import backends, checks
 from d2m_kernels import ops as _ops  # noqa: F401  (registers d2m::*)
+from d2m_kernels.activations import GATED, PLAIN
 from d2m_kernels.combine import unit
 
 
@@ -41,14 +42,12 @@ def grouped_gemm(
     E, N, K = w.shape
     if K != x.shape[1]:
         raise ValueError(f"w: expected [E, N, K = {x.shape[1]}], got {checks.shape_of(w)}")
-    gated = checks.is_gated(activation)
-    if gated != (w_gate is not None) or (activation is not None and activation not in checks.ACTIVATIONS):
-        raise ValueError(
-            f"activation: expected {'geglu or swiglu with w_gate' if w_gate is not None else 'gelu, gelu_tanh, silu, relu or None without w_gate'}"
-            f", got {activation!r}"
-        )
+    allowed = (*GATED,) if w_gate is not None else (None, *PLAIN)
+    if activation not in allowed:
+        given = "with w_gate" if w_gate is not None else "without w_gate"
+        raise ValueError(f"activation: expected one of {allowed} {given}, got {activation!r}")
     if isinstance(bias, (tuple, list)):
-        if not gated or len(bias) != 2:
+        if w_gate is None or len(bias) != 2:
             raise ValueError("bias: a pair (up, gate) needs w_gate")
         bias, bias_gate = bias
     else:
@@ -98,7 +97,5 @@ class GroupedGemmFunction(torch.autograd.Function):
             unit(dout), x, w, offsets, w_gate, gather, bias, bias_gate, ctx.activation, needs,
             ctx.backend,
         )  # fmt: skip
-        dx, dw, dw_gate, db, db_gate = (
-            g if n else None for g, n in zip(grads, needs, strict=True)
-        )
+        dx, dw, dw_gate, db, db_gate = (g if n else None for g, n in zip(grads, needs, strict=True))
         return dx, dw, None, dw_gate, None, db, db_gate, None, None

@@ -147,8 +147,6 @@ class FFNFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         needs = list(ctx.needs_input_grad[:8])
-        grads = torch.ops.d2m.ffn_bwd(
-            unit(dy), *ctx.saved_tensors, *ctx.attrs, needs, ctx.backend
-        )
+        grads = torch.ops.d2m.ffn_bwd(unit(dy), *ctx.saved_tensors, *ctx.attrs, needs, ctx.backend)
         grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
         return *grads, *(None,) * 9

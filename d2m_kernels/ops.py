@@ -39,10 +39,11 @@ _FFN_FWD = (
     " -> (Tensor y, Tensor z_shared, Tensor z_routed)"
 )
 _FFN_BWD = (
-    f"(Tensor dy, {_FFN}, Tensor? b1, Tensor? b1_gate, Tensor? b2, Tensor weights, Tensor offsets,"
-    f" Tensor order, Tensor inverse, Tensor z_shared, Tensor z_routed, {_FFN_ATTRS}, int frozen,"
-    " bool[] needs, str backend) -> (Tensor dx, Tensor dw1, Tensor dw1_gate, Tensor dw2, Tensor db1,"
-    " Tensor db1_gate, Tensor db2, Tensor dweights)"
+    f"(Tensor dy, {_FFN}, Tensor? b1, Tensor? b1_gate, Tensor? b2, Tensor weights,"
+    " Tensor offsets, Tensor order, Tensor inverse, Tensor z_shared, Tensor z_routed,"
+    f" {_FFN_ATTRS}, int frozen, bool[] needs, str backend)"
+    " -> (Tensor dx, Tensor dw1, Tensor dw1_gate, Tensor dw2, Tensor db1, Tensor db1_gate,"
+    " Tensor db2, Tensor dweights)"
 )
 
 

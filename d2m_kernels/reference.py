@@ -53,7 +53,7 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def select(logits_TE: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The K largest logits, best first; ties go to the lowest id and NaN comes last. [T, K] int64"""
+    """The K largest logits, best first; ties go to the lowest id, NaN comes last. [T, K] int64"""
     nan_TE = logits_TE.isnan()
     key_TE = logits_TE.masked_fill(nan_TE, -torch.inf)
     by_value_TE = key_TE.sort(dim=-1, descending=True, stable=True).indices
@@ -238,7 +238,9 @@ def ffn_fwd(
         z_routed[lo:hi] = z.to(x_TD.dtype)
         y_ND[lo:hi] = linear(activate(activation, wide(z_routed[lo:hi])), w2_DF[:, own_E[e]], None)
     if top_k:
-        y_TD = combine(y_ND, inverse_N.view(weights_TK.shape), weights_TK, offsets, y_TD, None, scale)
+        y_TD = combine(
+            y_ND, inverse_N.view(weights_TK.shape), weights_TK, offsets, y_TD, None, scale
+        )
     y_TD = y_TD.to(x_TD.dtype)
     return (y_TD, z_shared, z_routed) if save else (y_TD, None, None)
 
@@ -303,7 +305,7 @@ def ffn_bwd(
 
 
 class _WideGrads:
-    """Accumulates gradients in the wide dtype; `write` rounds them once into the caller's buffers."""
+    """Gradients summed in the wide dtype; `write` rounds them once into the caller's buffers."""
 
     def __init__(self, grads: FFNGrads, like: torch.Tensor):
         self._grads = grads

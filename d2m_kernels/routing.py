@@ -16,15 +16,15 @@ class Routing:
     """Where every token goes (eqs. 2-3) and how the slots lie in expert order.
 
     Attributes:
-        probs: [T, E] fp32, softmax over all experts; carries gradient (for balance losses).
+        probs: [T, E] fp32, softmax over all experts; with gradient (balance losses).
         weights: [T, K] fp32, softmax over the selected logits; carries gradient.
         ids: [T, K] int32, the selected experts, best first; -1 for a masked token.
         offsets: [E + 1] int32, expert e owns rows offsets[e]:offsets[e + 1] of the expert order;
             offsets[E] counts the routed slots (N, less the masked ones).
         order: [N] int32, row -> slot; stable within an expert, masked slots last.
-        inverse: [N] int32, slot -> row; `order[inverse[s]] == s`.
+        inverse: [N] int32, slot -> row, so that order[inverse[s]] == s.
 
-    With `top_k` 0 or "dense" K is 0: ids, weights, order and inverse have no slots, offsets are zero.
+    With `top_k` 0 or "dense" K is 0: ids, weights, order and inverse are empty, offsets zero.
     """
 
     probs: torch.Tensor

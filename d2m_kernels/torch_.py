@@ -21,11 +21,17 @@ NAME = "torch"
 
 
 def unavailable() -> str | None:
-    return None if hasattr(F, "grouped_mm") else "torch.nn.functional.grouped_mm needs torch >= 2.10"
+    return (
+        None if hasattr(F, "grouped_mm") else "torch.nn.functional.grouped_mm needs torch >= 2.10"
+    )
 
 
 def unsupported(device_type: str, dtype: torch.dtype) -> str | None:
-    served = (torch.bfloat16,) if device_type == "cuda" else (torch.bfloat16, torch.float16, torch.float32)
+    served = (
+        (torch.bfloat16,)
+        if device_type == "cuda"
+        else (torch.bfloat16, torch.float16, torch.float32)
+    )
     if dtype not in served:
         return "grouped_mm serves bf16 on CUDA; bf16, fp16 and fp32 on the CPU"
     return None

@@ -123,9 +123,7 @@ def plain_torch(case: Case, inputs: dict, ids: torch.Tensor | None = None) -> to
 
 def double_loop(case: Case, inputs: dict) -> torch.Tensor:
     """Eqs. 2-3 for one token and one expert at a time, in python numbers where that matters."""
-    x, router, w1, w2, b1, b2 = (
-        None if inputs[n] is None else inputs[n].detach() for n in NAMES
-    )
+    x, router, w1, w2, b1, b2 = (None if inputs[n] is None else inputs[n].detach() for n in NAMES)
     rows = []
     for t in range(case.T):
         logits = [float(x[t] @ router[e]) for e in range(case.E)]
@@ -184,7 +182,9 @@ def assert_as_good_as_torch(actual, exact, torch_own, what: str) -> None:
     slack = torch.finfo(torch_own.dtype).eps if exact.numel() < 8 else 1e-5
     assert rms_error <= 2 * rms_own + slack * rms, f"{what}: {rms_error} > 2 * {rms_own}"
     worst, worst_own = error.max().item(), own.max().item()
-    assert worst <= 10 * worst_own + max(slack, 1e-4) * rms, f"{what}: max {worst}, torch's {worst_own}"
+    assert worst <= 10 * worst_own + max(slack, 1e-4) * rms, (
+        f"{what}: max {worst}, torch's {worst_own}"
+    )
 
 
 def available(name: str, dtype=torch.float32) -> bool:

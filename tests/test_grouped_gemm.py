@@ -80,7 +80,9 @@ def test_views_of_a_dense_matrix(backend):
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("T,k,masked", [(0, 2, False), (33, 1, False), (33, 3, True), (5, 0, False)])
+@pytest.mark.parametrize(
+    "T,k,masked", [(0, 2, False), (33, 1, False), (33, 3, True), (5, 0, False)]
+)
 @pytest.mark.parametrize("with_shared", [False, True])
 def test_combine(backend, dtype, T, k, masked, with_shared):
     D, E = 13, 6
@@ -120,7 +122,12 @@ def test_the_stages_make_the_layer(backend):
 
     T, D, E, H, k = 29, 16, 5, 8, 2
     x, router = torch.randn(T, D), torch.randn(E, D)
-    w1, w2, b1, b2 = torch.randn(E * H, D), torch.randn(D, E * H), torch.randn(E * H), torch.randn(D)
+    w1, w2, b1, b2 = (
+        torch.randn(E * H, D),
+        torch.randn(D, E * H),
+        torch.randn(E * H),
+        torch.randn(D),
+    )
     r = route(x, router, top_k=k, backend=backend)
     h = grouped_gemm(x, w1.view(E, H, D), r.offsets, gather=r.order // k, bias=b1.view(E, H),
                      activation="silu", backend=backend)  # fmt: skip

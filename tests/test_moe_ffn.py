@@ -117,7 +117,9 @@ def test_unreached_experts_have_gradient_zero(backend):
 def test_dense_is_the_dense_ffn(backend):
     case = Case(k="dense", T=64)
     p = case.build()
-    dense = F.linear(F.gelu(F.linear(p["x"], p["w1"], p["b1"]), approximate="tanh"), p["w2"], p["b2"])
+    dense = F.linear(
+        F.gelu(F.linear(p["x"], p["w1"], p["b1"]), approximate="tanh"), p["w2"], p["b2"]
+    )
     torch.testing.assert_close(call(case, backend)(p), dense, rtol=1e-5, atol=1e-6)
 
 
@@ -201,14 +203,16 @@ def test_routing_can_be_reused_and_carries_gradient(backend):
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_strided_views_and_gradients(backend):
-    """A single-stream block's w2 is a column slice; x a column slice; dy expanded (zero strides)."""
+    """A single-stream block's w2 and x may be column slices; dy may be expanded (zero strides)."""
     case = Case(T=24)
     p = case.build(grad=False)
     big = torch.randn(case.D, case.hidden + 24)
     big[:, 24:] = p["w2"]
     wide_x = torch.randn(24, 3 * case.D)
     wide_x[:, case.D : 2 * case.D] = p["x"]
-    views = dict(p, w2=big[:, 24:].requires_grad_(), x=wide_x[:, case.D : 2 * case.D].requires_grad_())
+    views = dict(
+        p, w2=big[:, 24:].requires_grad_(), x=wide_x[:, case.D : 2 * case.D].requires_grad_()
+    )
     torch.testing.assert_close(call(case, backend)(views), call(case, backend)(p))
     leaves = {n: t.detach().clone().requires_grad_() for n, t in p.items()}
     for q in (views, leaves):
@@ -229,10 +233,10 @@ def test_batch_dimensions_and_pairs(backend):
     pair = moe_ffn(p["x"], p["router"], (up, gate), p["w2"], (b_up, b_gate), p["b2"],
                    backend=backend, **case.kwargs())  # fmt: skip
     torch.testing.assert_close(pair, y)
-    flipped = moe_ffn(p["x"], p["router"], torch.cat([gate, up]), p["w2"], torch.cat([b_gate, b_up]),
-                      p["b2"], backend=backend, gate_first=True, **case.kwargs())  # fmt: skip
+    w1, b1 = torch.cat([gate, up]), torch.cat([b_gate, b_up])
+    flipped = moe_ffn(p["x"], p["router"], w1, p["w2"], b1, p["b2"], gate_first=True,
+                      backend=backend, **case.kwargs())  # fmt: skip
     torch.testing.assert_close(flipped, y)
-    assert torch.autograd.gradcheck  # the pair's gradients, against the stacked ones:
     d_pair = torch.autograd.grad(pair.square().sum(), p["w1"])[0]
     torch.testing.assert_close(d_pair, torch.autograd.grad(y.square().sum(), p["w1"])[0])
 
