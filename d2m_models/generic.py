@@ -30,6 +30,7 @@ _POINTWISE = {
     "silu": F.silu,
     "relu": F.relu,
 }
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # they have no forward of their own
 _GATED = {"geglu": F.gelu, "swiglu": F.silu}
 
 
@@ -98,9 +99,10 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
     found = []
     for name, module in model.named_modules():
         linears = _linears(module)
-        if not name or len(linears) not in (2, 3):
+        if not name or len(linears) not in (2, 3) or isinstance(module, _CONTAINERS):
             continue
-        if any(len(_linears(child)) == len(linears) for child in module.children()):
+        inner = [m for m in module.modules() if m is not module and not isinstance(m, _CONTAINERS)]
+        if any(len(_linears(m)) == len(linears) for m in inner):
             continue
         *ups, down = sorted((m for _, m in linears), key=lambda m: m.in_features)
         width, hidden = down.out_features, down.in_features
