@@ -58,8 +58,8 @@ class FFNShape:
 
 
 def flux(quick: bool) -> FFNShape:
-    """The FFN of FLUX.1 at 1024x1024; quick: an eighth of the tokens and a third of the width."""
-    return FFNShape(T=576, D=1024, S=1024, H=256) if quick else FFNShape(T=4608)
+    """The FFN of FLUX.1 at 1024x1024; quick: an eighth of the tokens, a third of the width."""
+    return FFNShape(T=576, D=1024, S=1536, H=384) if quick else FFNShape(T=4608)
 
 
 def dit_xl(quick: bool) -> FFNShape:

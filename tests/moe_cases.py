@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from d2m_kernels import backends
+from d2m_kernels import backends, moe_ffn, route
 
 # The back-ends that serve CPU tensors; the Triton interpreter and GPUs have tests of their own.
 CPU_BACKENDS = ("reference", "cpu", "torch")
@@ -31,6 +31,7 @@ class Case:
     seed: int = 0
     scale: float = 1.0
     tensors: dict = field(default_factory=dict)
+    device: str = "cpu"
 
     @property
     def gated(self) -> bool:
@@ -56,8 +57,8 @@ class Case:
         for name, size in sizes.items():
             fan_in = 1 if name in ("x", "b1", "b2") else max(size[-1], 1)
             t = torch.randn(*size, generator=g, dtype=torch.float64) / fan_in**0.5
-            t = self.tensors.get(name, t).to(self.dtype).to(dtype or self.dtype)
-            out[name] = t.requires_grad_(grad)
+            t = self.tensors.get(name, t).to(self.dtype).to(self.device, dtype or self.dtype)
+            out[name] = t.detach().requires_grad_(grad)
         if not self.bias:
             out["b1"] = out["b2"] = None
         return out
@@ -149,7 +150,7 @@ def double_loop(case: Case, inputs: dict) -> torch.Tensor:
 
 def loss_weights(y: torch.Tensor, seed: int = 7) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(y.shape, generator=g, dtype=torch.float64).to(y.dtype)
+    return torch.randn(y.shape, generator=g, dtype=torch.float64).to(y.device, y.dtype)
 
 
 def run(function, inputs: dict) -> dict:
@@ -187,5 +188,32 @@ def assert_as_good_as_torch(actual, exact, torch_own, what: str) -> None:
     )
 
 
-def available(name: str, dtype=torch.float32) -> bool:
-    return backends.why_not(name, "cpu", dtype) is None
+def call(case: Case, backend: str | None, **extra):
+    """`moe_ffn` as a function of the inputs alone."""
+    return lambda p: moe_ffn(
+        p["x"], p["router"], p["w1"], p["w2"], p["b1"], p["b2"], backend=backend,
+        **{**case.kwargs(), **extra},
+    )  # fmt: skip
+
+
+def compare(case: Case, backend: str, **extra) -> None:
+    """Forward and every gradient against plain torch in fp64, by the rule of the house.
+
+    All three are given the back-end's own choice of experts: fp32 sums in another order may swap
+    experts whose logits are equal within rounding.
+    """
+    low, exact = case.build(), case.build(torch.float64)
+    k = 0 if case.k == "dense" else case.k
+    ids = route(low["x"].detach(), low["router"].detach(), top_k=k, backend=backend).ids
+    ours = run(call(case, backend, **extra), low)
+    expected = run(lambda p: plain_torch(case, p, ids), exact)
+    own = run(lambda p: plain_torch(case, p, ids), low)
+    for name, value in expected.items():
+        if value is None:  # torch's plain version leaves the router out of the graph
+            assert not ours[name].any(), f"{name}: expected a zero gradient"
+            continue
+        assert_as_good_as_torch(ours[name], value, own[name], f"{backend} {case} {name}")
+
+
+def available(name: str, device: str = "cpu", dtype=torch.float32) -> bool:
+    return backends.why_not(name, device, dtype) is None

@@ -5,40 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from moe_cases import (
-    CPU_BACKENDS,
-    Case,
-    assert_as_good_as_torch,
-    double_loop,
-    plain_torch,
-    run,
-)
+from moe_cases import CPU_BACKENDS, Case, call, compare, double_loop, run
 
 from d2m_kernels import Routing, moe_ffn, route
 
 ALL_K = [0, 1, 2, "E", "dense"]
-
-
-def call(case, backend, **extra):
-    return lambda p: moe_ffn(
-        p["x"], p["router"], p["w1"], p["w2"], p["b1"], p["b2"], backend=backend,
-        **{**case.kwargs(), **extra},
-    )  # fmt: skip
-
-
-def compare(case: Case, backend: str) -> None:
-    """Forward and every gradient against plain torch in fp64, by the rule of the house."""
-    low, exact = case.build(), case.build(torch.float64)
-    k = 0 if case.k == "dense" else case.k
-    ids = route(low["x"].detach(), low["router"].detach(), top_k=k, backend=backend).ids
-    ours = run(call(case, backend), low)
-    expected = run(lambda p: plain_torch(case, p, ids), exact)
-    own = run(lambda p: plain_torch(case, p, ids), low)
-    for name, value in expected.items():
-        if value is None:  # torch's plain version leaves the router out of the graph
-            assert not ours[name].any(), f"{name}: expected a zero gradient"
-            continue
-        assert_as_good_as_torch(ours[name], value, own[name], f"{backend} {case} {name}")
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "relu", "geglu", "swiglu"])

@@ -1,0 +1,207 @@
+"""`moe_ffn` and its stages on a GPU: the comparisons of the CPU tests, and what only a GPU can show.
+
+Skipped as a whole where there is no GPU. `tests/gpu/run.sh` builds and runs all of it offline.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from moe_cases import Case, available, call, compare, run
+
+from d2m_kernels import moe_ffn, permute, route
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+BACKENDS = ["triton", "cuda", "torch"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    if torch.cuda.is_available() and not available(request.param, "cuda", torch.bfloat16):
+        pytest.skip(f"the back-end {request.param} is not available")
+    return request.param
+
+
+def serves(backend, dtype):
+    if not available(backend, "cuda", dtype):
+        pytest.skip(f"{backend} does not serve {dtype} on CUDA")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("k", [0, 1, 2, 4, "dense"])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+def test_dtypes_and_top_k(backend, dtype, k, activation):
+    serves(backend, dtype)
+    compare(Case(k=k, dtype=dtype, activation=activation, scale=2.0, device="cuda"), backend)
+
+
+@pytest.mark.parametrize("T", [0, 1, 127, 128, 129, 1536])
+@pytest.mark.parametrize(
+    "D,S,H,E,k",
+    [
+        (1, 1, 1, 1, 1),
+        (5, 0, 1, 7, 2),
+        (33, 5, 3, 3, 3),
+        (100, 33, 5, 14, 2),
+        (130, 64, 40, 64, 7),
+        (256, 256, 64, 12, 2),
+        (192, 128, 128, 2, 1),
+        (64, 32, 8, 256, 5),
+    ],
+)
+def test_shapes(backend, T, D, S, H, E, k):
+    compare(Case(T=T, D=D, S=S, H=H, E=E, k=k, dtype=torch.bfloat16, device="cuda"), backend)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu", "relu", "geglu"])
+def test_other_activations_without_bias(backend, activation):
+    case = Case(T=200, D=128, S=0, H=64, activation=activation, bias=False, dtype=torch.bfloat16,
+                device="cuda")  # fmt: skip
+    compare(case, backend)
+
+
+def test_flux_shape(backend):
+    case = Case(T=1536, D=3072, S=3072, H=768, E=12, k=2, dtype=torch.bfloat16, device="cuda")
+    compare(case, backend)
+
+
+def test_all_tokens_to_one_expert(backend):
+    router = torch.zeros(4, 64, dtype=torch.float64)
+    router[2, 0] = 50
+    x = torch.randn(3000, 64, dtype=torch.float64)
+    x[:, 0] = 1
+    case = Case(T=3000, D=64, S=32, H=64, k=1, tensors={"router": router, "x": x},
+                dtype=torch.bfloat16, device="cuda")  # fmt: skip
+    compare(case, backend)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_row_stays_one_rows_problem(backend, bad):
+    case = Case(T=300, D=64, S=32, H=32, dtype=torch.bfloat16, device="cuda")
+    p = case.build(grad=False)
+    clean = call(case, backend)(p)
+    p["x"][17] = bad
+    y, routing = call(case, backend, return_routing=True)(p)
+    assert 0 <= routing.ids.min().item() and routing.ids.max().item() < case.E
+    others = torch.arange(300, device="cuda") != 17
+    assert torch.equal(y[others], clean[others])
+
+
+def test_masked_tokens(backend):
+    case = Case(T=300, D=64, S=32, H=32, dtype=torch.bfloat16, device="cuda")
+    p = case.build()
+    mask = torch.rand(300, device="cuda") < 0.6
+    y, r = call(case, backend, token_mask=mask, return_routing=True)(p)
+    full, shared = call(case, backend)(p), call(case, backend, top_k=0)(p)
+    torch.testing.assert_close(y[mask], full[mask], rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(y[~mask], shared[~mask], rtol=2e-2, atol=2e-2)
+    assert r.offsets[-1] == 2 * mask.sum() and (r.ids[~mask] == -1).all()
+
+
+@pytest.mark.parametrize("E", [2, 12, 64, 256])
+@pytest.mark.parametrize("T", [1, 129, 4608])
+def test_route_is_the_references(backend, T, E):
+    # Small integers: every logit is exact, so ties are real and the ids must be the same.
+    g = torch.Generator().manual_seed(T + E)
+    x = torch.randint(-3, 4, (T, 96), generator=g).to("cuda", torch.bfloat16)
+    router = torch.randint(-2, 3, (E, 96), generator=g).float().cuda()
+    r = route(x, router, top_k=2, backend=backend)
+    expected = route(x, router, top_k=2, backend="reference")
+    for name in ("ids", "offsets", "order", "inverse"):
+        assert torch.equal(getattr(r, name), getattr(expected, name)), name
+    torch.testing.assert_close(r.probs, expected.probs)
+    torch.testing.assert_close(r.weights, expected.weights)
+
+
+@pytest.mark.parametrize("T", [0, 7, 4608, 200_000])
+def test_permute_is_a_stable_sort(backend, T):
+    ids = torch.randint(-1, 12, (T, 2), dtype=torch.int32, device="cuda")
+    offsets, order, inverse = permute(ids, 12, backend=backend)
+    key = torch.where(ids < 0, 12, ids).reshape(-1)
+    assert torch.equal(order.long(), key.argsort(stable=True))
+    assert torch.equal(order[inverse.long()].long(), torch.arange(2 * T, device="cuda"))
+    assert offsets.tolist() == [0, *torch.bincount(key, minlength=13)[:12].cumsum(0).tolist()]
+
+
+def test_two_streams_of_work_and_poisoned_memory(backend):
+    """Freed memory full of NaN is what the next call's buffers are made of."""
+    case = Case(T=513, D=128, S=64, H=64, E=12, dtype=torch.bfloat16, device="cuda")
+    first = run(call(case, backend), case.build())
+    poison = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(64)]
+    del poison
+    second = run(call(case, backend), case.build())
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        third = run(call(case, backend), case.build())
+    side.synchronize()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+        assert torch.equal(first[name], third[name]), name
+
+
+def test_a_hundred_runs_are_bitwise_equal(backend):
+    case = Case(T=1000, D=256, S=256, H=64, E=12, dtype=torch.bfloat16, device="cuda")
+    p = case.build()
+    first = run(call(case, backend), p)
+    for _ in range(99):
+        again = run(call(case, backend), p)
+        for name in first:
+            assert torch.equal(first[name], again[name]), name
+
+
+def test_no_host_sync(backend):
+    case = Case(T=512, D=128, S=64, H=64, dtype=torch.bfloat16, device="cuda")
+    p = case.build()
+    run(call(case, backend), p)  # compile first
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(case, backend)(p).backward(torch.ones(512, 128, device="cuda", dtype=torch.bfloat16))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_graph_replay_follows_changed_routing(backend):
+    case = Case(T=512, D=128, S=64, H=64, E=12, dtype=torch.bfloat16, device="cuda")
+    p = case.build(grad=False)
+    for _ in range(3):
+        call(case, backend)(p)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call(case, backend)(p)
+    for seed in (1, 2, 3):
+        torch.manual_seed(seed)
+        p["x"].copy_(torch.randn_like(p["x"]))
+        p["router"].copy_(torch.randn_like(p["router"]))  # other experts, other counts
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, call(case, backend)(p))
+
+
+@pytest.mark.parametrize("k", [2, "dense"])
+def test_compiles_without_a_graph_break(backend, k):
+    torch._dynamo.reset()
+    case = Case(T=130, D=64, S=32, H=32, k=k, dtype=torch.bfloat16, device="cuda")
+    eager = run(call(case, backend), case.build())
+    compiled = run(torch.compile(call(case, backend), fullgraph=True), case.build())
+    for name in eager:
+        torch.testing.assert_close(compiled[name], eager[name], rtol=2e-2, atol=2e-2)
+
+
+def test_more_than_two_billion_elements(backend):
+    """T * K * H past 2^31: offsets inside the kernels need 64 bits."""
+    free = torch.cuda.mem_get_info()[0]
+    if free < 60e9:
+        pytest.skip(f"needs 60 GB of GPU memory, {free / 1e9:.0f} GB are free")
+    T, D, H, E, k = 150_000, 64, 8192, 2, 2
+    x = torch.randn(T, D, device="cuda", dtype=torch.bfloat16)
+    router = torch.randn(E, D, device="cuda")
+    w1 = torch.randn(E * H, D, device="cuda", dtype=torch.bfloat16) / 8
+    w2 = torch.randn(D, E * H, device="cuda", dtype=torch.bfloat16) / 90
+    y = moe_ffn(x, router, w1, w2, top_k=k, backend=backend)
+    tail = slice(T - 100, T)
+    expected = moe_ffn(x[tail], router, w1, w2, top_k=k, backend="reference")
+    torch.testing.assert_close(y[tail], expected, rtol=2e-2, atol=2e-2)
