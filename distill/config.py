@@ -1,0 +1,269 @@
+"""YAML configuration, checked on load: an unknown, missing or ill-typed key is an error that names it."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from distill.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def _check_choice(owner: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{owner}.{name} is {value!r}; expected one of {list(choices)}")
+
+
+def _check_least(config: Any, owner: str, **least: float) -> None:
+    for name, low in least.items():
+        value = getattr(config, name)
+        if value is not None and not value >= low:
+            raise ConfigError(f"{owner}.{name} is {value}; expected at least {low}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One optimisation run: AdamW with warm-up, clipping and optionally EMA.
+
+    steps, batch_size, lr: required. warmup: steps of linear warm-up. schedule: "cosine" (to zero) or
+    "constant". router_lr_scale multiplies lr for routers. ema: decay of averaged weights, which
+    are then the result; null for none. log_every: steps between log lines and checkpoints.
+    """
+
+    steps: int
+    batch_size: int
+    lr: float
+    warmup: int = 20
+    schedule: str = "cosine"
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.99
+    clip: float = 1.0
+    ema: float | None = None
+    router_lr_scale: float = 1.0
+    log_every: int = 25
+
+    def __post_init__(self):
+        _check_choice("train", "schedule", self.schedule, ("cosine", "constant"))
+        _check_least(self, "train", steps=1, batch_size=1, lr=0, warmup=0, weight_decay=0, log_every=1, clip=0)
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The dense teacher: a digits model trained here, or a saved FLUX transformer.
+
+    path: folder of a saved `FluxTransformer2DModel`; then `train` and the sizes are not used.
+    width = heads * head_dim; rope are the per-axis rotary dimensions and add up to head_dim.
+    """
+
+    path: str | None = None
+    num_layers: int = 4
+    num_single_layers: int = 8
+    heads: int = 4
+    head_dim: int = 24
+    rope: list[int] = field(default_factory=lambda: [8, 8, 8])
+    train: TrainConfig | None = None
+
+    def __post_init__(self):
+        if (self.path is None) == (self.train is None):
+            raise ConfigError("teacher needs exactly one of the keys 'path' and 'train'")
+        if sum(self.rope) != self.head_dim or any(r % 2 for r in self.rope):
+            raise ConfigError(
+                f"teacher.rope is {self.rope}; expected even numbers that add up to head_dim={self.head_dim}"
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which data: "digits" is scikit-learn's, built in. timesteps: "uniform" or "logit-normal"."""
+
+    name: str = "digits"
+    timesteps: str = "uniform"
+
+    def __post_init__(self):
+        _check_choice("data", "name", self.name, ("digits",))
+        _check_choice("data", "timesteps", self.timesteps, ("uniform", "logit-normal"))
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Eq. (10): lambda_feature, lambda_balance; feature_reduction and balance variants as in losses.py."""
+
+    feature: float = 1.0
+    balance: float = 0.01
+    feature_reduction: str = "sum"
+    balance_variant: str = "auto"
+
+    def __post_init__(self):
+        _check_choice("loss", "feature_reduction", self.feature_reduction, ("sum", "mean"))
+        _check_choice("loss", "balance_variant", self.balance_variant, ("auto", "weights", "softmax"))
+        _check_least(self, "loss", feature=0, balance=0)
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of section 3.2: "shared" (a), "moe" (b) or "mob" (c)."""
+
+    stage: str
+    train: TrainConfig
+    loss: LossConfig = LossConfig()
+
+    def __post_init__(self):
+        _check_choice("stages", "stage", self.stage, ("shared", "moe", "mob"))
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The student: a preset name or a structure (the fields of `FluxMoEConfig`), never both.
+
+    importance_batches: batches of eq. (6). calibration: samples of silu(temb) for the AdaLN basis.
+    """
+
+    preset: str | None = None
+    structure: dict[str, Any] | None = None
+    importance_batches: int = 8
+    calibration: int = 1024
+
+    def __post_init__(self):
+        if (self.preset is None) == (self.structure is None):
+            raise ConfigError("student needs exactly one of the keys 'preset' and 'structure'")
+        _check_least(self, "student", importance_batches=1, calibration=1)
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """`d2m distill`: one teacher, one student, its stages in order."""
+
+    teacher: TeacherConfig
+    student: StudentConfig
+    stages: list[StageConfig]
+    data: DataConfig = DataConfig()
+    out: str = "d2m-distill"
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.stages:
+            raise ConfigError("stages is empty; expected at least one of 'shared', 'moe', 'mob'")
+        order = [("shared", "moe", "mob").index(s.stage) for s in self.stages]
+        if order != sorted(set(order)):
+            raise ConfigError(
+                f"stages are {[s.stage for s in self.stages]}; expected each at most once, in the order "
+                "shared, moe, mob"
+            )
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How models are judged: samples a class, Euler steps, held-out batches of (x_t, t, c), timing."""
+
+    per_class: int = 20
+    sample_steps: int = 12
+    held_out: int = 1188
+    latency_batch: int = 64
+    latency_rounds: int = 15
+
+    def __post_init__(self):
+        _check_least(
+            self, "evaluate", per_class=1, sample_steps=1, held_out=1, latency_batch=1, latency_rounds=1
+        )
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """`d2m demo`: a teacher, the students by name (each an `m`/`s`-like structure) and the stages they share.
+
+    students: name -> structure. depth of the comparators follows from the students'.
+    """
+
+    teacher: TeacherConfig
+    students: dict[str, Any]
+    lite: list[int]
+    shared: StageConfig
+    moe: StageConfig
+    mob: StageConfig
+    evaluate: EvalConfig = EvalConfig()
+    data: DataConfig = DataConfig()
+    importance_batches: int = 8
+    calibration: int = 1024
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """`value` from YAML as the annotated type `kind`, or a ConfigError that names `where`."""
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        options = [k for k in typing.get_args(kind) if k is not type(None)]
+        return None if value is None else _build(options[0], value, where)
+    if is_dataclass(kind):
+        return from_dict(kind, value, where)
+    if origin is list:
+        if not isinstance(value, list):
+            raise ConfigError(f"{where} is {value!r}; expected a list")
+        item = typing.get_args(kind)[0]
+        return [_build(item, v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if origin is dict or kind is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} is {value!r}; expected a mapping")
+        return dict(value)
+    if kind is float and not isinstance(value, bool):
+        # YAML 1.1 reads 1e-3 (no dot) as text; a number is meant.
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif kind in (int, str, bool) and type(value) is kind:
+        return value
+    raise ConfigError(f"{where} is {value!r}; expected {getattr(kind, '__name__', kind)}")
+
+
+def from_dict(cls: type[T], data: Any, where: str = "") -> T:
+    """A config dataclass from plain data; keys are checked at every level."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where or 'the configuration'} is {data!r}; expected a mapping of keys")
+    dot = f"{where}." if where else ""
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    for key in data:
+        if key not in known:
+            raise ConfigError(f"unknown key {dot}{key}; known keys are {sorted(known)}")
+    for name, f in known.items():
+        if name not in data and f.default is MISSING and f.default_factory is MISSING:
+            raise ConfigError(f"missing key {dot}{name}")
+    hints = typing.get_type_hints(cls)
+    built = {key: _build(hints[key], value, f"{dot}{key}") for key, value in data.items()}
+    try:
+        return cls(**built)
+    except ConfigError as err:
+        raise ConfigError(f"{where}: {err}" if where else str(err)) from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    return asdict(config)
+
+
+def bundled(name: str) -> Path:
+    """Path of a configuration that comes with the package, such as "digits.yaml"."""
+    return Path(str(resources.files("distill") / "configs" / name))
+
+
+def load_config(cls: type[T], path: Path | str) -> T:
+    """Read a YAML file as `cls`; a bare name that is no file here is looked up among the bundled ones."""
+    import yaml
+
+    path = Path(path)
+    if not path.is_file() and path.parent == Path(".") and bundled(path.name).is_file():
+        path = bundled(path.name)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as err:
+        raise ConfigError(f"cannot read the configuration {path}: {err.strerror or err}") from err
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise ConfigError(f"{path} is no valid YAML: {' '.join(str(err).split())}") from err
+    try:
+        return from_dict(cls, data)
+    except ConfigError as err:
+        raise ConfigError(f"{path}: {err}") from None

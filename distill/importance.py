@@ -1,0 +1,83 @@
+"""First-order Taylor importance of every FFN neuron, eq. (6).
+
+Shapes: F neurons, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from distill.data import Batch
+
+
+def ffn_linears(model: nn.Module) -> dict[str, tuple[nn.Linear, nn.Linear, int]]:
+    """FFN name -> (up Linear, down Linear, first column of the down Linear that belongs to the FFN).
+
+    Names are those `convert_flux(neuron_order=...)` takes. A single block's `proj_out` acts on
+    [attention | mlp], so its FFN columns come last.
+    """
+    found: dict[str, tuple[nn.Linear, nn.Linear, int]] = {}
+    for n, block in enumerate(model.transformer_blocks):
+        for part in ("ff", "ff_context"):
+            net = getattr(block, part).net
+            found[f"transformer_blocks.{n}.{part}"] = (net[0].proj, net[2], 0)
+    for n, block in enumerate(model.single_transformer_blocks):
+        first = block.proj_out.in_features - block.proj_mlp.out_features
+        found[f"single_transformer_blocks.{n}"] = (block.proj_mlp, block.proj_out, first)
+    return found
+
+
+def neuron_importance(up: nn.Linear, down: nn.Linear, first: int) -> Tensor:
+    """sum |g * w| over one neuron's weights: its w1 row, its b1 entry and its w2 column. [F], fp32."""
+
+    def taylor(weight: Tensor) -> Tensor:
+        return (weight.grad.float() * weight.detach().float()).abs()
+
+    score_F = taylor(up.weight).sum(1) + taylor(down.weight)[:, first:].sum(0)
+    return score_F if up.bias is None else score_F + taylor(up.bias)
+
+
+def flow_matching_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The diffusion model's own loss on real data: mean (v(x_t, c, t) - (noise - x0))^2."""
+    prediction = model(**batch.inputs()).sample
+    return (prediction.float() - batch.velocity.float()).square().mean()
+
+
+def taylor_importance(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """Eq. (6), I_i = |dL/dw_i w_i|, summed over each neuron's weights and over batches.
+
+    L is the flow-matching loss on real data. The distillation loss would not do: it and its
+    gradient are zero where importance is needed, at the teacher's own weights.
+
+    Args:
+        model: the dense teacher, in any training mode; its gradients are cleared afterwards.
+        batches: each gives one gradient; |g w| is summed, not the gradients.
+
+    Returns:
+        FFN name -> scores [F] fp32 on the CPU, larger = more important.
+    """
+    linears = ffn_linears(model)
+    weights = [p for up, down, _ in linears.values() for p in (up.weight, up.bias, down.weight)]
+    weights = [p for p in weights if p is not None]
+    frozen = [p for p in weights if not p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(True)
+    scores: dict[str, Tensor] = {}
+    try:
+        for batch in batches:
+            model.zero_grad(set_to_none=True)
+            with torch.enable_grad():
+                flow_matching_loss(model, batch).backward()
+            for name, (up, down, first) in linears.items():
+                score = neuron_importance(up, down, first).cpu()
+                scores[name] = scores[name] + score if name in scores else score
+    finally:
+        model.zero_grad(set_to_none=True)
+        for p in frozen:
+            p.requires_grad_(False)
+    if not scores:
+        raise ValueError("taylor_importance got no batches; it needs at least one")
+    return scores

@@ -1,0 +1,153 @@
+"""Losses of section 3.2: output distillation (7), normalised block features (8-9), load balancing, total (10).
+
+Shapes: T tokens (or samples, for MoB), E experts (or blocks of a group), K chosen of them.
+All losses are computed in fp32 whatever the models run in, and none of them waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from d2m_kernels import Routing
+    from d2m_models import MoBRouting
+
+Features = Mapping[str, Sequence[Tensor]]
+BALANCE_VARIANTS = ("auto", "weights", "softmax")
+
+
+def distill_loss(teacher: Tensor, student: Tensor) -> Tensor:
+    """Eq. (7): mean over all elements of (f_tea - f_stu)^2."""
+    return (teacher.detach().float() - student.float()).square().mean()
+
+
+@dataclass(frozen=True)
+class FeatureLoss:
+    """Eq. (8) and what went into it, one entry a feature.
+
+    loss: scalar. names: "block/0" (image) and "block/1" (text) of a double block. errors [L]:
+    ||f_tea - f_stu||^2 (mean over elements), detached. weights [L]: w_l of eq. (9), detached.
+    """
+
+    loss: Tensor
+    names: tuple[str, ...]
+    errors: Tensor
+    weights: Tensor
+
+
+def feature_loss(
+    teacher: Features, student: Features, distill: Tensor, reduction: str = "sum"
+) -> FeatureLoss:
+    """Eqs. (8-9): L_feature = sum_l w_l ||f_tea^l - f_stu^l||^2 with
+
+        w_l = |L_distill| / |L_feature^l| * (sum_m ||f_tea^m||_2) / (L ||f_tea^l||_2).
+
+    Every tensor of a block counts as a layer of its own: a double block has an image and a text
+    feature whose scales differ. w_l is detached; otherwise w_l * L_feature^l would be constant in
+    the features and their gradient would vanish. Layers that equal the teacher's exactly (dense
+    blocks in front) have no direction to be pulled in and leave both sums, L included.
+
+    Args:
+        teacher, student: block name -> its features; the teacher may have more blocks.
+        distill: L_distill of the same batch.
+        reduction: "sum" over layers as in the paper, or "mean".
+    """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"feature reduction is {reduction!r}; expected 'sum' or 'mean'")
+    absent = [name for name in student if name not in teacher]
+    if absent or not student:
+        raise ValueError(f"the teacher has no feature named {absent}" if absent else "no features")
+    names, errors, norms = [], [], []
+    for name, features in student.items():
+        if len(features) != len(teacher[name]):
+            raise ValueError(
+                f"block {name} has {len(features)} features, the teacher's {len(teacher[name])}"
+            )
+        for i, (tea, stu) in enumerate(zip(teacher[name], features, strict=True)):
+            tea = tea.detach().float()
+            names.append(f"{name}/{i}")
+            errors.append((tea - stu.float()).square().mean())
+            norms.append(torch.linalg.vector_norm(tea))
+    errors_L, norms_L = torch.stack(errors), torch.stack(norms)
+    weights_L = feature_weights(distill, errors_L, norms_L)
+    loss = (weights_L * errors_L).sum()
+    if reduction == "mean":
+        loss = loss / (weights_L > 0).sum().clamp(min=1)
+    return FeatureLoss(loss, tuple(names), errors_L.detach(), weights_L)
+
+
+@torch.no_grad()
+def feature_weights(distill: Tensor, errors_L: Tensor, norms_L: Tensor) -> Tensor:
+    """w_l of eq. (9), zero for layers without a difference. All arguments fp32; returns [L]."""
+    live_L = (errors_L > 0) & (norms_L > 0)
+    total = torch.where(live_L, norms_L, 0).sum()
+    scale_L = distill.float().abs() * total / (live_L.sum() * norms_L * errors_L)
+    return torch.where(live_L, scale_L, 0)
+
+
+def balance_loss(load_E: Tensor, gate_TE: Tensor) -> Tensor:
+    """Load balancing: sum_i (share of slots that chose i) * E * (mean gate of i); 1 when even.
+
+    Args:
+        load_E: slots that chose each expert, in any unit; carries no gradient.
+        gate_TE: g of every token that was routed.
+    """
+    load_E = load_E.detach().to(torch.float32)
+    share_E = load_E / load_E.sum().clamp(min=1)
+    return load_E.numel() * (share_E * gate_TE.float().mean(0)).sum()
+
+
+def _variant(variant: str, top_k: int) -> str:
+    """With one choice the renormalised g is 1 whatever the router does, so its gradient is exactly 0."""
+    if variant not in BALANCE_VARIANTS:
+        raise ValueError(f"balance variant is {variant!r}; expected one of {BALANCE_VARIANTS}")
+    if variant == "auto":
+        return "softmax" if top_k == 1 else "weights"
+    return variant
+
+
+def moe_balance(routing: Routing, variant: str = "auto") -> Tensor:
+    """Balance loss of one MoE layer (the unnumbered equation before eq. 10), over its own tokens.
+
+    variant: "weights" = the paper's g (eq. 3: renormalised over the chosen, 0 elsewhere), "softmax"
+    = all probabilities, "auto" = "weights" unless top_k is 1. Masked tokens do not count.
+    """
+    top_k = routing.ids.shape[1]
+    load_E = routing.offsets.diff()
+    tokens = (routing.offsets[-1] // max(top_k, 1)).clamp(min=1)
+    if _variant(variant, top_k) == "softmax":
+        gate_TE = routing.probs
+    else:
+        ids_TK = routing.ids.clamp(min=0).long()  # masked tokens: id -1, weight 0
+        gate_TE = torch.zeros_like(routing.probs).scatter_add(1, ids_TK, routing.weights)
+    # balance_loss takes the mean over all rows; rescale to the tokens that were not masked
+    return balance_loss(load_E, gate_TE) * (gate_TE.shape[0] / tokens)
+
+
+def mob_balance(mob: MoBRouting, variant: str = "auto") -> Tensor:
+    """Balance loss of one MoB group over the samples of the batch; `probs` [B, m], `ids` [B, kappa]."""
+    probs_BE, ids_BK = mob.probs, mob.ids.long()
+    load_E = torch.nn.functional.one_hot(ids_BK, probs_BE.shape[1]).sum((0, 1))
+    gate_BE = probs_BE
+    if _variant(variant, ids_BK.shape[1]) == "weights":
+        chosen = probs_BE.gather(1, ids_BK)
+        weights = chosen / chosen.sum(1, keepdim=True)
+        gate_BE = torch.zeros_like(probs_BE).scatter(1, ids_BK, weights)
+    return balance_loss(load_E, gate_BE)
+
+
+def mean_balance(terms: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Mean over layers, so that lambda_balance means the same at any depth; 0 without layers."""
+    return torch.stack(list(terms)).mean() if terms else like.new_zeros(())
+
+
+def total_loss(
+    distill: Tensor, feature: Tensor, balance: Tensor, feature_weight: float, balance_weight: float
+) -> Tensor:
+    """Eq. (10): L_distill + lambda_feature L_feature + lambda_balance L_balance."""
+    return distill + feature_weight * feature + balance_weight * balance

@@ -1,0 +1,237 @@
+"""The three stages of section 3.2 and the students they train.
+
+(a) "shared": Taylor-ranked neurons become the shared experts, which alone run and learn (top_k = 0);
+(b) "moe": shared experts frozen, routed experts and routers learn, with load balancing over experts;
+(c) "mob": MoE blocks grouped, each group learns to imitate the group's last dense block, isolated
+    blocks frozen, with load balancing over blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill import checkpoint as ckpt
+from distill.config import LossConfig, StageConfig, to_dict
+from distill.data import Digits, generator
+from distill.importance import taylor_importance
+from distill.losses import (
+    distill_loss,
+    feature_loss,
+    mean_balance,
+    moe_balance,
+    mob_balance,
+    total_loss,
+)
+from distill.teacher import modulation_inputs
+from distill.train import FrozenSlice, train
+
+VERSION = 1  # raise when a change makes old checkpoints mean something else
+
+
+# --- students -------------------------------------------------------------------------------
+
+
+def measure_importance(teacher: nn.Module, digits: Digits, batches: int, seed: int) -> dict[str, Tensor]:
+    """Eq. (6) over `batches` batches of 128 training samples."""
+    device = next(teacher.parameters()).device
+    return taylor_importance(
+        teacher, (digits.batch(seed, i, 128, "calibrate").to(device) for i in range(batches))
+    )
+
+
+def neuron_orders(teacher: nn.Module, structure: Any, importance: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each FFN's neurons: the most important ones shared, the rest dealt evenly to the experts."""
+    from d2m_models import neuron_order_from_importance
+
+    shared, _ = structure.moe.sizes(teacher.inner_dim, 4 * teacher.inner_dim)
+    return {
+        name: neuron_order_from_importance(score, shared, structure.moe.num_experts)
+        for name, score in importance.items()
+    }
+
+
+def make_student(
+    teacher: nn.Module, structure: Any, importance: Mapping[str, Tensor], temb: Tensor | None, seed: int
+) -> nn.Module:
+    """`convert_flux` with Taylor orders and a calibrated AdaLN basis; MoB groups come later, in stage (c)."""
+    from dataclasses import replace
+
+    from d2m_models import convert_flux
+
+    return convert_flux(
+        teacher,
+        replace(structure, mob=None),
+        neuron_order=None if structure.moe is None else neuron_orders(teacher, structure, importance),
+        adaln_calibration=temb if structure.adaln_dim is not None else None,
+        generator=generator(seed, "weights"),
+    ).to(next(teacher.parameters()).device)
+
+
+def group_blocks(model: nn.Module, mob: Any, seed: int) -> nn.Module:
+    """A copy of the model with MoB groups and fresh block routers; no other weight changes."""
+    from d2m_models import FluxMoETransformer2DModel
+    from d2m_models.conversion import model_arguments
+
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, "weights", 1).initial_seed())
+        grouped = FluxMoETransformer2DModel(**{**model_arguments(model), "mob": mob.to_dict()})
+    state = {k: v for k, v in grouped.state_dict().items() if k.startswith("mob_routers.")}
+    state |= {k: v.clone() for k, v in model.state_dict().items()}
+    grouped.load_state_dict(state)
+    return grouped.to(device)
+
+
+# --- what trains in a stage -----------------------------------------------------------------
+
+
+def ffn_slices(model: nn.Module, part: str) -> list[FrozenSlice]:
+    """The "shared" or "experts" part of every MoE layer's w1 rows, b1 entries and w2 columns."""
+    from d2m_models import moe_layers
+    from d2m_models.conversion import ffn_tensors
+
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    slices = []
+    for name, layer in moe_layers(model).items():
+        hidden = layer.neuron_order.numel()
+        for key, dim, _ in ffn_tensors(name):
+            first = shapes[key][dim] - hidden  # proj_out: the attention's columns come first
+            start, stop = (0, layer.shared) if part == "shared" else (layer.shared, hidden)
+            slices.append(FrozenSlice(key, dim, first + start, first + stop))
+    return slices
+
+
+def prepare_stage(model: nn.Module, stage: str) -> list[FrozenSlice]:
+    """Set what runs and what learns in a stage; returns the parts of parameters that must not move."""
+    from d2m_models import moe_layers, set_top_k
+    from d2m_models.output import group_names
+
+    structure = model.d2m_config
+    model.train().requires_grad_(True)
+    layers = moe_layers(model)
+    if layers:
+        set_top_k(model, 0 if stage == "shared" else structure.moe.top_k)
+    for layer in layers.values():
+        layer.freeze_shared = stage == "moe"
+        layer.router.requires_grad_(stage != "shared")
+    if stage == "shared":
+        return ffn_slices(model, "experts")
+    if stage == "moe":
+        return ffn_slices(model, "shared")
+    grouped = [name for names in group_names(structure).values() for name in names]
+    model.requires_grad_(False)
+    for name in (*grouped, "mob_routers"):
+        model.get_submodule(name).requires_grad_(True)
+    return []
+
+
+def finish_stage(model: nn.Module) -> None:
+    """Back to inference: the configured top_k, nothing frozen, no gradients wanted."""
+    from d2m_models import moe_layers, set_top_k
+
+    layers = moe_layers(model)
+    if layers:
+        set_top_k(model, model.d2m_config.moe.top_k)
+    for layer in layers.values():
+        layer.freeze_shared = False
+    model.eval().requires_grad_(False)
+
+
+# --- the objective --------------------------------------------------------------------------
+
+
+class Distillation:
+    """Eq. (10) of one batch: the objective of `train`, also for the pruned comparators.
+
+    Args:
+        features: names of the student's features to align; None for all it reports.
+        aliases: student feature name -> teacher block name, where they differ.
+        first: number of the first batch, so that consecutive stages see different data.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        digits: Digits,
+        loss: LossConfig,
+        batch_size: int,
+        seed: int,
+        first: int = 0,
+        features: Sequence[str] | None = None,
+        aliases: Mapping[str, str] | None = None,
+    ):
+        self.teacher, self.student, self.digits, self.loss = teacher, student, digits, loss
+        self.batch_size, self.seed, self.first = batch_size, seed, first
+        self.features, self.aliases = features, dict(aliases or {})
+        self.device = next(student.parameters()).device
+
+    def __call__(self, step: int) -> dict[str, Tensor]:
+        from d2m_models import block_features
+
+        batch = self.digits.batch(self.seed, self.first + step, self.batch_size).to(self.device)
+        with torch.no_grad(), block_features(self.teacher, self.student.d2m_config) as known:
+            target = self.teacher(**batch.inputs()).sample
+        out = self.student(**batch.inputs(), output_aux=True)
+        distill = distill_loss(target, out.sample)
+        names = self.features if self.features is not None else list(out.aux.features)
+        feature = feature_loss(
+            {name: known[self.aliases.get(name, name)] for name in names},
+            {name: out.aux.features[name] for name in names},
+            distill,
+            self.loss.feature_reduction,
+        ).loss
+        balance = self._balance(out.aux, distill)
+        loss = total_loss(distill, feature, balance, self.loss.feature, self.loss.balance)
+        return {"loss": loss, "distill": distill, "feature": feature, "balance": balance}
+
+    def _balance(self, aux: Any, like: Tensor) -> Tensor:
+        """Over blocks where there are MoB groups, else over the experts of every layer that routes."""
+        variant = self.loss.balance_variant
+        if aux.mob:
+            return mean_balance([mob_balance(m, variant) for m in aux.mob.values()], like)
+        routed = [r for r in aux.routing.values() if r.ids.shape[1] > 0]
+        return mean_balance([moe_balance(r, variant) for r in routed], like)
+
+
+def run_stage(
+    model: nn.Module,
+    teacher: nn.Module,
+    digits: Digits,
+    config: StageConfig,
+    folder: Path,
+    *,
+    seed: int,
+    first: int,
+    parent: str,
+    label: str,
+    progress: bool = True,
+) -> str:
+    """Train one stage in place (or load its result) and return its fingerprint, the next stage's parent."""
+    frozen = prepare_stage(model, config.stage)
+    features = None
+    if config.stage == "mob":
+        from d2m_models.output import group_names
+
+        features = list(group_names(model.d2m_config))
+    run_id = ckpt.fingerprint(VERSION, parent, to_dict(config), model.d2m_config.to_dict(), seed, first)
+    objective = Distillation(
+        teacher, model, digits, config.loss, config.train.batch_size, seed, first, features
+    )
+    train(
+        model,
+        objective,
+        config.train,
+        folder,
+        run_id=run_id,
+        label=label,
+        frozen=frozen,
+        progress=progress,
+    )
+    finish_stage(model)
+    return run_id

@@ -1,0 +1,99 @@
+"""The dense teacher: a small FLUX trained on real digits and cached, or a saved FLUX transformer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from distill import checkpoint as ckpt
+from distill.config import DataConfig, TeacherConfig, to_dict
+from distill.data import Digits
+from distill.errors import CheckpointError, UserError
+from distill.importance import flow_matching_loss
+from distill.train import train
+
+VERSION = 1  # raise when the data, the model or the loss changes, so that cached teachers are retrained
+
+
+def cache_folder() -> Path:
+    """$D2M_CACHE, or dense2moe in the user's cache folder ($XDG_CACHE_HOME or ~/.cache)."""
+    if own := os.environ.get("D2M_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dense2moe"
+
+
+def build_teacher(config: TeacherConfig, seed: int) -> nn.Module:
+    """A `FluxTransformer2DModel` for digits, initialised from `seed` whatever the global RNG is."""
+    from diffusers import FluxTransformer2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=Digits.channels,
+            num_layers=config.num_layers,
+            num_single_layers=config.num_single_layers,
+            attention_head_dim=config.head_dim,
+            num_attention_heads=config.heads,
+            joint_attention_dim=Digits.text_dim,
+            pooled_projection_dim=Digits.pooled_dim,
+            axes_dims_rope=tuple(config.rope),
+        )
+
+
+def load_teacher(
+    config: TeacherConfig, data: DataConfig, seed: int, device: str = "cpu", progress: bool = True
+) -> nn.Module:
+    """The teacher, frozen and in eval mode: read from `config.path`, from the cache, or trained now.
+
+    Training is resumable and its result is kept in `cache_folder()` under a name that depends on
+    all its settings, so a second run starts at once.
+    """
+    if config.path is not None:
+        teacher = load_flux(config.path)
+    else:
+        assert config.train is not None
+        teacher = build_teacher(config, seed).to(device)
+        digits = Digits("train", data.timesteps)
+        run_id = ckpt.fingerprint(VERSION, to_dict(config), to_dict(data), seed, torch.device(device).type)
+        folder = cache_folder() / f"teacher-{run_id}"
+        size = config.train.batch_size
+
+        def objective(step: int) -> dict[str, Tensor]:
+            return {"loss": flow_matching_loss(teacher, digits.batch(seed, step, size).to(device))}
+
+        train(
+            teacher, objective, config.train, folder, run_id=run_id, label="teacher", progress=progress
+        )
+    return teacher.to(device).eval().requires_grad_(False)
+
+
+def load_flux(path: Path | str, subfolder: str | None = None) -> nn.Module:
+    """A dense `FluxTransformer2DModel` from a folder, a pipeline's folder or a hub name, or one clear error."""
+    from diffusers import FluxTransformer2DModel
+
+    local = Path(path)
+    if subfolder is None and (local / "model_index.json").is_file():
+        subfolder = "transformer"
+    folder = local / subfolder if subfolder else local
+    looks_local = local.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1
+    if looks_local and not (folder / "config.json").is_file():
+        state = "has no config.json" if folder.is_dir() else "does not exist"
+        raise UserError(f"{folder} {state}; expected the folder of a saved FluxTransformer2DModel")
+    try:
+        return FluxTransformer2DModel.from_pretrained(path, subfolder=subfolder)
+    except Exception as err:  # diffusers, safetensors and the hub client raise many kinds
+        raise CheckpointError(f"cannot load a FLUX transformer from {folder}: {' '.join(str(err).split())}") from err
+
+
+def modulation_inputs(teacher: nn.Module, digits: Digits, count: int, seed: int) -> Tensor:
+    """temb of `count` random (t, prompt) pairs, [count, D]: calibration data for the AdaLN basis."""
+    batch = digits.batch(seed, 0, count, "calibrate")
+    device = next(teacher.parameters()).device
+    with torch.no_grad():
+        return teacher.time_text_embed(batch.t.to(device) * 1000, batch.pooled.to(device))
+
+
