@@ -144,3 +144,88 @@ def cpu_gather_rows(x, idx, divisor: int = 1):
         x.shape[1] * size, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+# ----------------------------------------------------------------------------------------- CUDA
+#
+# Everything is enqueued on torch's current stream; the workspaces are torch's, so they are safe to
+# drop on return (the caching allocator hands them out again on the same stream only) and belong to
+# the graph's pool under CUDA-graph capture.
+
+
+def _stream(x: torch.Tensor) -> int:
+    return torch.cuda.current_stream(x.device).cuda_stream
+
+
+def _cuda_route(x_TD, router_ED, top_k, mask_T, permuted):
+    m = _need("_d2m_cuda")
+    (T, D), E = x_TD.shape, router_ED.shape[0]
+    if router_ED.dtype not in (torch.float32, x_TD.dtype):
+        router_ED = router_ED.float()
+    probs_TE = x_TD.new_empty(T, E, dtype=torch.float32)
+    weights_TK = x_TD.new_empty(T, top_k, dtype=torch.float32)
+    ids_TK = x_TD.new_empty(T, top_k, dtype=torch.int32)
+    # With no slots at all nothing is launched that would write the offsets.
+    offsets = (ids_TK.new_empty if T * top_k else ids_TK.new_zeros)(E + 1)
+    order_N, inverse_N = ids_TK.new_empty(T * top_k), ids_TK.new_empty(T * top_k)
+    workspace = ids_TK.new_empty(m.workspace_ints(E))
+    mask_T = _flat(mask_T, torch.bool)
+    if T:
+        with torch.cuda.device(x_TD.device):
+            m.route(
+                *_matrix(x_TD), *_matrix(router_ED), _address(mask_T), T, D, E, top_k,
+                probs_TE.data_ptr(), weights_TK.data_ptr(), ids_TK.data_ptr(),
+                offsets.data_ptr(), _address(order_N if permuted and top_k else None),
+                inverse_N.data_ptr(), workspace.data_ptr(), _stream(x_TD),
+            )  # fmt: skip
+    return probs_TE, weights_TK, ids_TK, offsets, order_N, inverse_N
+
+
+def cuda_route(x_TD, router_ED, top_k: int, mask_T=None):
+    """Gate of eqs. 2-3 -> probs [T, E] fp32, weights [T, K] fp32, ids [T, K] int32."""
+    return _cuda_route(x_TD, router_ED, top_k, mask_T, permuted=False)[:3]
+
+
+def cuda_route_permute(x_TD, router_ED, top_k: int, mask_T=None):
+    """`cuda_route` and the counting sort, counted on the way: one launch fewer than apart.
+
+    -> probs, weights, ids, offsets [E + 1], order [N], inverse [N].
+    """
+    return _cuda_route(x_TD, router_ED, top_k, mask_T, permuted=True)
+
+
+def cuda_permute(ids_TK, num_experts: int):
+    """Stable counting sort by expert -> offsets [E + 1], order [N], inverse [N], all int32."""
+    m = _need("_d2m_cuda")
+    ids_N = _flat(ids_TK, torch.int32)
+    N = ids_N.numel()
+    offsets = (ids_N.new_empty if N else ids_N.new_zeros)(num_experts + 1)
+    order_N, inverse_N = ids_N.new_empty(N), ids_N.new_empty(N)
+    workspace = ids_N.new_empty(m.workspace_ints(num_experts))
+    if N:
+        with torch.cuda.device(ids_N.device):
+            m.permute(
+                ids_N.data_ptr(), N, num_experts, offsets.data_ptr(), order_N.data_ptr(),
+                inverse_N.data_ptr(), workspace.data_ptr(), _stream(ids_N),
+            )  # fmt: skip
+    return offsets, order_N, inverse_N
+
+
+def cuda_combine(
+    y_ND, inverse_N, weights_TK, offsets, base_TD=None, bias_D=None, scale: float = 1.0
+):
+    """`cpu_combine` on the GPU."""
+    m = _need("_d2m_cuda")
+    (T, K), D = _slots_per_token(inverse_N, weights_TK), y_ND.shape[1]
+    out_TD = y_ND.new_empty(T, D)
+    inverse_N, offsets = _flat(inverse_N, torch.int32), _flat(offsets, torch.int32)
+    weights_TK = _flat(weights_TK, torch.float32)
+    bias_D = None if bias_D is None else bias_D.contiguous()
+    if T * D:
+        with torch.cuda.device(y_ND.device):
+            m.combine(
+                *_matrix(y_ND), inverse_N.data_ptr(), _address(weights_TK), offsets.data_ptr(),
+                offsets.numel() - 1, *_matrix(base_TD), *_matrix(bias_D)[:2], scale,
+                out_TD.data_ptr(), T, D, K, _stream(y_ND),
+            )  # fmt: skip
+    return out_TD

@@ -49,10 +49,6 @@ def grouped_gemm(*args):
     return _products().grouped_gemm(*args)
 
 
-def grouped_gemm_bwd(*args):
-    return _products().grouped_gemm_bwd(*args)
-
-
 def ffn_fwd(*args):
     return _products().ffn_fwd(*args)
 

@@ -9,6 +9,7 @@ import torch
 
 from d2m_kernels import backends, checks
 from d2m_kernels import ops as _ops  # noqa: F401  (registers d2m::*)
+from d2m_kernels.amp import autocast_dtype, without_autocast
 from d2m_kernels.combine import unit
 from d2m_kernels.route import RouteFunction, reroute, tokens_of
 from d2m_kernels.routing import Routing
@@ -68,8 +69,8 @@ def moe_ffn(
     """
     checks.input_and_router(x, router)
     device = x.device.type
-    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    autocast = None if x.dtype == torch.float64 else autocast_dtype(device)
+    dtype = autocast or x.dtype
     k = checks.top_k(top_k, router.shape[0])
     checks.weights(x, router, w1, w2, b1, b2, k, shared, activation, None if autocast else dtype)
     checks.mask(token_mask, x)
@@ -83,7 +84,7 @@ def moe_ffn(
 
     w1, w1_gate = w1 if isinstance(w1, (tuple, list)) else (w1, None)
     b1, b1_gate = b1 if isinstance(b1, (tuple, list)) else (b1, None)
-    with torch.autocast(device, enabled=False):
+    with without_autocast(device):
         if k or return_routing:
             routing = _route(x_TD, router, k, token_mask, routing, name, device)
         args = (x_TD, w1, w1_gate, w2, b1, b1_gate, b2)

@@ -9,6 +9,7 @@ import torch
 
 from d2m_kernels import backends, checks
 from d2m_kernels import ops as _ops  # noqa: F401  (registers d2m::*)
+from d2m_kernels.amp import without_autocast
 from d2m_kernels.reference import wide
 from d2m_kernels.routing import Routing
 
@@ -37,7 +38,7 @@ def route(x, router, *, top_k=2, token_mask=None, backend=None) -> Routing:
     name = backends.resolve(backend, x.device.type, x.dtype)
     x_TD = tokens_of(x)
     mask_T = None if token_mask is None else token_mask.reshape(-1)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return Routing(*RouteFunction.apply(x_TD, router, k, mask_T, name))
 
 

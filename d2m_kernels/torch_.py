@@ -12,8 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from d2m_kernels import reference
-from d2m_kernels.activations import activate, activate_backward, pointwise
-from d2m_kernels.reference import FFNGrads, grouped_gemm_bwd, permute, spans
+from d2m_kernels.activations import (
+    activate,
+    activate_backward,
+    pointwise,
+    pointwise_backward,
+)
+from d2m_kernels.reference import FFNGrads, permute, spans
 
 __all__ = ["combine", "ffn_bwd", "ffn_fwd", "grouped_gemm", "grouped_gemm_bwd", "permute", "route"]
 
@@ -57,7 +62,8 @@ def combine(y_ND, inverse_TK, weights_TK, offsets, base_TD=None, bias_D=None, sc
 
 def _grouped(a, b, offsets):
     """a [M, K] by b [E, K, N] group by group, or a [I, M] by b [M, J] summed over each group."""
-    if a.numel() and b.numel() and layout_reason(a, b) is None:
+    served = unsupported(a.device.type, a.dtype) is None
+    if served and a.numel() and b.numel() and layout_reason(a, b) is None:
         return F.grouped_mm(a, b, offs=offsets[1:])
     E = offsets.shape[0] - 1
     if b.dim() == 3:
@@ -88,6 +94,13 @@ class _Rows:
         y = _grouped(x, w_EHK.transpose(1, 2), offsets)
         return self.clear_tail(y if b_EH is None else y + b_EH[self.expert_N])
 
+    def sums(self, rows_NH, offsets):
+        """The sum of each expert's rows, [E, H]; rows past the last offset must be zero."""
+        out = torch.zeros(
+            offsets.shape[0] - 1, rows_NH.shape[1], dtype=torch.float32, device=rows_NH.device
+        )
+        return out.index_put_((self.expert_N,), rows_NH.float(), accumulate=True).to(rows_NH.dtype)
+
 
 def grouped_gemm(
     x, w_ENK, offsets, w_gate=None, gather=None, bias_EN=None, bias_gate=None, activation=None
@@ -100,6 +113,40 @@ def grouped_gemm(
     elif activation is not None:
         z = rows.clear_tail(pointwise(activation, z))
     return z
+
+
+def grouped_gemm_bwd(
+    dout, x, w_ENK, offsets, w_gate, gather, bias_EN, bias_gate, activation, needs
+):
+    """Gradients of `grouped_gemm` (see reference.py): no host sync where grouped_mm has none."""
+    need_x, need_w, need_w_gate, need_bias, need_bias_gate = needs
+    index = None if gather is None else gather.long()
+    x_M = x if index is None else x[index]
+    rows = _Rows(x_M.shape[0], offsets)
+    dz = rows.clear_tail(dout)
+    dgate = None
+    if activation is not None:
+        z = rows.linear(x_M, w_ENK, bias_EN, offsets)
+        if w_gate is None:
+            dz = pointwise_backward(activation, z, dz)
+        else:
+            gate = rows.linear(x_M, w_gate, bias_gate, offsets)
+            dgate = pointwise_backward(activation, gate, dz * z)
+            dz = dz * pointwise(activation, gate)
+    dx = None
+    if need_x:
+        dx = _grouped(dz, w_ENK, offsets)
+        dx = dx if dgate is None else dx + _grouped(dgate, w_gate, offsets)
+        dx = rows.clear_tail(dx)
+    if need_x and index is not None:
+        # index_put_ with accumulate sorts on CUDA: unlike index_add_, two runs are bitwise equal.
+        total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        dx = total.index_put_((index,), dx.float(), accumulate=True).to(x.dtype)
+    dw = _grouped(dz.T, x_M, offsets) if need_w else None
+    dw_gate = _grouped(dgate.T, x_M, offsets) if need_w_gate else None
+    db = rows.sums(dz, offsets) if need_bias else None
+    db_gate = rows.sums(dgate, offsets) if need_bias_gate else None
+    return dx, dw, dw_gate, db, db_gate
 
 
 def _experts(t, shared: int, num_experts: int, dim: int = 0):
@@ -183,9 +230,7 @@ def ffn_bwd(
             if dw is not None:
                 _experts(dw, shared, E).copy_(_grouped(dz_half.T, x_ND, offsets))
             if db is not None:
-                sums = torch.zeros(E, dz_half.shape[1], dtype=torch.float32, device=dz.device)
-                sums.index_add_(0, rows.expert_N, dz_half.float())
-                _experts(db, shared, E).copy_(sums)
+                _experts(db, shared, E).copy_(rows.sums(dz_half, offsets))
         if grads.x is not None:
             dx_TD = combine(dx_ND, inverse_N.view(T, K), None, offsets, dx_TD, None, 1.0)
     elif grads.weights is not None:

@@ -1,4 +1,4 @@
-"""`moe_ffn` and its stages on a GPU: the comparisons of the CPU tests, and what only a GPU can show.
+"""`moe_ffn` and its stages on a GPU: the CPU tests' comparisons, and what only a GPU can show.
 
 Skipped as a whole where there is no GPU. `tests/gpu/run.sh` builds and runs all of it offline.
 """

@@ -1,0 +1,80 @@
+"""The torch.library ops `d2m::*`: schemas, fake implementations, dtypes without a device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from moe_cases import CPU_BACKENDS, Case
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from d2m_kernels import moe_ffn, route
+from d2m_kernels.ops import halves
+
+CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def arguments(backend: str, activation: str = "gelu_tanh"):
+    """Arguments of every op, from one small layer."""
+    case = Case(T=9, D=8, S=4, H=4, E=3, k=2, activation=activation)
+    p = case.build(grad=False)
+    r = route(p["x"], p["router"], top_k=2, backend=backend)
+    weights = (p["x"], p["w1"], None, p["w2"], p["b1"], None, p["b2"])
+    slots = (r.weights, r.offsets, r.order, r.inverse)
+    attrs = (case.S, activation, False, 1.5)
+    fwd = (*weights, *slots, *attrs, True, backend)
+    y, z_shared, z_routed = torch.ops.d2m.ffn_fwd(*fwd)
+    up, gate = halves(p["w1"], None, activation, False)
+    experts = up[case.S :].reshape(3, 4, 8)
+    gates = None if gate is None else gate[case.S :].reshape(3, 4, 8)
+    gather = r.order // 2
+    gemm = (p["x"], experts, r.offsets, gates, gather, None, None, activation)
+    rows = torch.randn(18, 4)
+    return {
+        "route": (p["x"], p["router"], 2, None, backend),
+        "permute": (r.ids, 3, backend),
+        "grouped_gemm": (*gemm, backend),
+        "grouped_gemm_bwd": (rows, *gemm, [True, True, gate is not None, False, False], backend),
+        "combine": (torch.randn(18, 8), r.inverse.view(9, 2), r.weights, r.offsets, p["x"], p["b2"],
+                    1.5, backend),
+        "ffn_fwd": fwd,
+        "ffn_bwd": (torch.ones_like(y), *weights, *slots, z_shared, z_routed, *attrs, 2,
+                    [True, True, False, True, True, False, True, True], backend),
+    }  # fmt: skip
+
+
+OPS = ["route", "permute", "grouped_gemm", "grouped_gemm_bwd", "combine", "ffn_fwd", "ffn_bwd"]
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+def test_opcheck(op, backend, activation):
+    overload = getattr(torch.ops.d2m, op).default
+    torch.library.opcheck(overload, arguments(backend, activation)[op], test_utils=CHECKS)
+
+
+def test_no_op_is_left_unchecked():
+    defined = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("d2m::")
+    }
+    assert defined == set(OPS)
+
+
+@pytest.mark.parametrize("k", [0, 2, "dense"])
+def test_fake_tensors_need_no_data(k):
+    case = Case(k=k, dtype=torch.bfloat16)
+    with FakeTensorMode():
+        p = {n: torch.empty_like(t) for n, t in case.build(grad=False).items()}
+        y, r = moe_ffn(*p.values(), **case.kwargs(), return_routing=True)
+    assert y.shape == (case.T, case.D) and y.dtype == torch.bfloat16
+    slots = case.T * (k if isinstance(k, int) else 0)
+    assert r.order.shape == (slots,) and r.probs.dtype == torch.float32
+
+
+def test_meta_tensors_give_shapes():
+    case = Case(k=2)
+    p = {n: t.to("meta") for n, t in case.build(grad=False).items()}
+    y = moe_ffn(*p.values(), **case.kwargs())
+    assert y.is_meta and y.shape == (case.T, case.D)
