@@ -90,8 +90,8 @@ class _Rows:
         """grouped_mm leaves the rows past the last offset uninitialised."""
         return torch.where(self.live_N1, t, 0)
 
-    def linear(self, x, w_EHK, b_EH, offsets):
-        y = _grouped(x, w_EHK.transpose(1, 2), offsets)
+    def linear(self, x, w_EHK, b_EH, offsets, dtype=None):
+        y = _grouped(x, w_EHK.transpose(1, 2), offsets).to(dtype or x.dtype)
         return self.clear_tail(y if b_EH is None else y + b_EH[self.expert_N])
 
     def sums(self, rows_NH, offsets):
@@ -123,16 +123,21 @@ def grouped_gemm_bwd(
     index = None if gather is None else gather.long()
     x_M = x if index is None else x[index]
     rows = _Rows(x_M.shape[0], offsets)
-    dz = rows.clear_tail(dout)
+    # The recomputed activation stays in fp32: a bias added to a rounded product rounds twice.
+    dz = rows.clear_tail(dout).float()
     dgate = None
     if activation is not None:
-        z = rows.linear(x_M, w_ENK, bias_EN, offsets)
+        z = rows.linear(x_M, w_ENK, bias_EN, offsets, torch.float32)
         if w_gate is None:
             dz = pointwise_backward(activation, z, dz)
         else:
-            gate = rows.linear(x_M, w_gate, bias_gate, offsets)
+            gate = rows.linear(x_M, w_gate, bias_gate, offsets, torch.float32)
             dgate = pointwise_backward(activation, gate, dz * z)
             dz = dz * pointwise(activation, gate)
+    db = rows.sums(dz, offsets).to(x.dtype) if need_bias else None
+    db_gate = rows.sums(dgate, offsets).to(x.dtype) if need_bias_gate else None
+    dz = dz.to(x.dtype)
+    dgate = None if dgate is None else dgate.to(x.dtype)
     dx = None
     if need_x:
         dx = _grouped(dz, w_ENK, offsets)
@@ -144,8 +149,6 @@ def grouped_gemm_bwd(
         dx = total.index_put_((index,), dx.float(), accumulate=True).to(x.dtype)
     dw = _grouped(dz.T, x_M, offsets) if need_w else None
     dw_gate = _grouped(dgate.T, x_M, offsets) if need_w_gate else None
-    db = rows.sums(dz, offsets) if need_bias else None
-    db_gate = rows.sums(dgate, offsets) if need_bias_gate else None
     return dx, dw, dw_gate, db, db_gate
 
 
