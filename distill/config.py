@@ -176,21 +176,33 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """`d2m demo`: a teacher, the students by name (each an `m`/`s`-like structure) and the stages they share.
+    """`d2m demo`: one teacher, one MoE structure and MoB groupings on top of it.
 
-    students: name -> structure. depth of the comparators follows from the students'.
+    structure: fields of `FluxMoEConfig` without depth and mob. groups: "s" (and "m", "xs" for
+    --full) -> fields of `MoBConfig`. lite: double blocks the FLUX.1-Lite-like comparator keeps.
+    pruned_lr: learning rate of the pruned comparators, which train as many steps as the students.
     """
 
     teacher: TeacherConfig
-    students: dict[str, Any]
+    structure: dict[str, Any]
+    groups: dict[str, Any]
     lite: list[int]
     shared: StageConfig
     moe: StageConfig
     mob: StageConfig
+    pruned_lr: float
     evaluate: EvalConfig = EvalConfig()
     data: DataConfig = DataConfig()
     importance_batches: int = 8
     calibration: int = 1024
+
+    def __post_init__(self):
+        missing = [name for name in ("m", "s", "xs") if name not in self.groups]
+        if missing or set(self.groups) - {"m", "s", "xs"}:
+            raise ConfigError(f"groups has the keys {sorted(self.groups)}; expected m, s and xs")
+        for name in ("shared", "moe", "mob"):
+            if getattr(self, name).stage != name:
+                raise ConfigError(f"{name}.stage is {getattr(self, name).stage!r}; expected {name!r}")
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:

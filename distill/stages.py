@@ -23,11 +23,10 @@ from distill.losses import (
     distill_loss,
     feature_loss,
     mean_balance,
-    moe_balance,
     mob_balance,
+    moe_balance,
     total_loss,
 )
-from distill.teacher import modulation_inputs
 from distill.train import FrozenSlice, train
 
 VERSION = 1  # raise when a change makes old checkpoints mean something else

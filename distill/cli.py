@@ -1,0 +1,273 @@
+"""The `d2m` command. Heavy imports happen inside the commands, so that `d2m --help` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distill.errors import UserError
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands with their options."""
+    top = argparse.ArgumentParser(
+        prog="d2m", description="Turn a dense diffusion transformer into a Mixture of Experts and Blocks."
+    )
+    top.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="train, convert, distil, compare on real digits; writes a report")
+    demo.add_argument("--out", default="d2m-demo", help="output folder (default: %(default)s)")
+    demo.add_argument("--quick", action="store_true", help="the same in under a minute, less well trained")
+    demo.add_argument("--full", action="store_true", help="also M, XS and Lite, over three seeds")
+    demo.add_argument("--seed", type=int, default=0, help="same seed, same numbers (default: 0)")
+    _device(demo)
+    demo.set_defaults(run=run_demo)
+
+    convert = commands.add_parser("convert", help="convert a saved FLUX transformer to MoE / MoB")
+    convert.add_argument("source", metavar="SRC", help="folder or hub name of a FLUX transformer or pipeline")
+    convert.add_argument("target", metavar="DST", help="new folder")
+    structure = convert.add_mutually_exclusive_group(required=True)
+    structure.add_argument("--preset", help="flux-moe-l, flux-moe-m, flux-moe-s, flux-moe-xs, ...")
+    structure.add_argument("--structure", help="YAML or JSON file with the fields of FluxMoEConfig")
+    convert.add_argument("--subfolder", help="folder within SRC (a pipeline's 'transformer' is found itself)")
+    convert.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as saved")
+    convert.add_argument("--seed", type=int, default=0, help="of the new routers (default: 0)")
+    convert.set_defaults(run=run_convert)
+
+    distil = commands.add_parser("distill", help="distil a student as a YAML file says; resumable")
+    distil.add_argument("config", metavar="CONFIG.yaml", help="e.g. digits.yaml, which is built in")
+    distil.add_argument("--out", help="output folder instead of the configuration's")
+    distil.add_argument("--seed", type=int, help="instead of the configuration's")
+    _device(distil)
+    distil.set_defaults(run=run_distill)
+
+    sample = commands.add_parser("sample", help="draw digits from a distilled model into a PNG")
+    sample.add_argument("model", metavar="MODEL", help="folder of a saved model")
+    sample.add_argument("--out", default="samples.png", help="PNG to write (default: %(default)s)")
+    sample.add_argument("--steps", type=int, default=12, help="Euler steps (default: %(default)s)")
+    sample.add_argument("--per-class", type=int, default=2, help="samples a digit (default: %(default)s)")
+    sample.add_argument("--top-k", help="experts a token uses: a number or 'dense'")
+    sample.add_argument("--seed", type=int, default=0)
+    _device(sample)
+    sample.set_defaults(run=run_sample)
+
+    inspect = commands.add_parser("inspect", help="parameters and FLOPs of a model or a preset")
+    inspect.add_argument("model", metavar="MODEL_OR_PRESET", help="folder of a saved model, or a preset name")
+    inspect.add_argument("--size", type=int, default=1024, help="image height and width in pixels")
+    inspect.add_argument("--text-tokens", type=int, default=512)
+    inspect.set_defaults(run=run_inspect)
+
+    report = commands.add_parser("report", help="render a demo's pictures and page again")
+    report.add_argument("out", metavar="OUT", help="output folder of `d2m demo`")
+    report.set_defaults(run=run_report)
+    return top
+
+
+def _device(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there)")
+
+
+def pick_device(name: str) -> str:
+    """"auto" or a device that this machine has."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device is {name!r}; expected 'cpu', 'cuda' or 'cuda:N'") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device is {name!r}; expected 'cpu', 'cuda' or 'cuda:N'")
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+        raise UserError(f"--device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices")
+    return name
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    from distill.checkpoint import make_folder
+
+    make_folder(args.out)  # before anything that takes time
+    device = pick_device(args.device)
+    from distill.demo import run_demo as demo
+
+    page = demo(args.out, quick=args.quick, full=args.full, seed=args.seed, device=device)
+    print(f"\nreport: {page.resolve()}")
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    structure = _structure(args)
+    import torch
+
+    from d2m_models import convert_flux
+    from distill.checkpoint import make_folder, write_folder
+    from distill.teacher import load_flux
+
+    make_folder(Path(args.target).parent)
+    dense = load_flux(args.source, args.subfolder)
+    if args.dtype:
+        dense = dense.to(getattr(torch, args.dtype))
+    with _library_errors():
+        model = convert_flux(dense, structure, generator=torch.Generator().manual_seed(args.seed))
+    write_folder(args.target, model.save_pretrained)
+    print(f"wrote {args.target}: {_counts(model)}")
+
+
+def _structure(args: argparse.Namespace) -> Any:
+    """--preset's or --structure's FluxMoEConfig."""
+    from d2m_models import PRESETS, FluxMoEConfig
+
+    if args.preset is not None:
+        if args.preset not in PRESETS:
+            raise UserError(f"unknown preset {args.preset!r}; presets are {sorted(PRESETS)}")
+        return PRESETS[args.preset]
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(args.structure).read_text(encoding="utf-8"))
+    except OSError as err:
+        raise UserError(f"cannot read {args.structure}: {err.strerror or err}") from err
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise UserError(f"{args.structure} is no valid YAML: {' '.join(str(err).split())}") from err
+    with _library_errors():
+        return FluxMoEConfig.from_dict(data)
+
+
+def run_distill(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from distill.config import DistillConfig, load_config
+
+    config = load_config(DistillConfig, args.config)
+    if args.out is not None:
+        config = replace(config, out=args.out)
+    if args.seed is not None:
+        config = replace(config, seed=args.seed)
+    from distill.checkpoint import make_folder
+
+    make_folder(config.out)
+    from distill.pipeline import distill
+
+    with _library_errors():
+        folder = distill(config, pick_device(args.device))
+    print(f"wrote {folder}")
+
+
+def run_sample(args: argparse.Namespace) -> None:
+    from distill.checkpoint import make_folder
+
+    make_folder(Path(args.out).parent)
+    from distill.pipeline import load_model, sample_digits
+
+    model = load_model(args.model).to(pick_device(args.device))
+    if args.top_k is not None:
+        from d2m_models import set_top_k
+
+        with _library_errors():
+            set_top_k(model, int(args.top_k) if args.top_k.isdigit() else args.top_k)
+    if args.steps < 1 or args.per_class < 1:
+        raise UserError("--steps and --per-class must be at least 1")
+    accuracy = sample_digits(model, Path(args.out), args.steps, args.per_class, args.seed)
+    print(f"wrote {args.out}; the classifier reads {accuracy:.1%} as their prompt")
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    from d2m_models import PRESETS, account
+
+    source: Any = args.model
+    if args.model not in PRESETS:
+        if not Path(args.model).exists():
+            raise UserError(
+                f"{args.model!r} is neither a folder nor a preset; presets are {sorted(PRESETS)}"
+            )
+        from distill.pipeline import load_model
+
+        source = load_model(args.model)
+    with _library_errors():
+        counts = account(source, height=args.size, width=args.size, text_tokens=args.text_tokens)
+    print(f"{args.model} at {args.size} x {args.size} with {args.text_tokens} text tokens")
+    rows = [("part", "total", "activated", "GFLOP")]
+    for name, part in counts.parts.items():
+        flops = part.flops + part.attention_flops
+        rows.append((name, f"{part.total:,}", f"{round(part.activated):,}", f"{flops / 1e9:,.2f}"))
+    rows.append(
+        ("all", f"{counts.total_params:,}", f"{counts.activated_params:,}", f"{counts.flops / 1e9:,.2f}")
+    )
+    for row in rows:
+        print(f"{row[0]:14}{row[1]:>18}{row[2]:>18}{row[3]:>14}")
+    print(f"activated by the paper's convention: {counts.activated_params_paper:,}")
+
+
+def run_report(args: argparse.Namespace) -> None:
+    from distill.report import render
+
+    print(f"wrote {render(args.out)}")
+
+
+def _counts(model: Any) -> str:
+    from d2m_models import account
+
+    counts = account(model)
+    return f"{counts.total_params:,} parameters, {counts.activated_params:,} of them activated"
+
+
+class _library_errors:
+    """Argument errors of the libraries (which name the argument) become one-line user errors."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, err: Any, trace: Any) -> None:
+        if isinstance(err, (ValueError, TypeError)) and not isinstance(err, UserError):
+            raise UserError(" ".join(str(err).split())) from err
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 = success, 2 = a user's error (one line on stderr), 130 = interrupted."""
+    top = parser()
+    args = top.parse_args(argv)
+    if args.version:
+        from d2m_kernels._version import __version__
+
+        print(__version__)
+        return 0
+    if args.command is None:
+        top.print_help()
+        return 0
+    # Spinning threads bring everything to a crawl when another process shares the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as cleanly as on Ctrl-C
+    except ValueError:  # not in the main thread
+        previous = None
+    try:
+        args.run(args)
+    except UserError as err:
+        print(f"d2m: error: {err}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as err:
+        if (err.name or "").split(".")[0] in ("d2m_kernels", "d2m_models", "distill"):
+            raise
+        print(
+            f"d2m: error: the package {err.name!r} is missing; pip install 'dense2moe[demo]' brings it",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("\nd2m: interrupted; the same command continues where it was", file=sys.stderr)
+        return 130
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

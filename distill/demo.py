@@ -1,0 +1,491 @@
+"""`d2m demo`: teacher -> MoE -> MoB on real digits, next to pruning, in one sitting.
+
+    teacher --eq. 6--> moe-l (stages a, b) --> mob-m / mob-s / mob-xs (stage c)
+       |                    '--> prune-depth (same blocks fewer, same steps as stage c)
+       |--> prune-mlp (same activated FFN width, same steps as a + b)
+       '--> lite (fewer double blocks, dense FFNs; --full)
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill import checkpoint as ckpt
+from distill import evaluate as ev
+from distill import report
+from distill.config import DemoConfig, StageConfig, bundled, load_config, to_dict
+from distill.data import Digits
+from distill.stages import (
+    VERSION,
+    Distillation,
+    finish_stage,
+    group_blocks,
+    make_student,
+    measure_importance,
+    run_stage,
+)
+from distill.teacher import load_teacher, modulation_inputs
+from distill.train import read_log, train
+
+
+@dataclass
+class Run:
+    """One seed's teacher, data and measurements, and where its stages are kept."""
+
+    config: DemoConfig
+    seed: int
+    device: str
+    folder: Path
+    progress: bool
+    teacher: nn.Module
+    digits: Digits
+    test: Digits
+    importance: dict[str, Tensor]
+    temb: Tensor
+    structure: Any
+
+    def fingerprint(self, *parts: Any) -> str:
+        """Of everything a model depends on before its own training."""
+        return ckpt.fingerprint(VERSION, to_dict(self.config), self.seed, self.device, *parts)
+
+
+def start(config: DemoConfig, seed: int, device: str, folder: Path, progress: bool) -> Run:
+    """Teacher (trained or from the cache), importance (6) and AdaLN calibration."""
+    from d2m_models import FluxMoEConfig
+
+    teacher = load_teacher(config.teacher, config.data, seed, device, progress)
+    digits = Digits("train", config.data.timesteps)
+    structure = FluxMoEConfig.from_dict(
+        {
+            **config.structure,
+            "num_layers": len(teacher.transformer_blocks),
+            "num_single_layers": len(teacher.single_transformer_blocks),
+        }
+    )
+    return Run(
+        config=config,
+        seed=seed,
+        device=device,
+        folder=ckpt.make_folder(folder),
+        progress=progress,
+        teacher=teacher,
+        digits=digits,
+        test=Digits("test"),
+        importance=measure_importance(teacher, digits, config.importance_batches, seed),
+        temb=modulation_inputs(teacher, digits, config.calibration, seed),
+        structure=structure,
+    )
+
+
+# --- students -------------------------------------------------------------------------------
+
+
+def train_moe(run: Run) -> tuple[nn.Module, str]:
+    """Stages (a) and (b): the model "moe-l" and its fingerprint."""
+    model = make_student(run.teacher, run.structure, run.importance, run.temb, run.seed)
+    parent, first = run.fingerprint("moe-l"), 0
+    for stage in (run.config.shared, run.config.moe):
+        parent = _stage(run, model, stage, "moe-l", first, parent)
+        first += stage.train.steps
+    return model, parent
+
+
+def train_mob(run: Run, moe: nn.Module, parent: str, name: str) -> nn.Module:
+    """Stage (c): `moe` with its blocks grouped, "mob-m", "mob-s" or "mob-xs"."""
+    model = group_blocks(moe, mob_config(run, name), run.seed)
+    first = run.config.shared.train.steps + run.config.moe.train.steps
+    _stage(run, model, run.config.mob, name, first, parent)
+    return model
+
+
+def mob_config(run: Run, name: str) -> Any:
+    from d2m_models import MoBConfig
+
+    return MoBConfig.from_dict(run.config.groups[name.removeprefix("mob-")])
+
+
+def _stage(run: Run, model: nn.Module, stage: StageConfig, name: str, first: int, parent: str) -> str:
+    letter = {"shared": "a", "moe": "b", "mob": "c"}[stage.stage]
+    return run_stage(
+        model,
+        run.teacher,
+        run.digits,
+        stage,
+        run.folder / name / stage.stage,
+        seed=run.seed,
+        first=first,
+        parent=parent,
+        label=f"{name}: ({letter}) {stage.stage}",
+        progress=run.progress,
+    )
+
+
+# --- comparators ----------------------------------------------------------------------------
+
+
+def train_prune_mlp(run: Run) -> nn.Module:
+    """Diff-Pruning: keep the r_a * D most important neurons (eq. 6) of every FFN that is MoE in moe-l.
+
+    AdaLN is compressed as in moe-l, so that both activate the same parameters but for the routers.
+    """
+    from d2m_models import convert_flux, prune_mlp
+
+    dense = convert_flux(
+        run.teacher,
+        replace(run.structure, moe=None),
+        adaln_calibration=run.temb if run.structure.adaln_dim is not None else None,
+    )
+    width = round(run.structure.moe.activated_ratio * run.teacher.inner_dim)
+    whole = {f"transformer_blocks.{i}" for i in run.structure.dense_double_blocks}
+    whole |= {f"single_transformer_blocks.{i}" for i in run.structure.dense_single_blocks}
+    keep = {
+        name: score.argsort(descending=True, stable=True)[:width]
+        for name, score in run.importance.items()
+        if ".".join(name.split(".")[:2]) not in whole
+    }
+    steps = run.config.shared.train.steps + run.config.moe.train.steps
+    return _train_pruned(run, prune_mlp(dense, keep), "prune-mlp", run.config.moe, steps, 0)
+
+
+def train_prune_depth(run: Run, moe: nn.Module, parent: str) -> nn.Module:
+    """BK-SDM: of every group of mob-s keep one block for good, and train all weights as long as stage (c).
+
+    It starts from the same trained MoE model as mob-s and keeps, group by group, the block without
+    whose companions the output changes least.
+    """
+    mob = mob_config(run, "mob-s")
+    kept, aliases = choose_blocks(run, moe, mob)
+    from d2m_models import prune_depth
+
+    model = prune_depth(moe, kept["double"], kept["single"])
+    first = run.config.shared.train.steps + run.config.moe.train.steps
+    steps = run.config.mob.train.steps
+    return _train_pruned(run, model, "prune-depth", run.config.mob, steps, first, aliases, parent)
+
+
+def choose_blocks(run: Run, model: nn.Module, mob: Any) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Blocks that depth pruning keeps, {"double", "single"}, and pruned block -> teacher block names.
+
+    A block that stands for a group is to give what the group's last block gave, as in stage (c).
+    """
+    from d2m_models import prune_depth
+
+    counts = {"double": len(model.transformer_blocks), "single": len(model.single_transformer_blocks)}
+    groups = {"double": mob.double_groups, "single": mob.single_groups}
+    kept = {kind: list(range(count)) for kind, count in counts.items()}
+    batch = ev.held_out_batch(run.digits, 256, run.seed)
+    target = ev.predict(run.teacher, batch)
+    for kind in groups:
+        for group in groups[kind]:
+            trials = {}
+            for block in group:
+                trial = {**kept, kind: [b for b in kept[kind] if b == block or b not in group]}
+                pruned = prune_depth(model, trial["double"], trial["single"])
+                trials[block] = (ev.relative_mse(target, ev.predict(pruned, batch)), trial)
+            kept = min(trials.values(), key=lambda pair: pair[0])[1]
+    aliases = {}
+    for kind, prefix in (("double", "transformer_blocks"), ("single", "single_transformer_blocks")):
+        last = {b: group[-1] for group in groups[kind] for b in group}
+        for new, old in enumerate(kept[kind]):
+            aliases[f"{prefix}.{new}"] = f"{prefix}.{last.get(old, old)}"
+    return kept, aliases
+
+
+def train_lite(run: Run) -> nn.Module:
+    """FLUX.1-Lite: fewer double blocks, everything else dense; trained as long as a whole mob model."""
+    from d2m_models import FluxMoEConfig, convert_flux, prune_depth
+
+    counts = len(run.teacher.transformer_blocks), len(run.teacher.single_transformer_blocks)
+    plain = FluxMoEConfig(
+        moe=None, dense_double_blocks=(), num_layers=counts[0], num_single_layers=counts[1]
+    )
+    model = prune_depth(convert_flux(run.teacher, plain), run.config.lite, range(counts[1]))
+    stages = (run.config.shared, run.config.moe, run.config.mob)
+    # what a kept block gives is compared with the last block it stands for
+    ends = [*(b - 1 for b in run.config.lite[1:]), counts[0] - 1]
+    aliases = {f"transformer_blocks.{i}": f"transformer_blocks.{end}" for i, end in enumerate(ends)}
+    steps = sum(stage.train.steps for stage in stages)
+    return _train_pruned(run, model, "lite", run.config.moe, steps, 0, aliases)
+
+
+def _train_pruned(
+    run: Run,
+    model: nn.Module,
+    name: str,
+    like: StageConfig,
+    steps: int,
+    first: int,
+    aliases: dict[str, str] | None = None,
+    parent: str = "",
+) -> nn.Module:
+    """Distil all weights of a pruned model (eqs. 7-9) for `steps` in one schedule."""
+    config = replace(like.train, steps=steps, lr=run.config.pruned_lr)
+    model.train().requires_grad_(True)
+    objective = Distillation(
+        run.teacher, model, run.digits, like.loss, config.batch_size, run.seed, first, aliases=aliases
+    )
+    train(
+        model,
+        objective,
+        config,
+        run.folder / name / "distill",
+        run_id=run.fingerprint(name, parent, aliases or {}),
+        label=name,
+        progress=run.progress,
+    )
+    finish_stage(model)
+    return model
+
+
+# --- measuring ------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """All models of one seed with what was measured of them, and tensors for the report."""
+
+    models: dict[str, nn.Module]
+    rows: dict[str, dict[str, Any]]
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+
+
+def train_all(run: Run, full: bool) -> dict[str, nn.Module]:
+    """Every model of the table, in the table's order."""
+    moe, parent = train_moe(run)
+    models = {"teacher": run.teacher, "moe-l": moe, "prune-mlp": train_prune_mlp(run)}
+    for name in ("mob-m", "mob-s") if full else ("mob-s",):
+        models[name] = train_mob(run, moe, parent, name)
+    models["prune-depth"] = train_prune_depth(run, moe, parent)
+    if full:
+        models["mob-xs"] = train_mob(run, moe, parent, "mob-xs")
+        models["lite"] = train_lite(run)
+    return models
+
+
+def kind_of(name: str) -> str:
+    return {"moe-l": "moe", "lite": "prune-depth"}.get(name, "mob" if name.startswith("mob") else name)
+
+
+def measure(run: Run, models: dict[str, nn.Module]) -> Outcome:
+    """Fill the table: accounts, relative MSE on held-out data, class accuracy, latency side by side."""
+    from d2m_models import account
+
+    config = run.config.evaluate
+    held_out = ev.held_out_batch(run.test, config.held_out, run.seed)
+    noise = run.test.noise_batch(run.seed, config.per_class)
+    target = ev.predict(run.teacher, held_out)
+    judge = ev.Judge(run.digits)
+    seconds = ev.measure_latency(
+        models, ev.held_out_batch(run.test, config.latency_batch, run.seed), config.latency_rounds
+    )
+    layers, groups = report_layers(models["moe-l"], models["mob-s"])
+    rows, tensors = {}, {}
+    for name, model in models.items():
+        experts = ev.SelectionCounts(list(layers), noise, config.sample_steps, Digits.text_tokens)
+        blocks = ev.BlockCounts(noise.labels, config.sample_steps)
+        hooks = {"moe-l": [experts], "mob-s": [blocks]}.get(name)
+        accuracy, images = ev.judge_samples(model, judge, run.test, noise, config, hooks)
+        counts = account(model, image_tokens=Digits.image_tokens, text_tokens=Digits.text_tokens)
+        rows[name] = {
+            "kind": kind_of(name),
+            "total_params": counts.total_params,
+            "activated_params": counts.activated_params,
+            "flops": counts.flops,
+            "step_seconds": seconds[name],
+            "latency_ratio": seconds[name] / seconds["teacher"],
+            "rel_mse": ev.relative_mse(target, ev.predict(model, held_out)),
+            "class_accuracy": accuracy,
+        }
+        tensors[f"samples/{name}"] = images
+        if name == "moe-l":
+            tensors |= ckpt.pack("experts", experts.frequencies())
+        if name == "mob-s":
+            tensors |= ckpt.pack("blocks", blocks.frequencies())
+    curves = stage_curves(run, models)
+    tensors |= {f"curve/{m}/{s}": t for m, stages in curves.items() for s, t in stages.items()}
+    real = judge.accuracy(run.test.images, run.test.labels)
+    meta = {
+        "prompts": [str(d) for d in range(Digits.num_classes)],
+        "curves": {m: list(stages) for m, stages in curves.items()},
+        "layers": layers,
+        "groups": groups,
+        "text_tokens": Digits.text_tokens,
+        "notes": (
+            f"Activated parameters are those one token meets. Step: one forward of {config.latency_batch} images, "
+            f"median of {config.latency_rounds}, the models taking turns. Relative MSE: ||student - teacher||² / "
+            f"||teacher||² over {config.held_out} held-out (x_t, t, prompt). Class accuracy: share of "
+            f"{len(noise)} samples that a classifier trained on the real digits reads as their prompt; it reads "
+            f"{real:.1%} of real test digits."
+        ),
+    }
+    return Outcome(models, rows, tensors, meta)
+
+
+def report_layers(moe: nn.Module, mob: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+    """Captions of what experts.png shows: an image-branch and a single-block layer, and every group."""
+    from d2m_models import moe_layers
+    from d2m_models.output import group_names
+
+    names = list(moe_layers(moe))
+    double = [n for n in names if n.endswith(".ff")]
+    single = [n for n in names if n.startswith("single")]
+    layers = {}
+    if double:
+        layers[double[len(double) // 2]] = f"Double block {double[len(double) // 2].split('.')[1]}, image"
+    if single:
+        layers[single[len(single) // 2]] = f"Single block {single[len(single) // 2].split('.')[1]}"
+    groups = {}
+    for group, blocks in group_names(mob.d2m_config).items():
+        ends = [b.split(".")[1] for b in (blocks[0], blocks[-1])]
+        groups[group] = f"{'D' if '.double.' in group else 'S'}{ends[0]}-{ends[1]}"
+    return layers, groups
+
+
+def stage_curves(run: Run, models: dict[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
+    """Loss curves by model and stage; a mob model's and prune-depth's begin with moe-l's stages."""
+    curves: dict[str, dict[str, Tensor]] = {}
+    letters = {"shared": "(a) shared", "moe": "(b) MoE", "mob": "(c) MoB"}
+    for name in models:
+        if name == "teacher":
+            continue
+        stages = {"moe-l": ("shared", "moe")}.get(name, ("mob",) if name.startswith("mob") else ("distill",))
+        own = {
+            letters.get(s, s): report.curve_table(read_log(run.folder / name / s / "log.jsonl")) for s in stages
+        }
+        if name.startswith("mob") or name == "prune-depth":
+            own = {**{k: _shift(v) for k, v in curves["moe-l"].items()}, **own}
+        curves[name] = own
+    return curves
+
+
+def _shift(table: Tensor) -> Tensor:
+    """Only the last step of a stage shared with moe-l, without values: the curve starts behind it."""
+    last = table[-1:].clone()
+    last[:, 1:] = float("nan")
+    return last
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What the numbers depend on: versions, processor, threads, and the back-end that runs."""
+    import diffusers
+
+    from d2m_kernels import backends
+    from d2m_kernels._version import __version__
+
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    kind = torch.device(device).type
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "triton": triton_version,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if kind == "cuda" else "cpu",
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "backend": backends.resolve(None, kind, torch.float32),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+# --- the command ----------------------------------------------------------------------------
+
+
+def run_demo(
+    out: Path | str,
+    *,
+    quick: bool = False,
+    full: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Everything `d2m demo` does; returns the path of report.html."""
+    out = ckpt.make_folder(out)
+    config = load_config(DemoConfig, bundled("demo-quick.yaml" if quick else "demo.yaml"))
+    seeds = [seed, seed + 1, seed + 2] if full else [seed]
+    outcomes = {}
+    for s in seeds:
+        if full:
+            say(f"seed {s} ({seeds.index(s) + 1} of {len(seeds)})")
+        tag = ckpt.fingerprint(VERSION, to_dict(config), s, torch.device(device).type)
+        run = start(config, s, device, out / "stages" / f"seed{s}-{tag}", progress)
+        outcomes[s] = measure(run, train_all(run, full))
+    first = outcomes[seed]
+    ckpt.save_tensors(out / "report.safetensors", first.tensors, first.meta)
+    report.write_results(out, seed, environment(device), first.rows)
+    if full:
+        content = summarise(seeds, {s: o.rows for s, o in outcomes.items()})
+        ckpt.write_text(out / "full.json", json.dumps(content, indent=2) + "\n")
+        for claim in content["claims"]:
+            say(f"{claim['claim']}: {claim['verdict']} ({claim['detail']})")
+    else:
+        (out / "full.json").unlink(missing_ok=True)  # an earlier run's, of other models
+    page = report.render(out)
+    say(report.text_table(first.rows))
+    return page
+
+
+def summarise(seeds: list[int], rows: dict[int, dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds, and the paper's two claims in relative MSE."""
+    names = list(rows[seeds[0]])
+    summary = {
+        name: {
+            key: {
+                "mean": mean(rows[s][name][key] for s in seeds),
+                "spread": stdev(rows[s][name][key] for s in seeds),
+            }
+            for key in ("rel_mse", "class_accuracy", "latency_ratio")
+        }
+        for name in names
+    }
+    claims = [
+        judge_claim(
+            "MoE beats MLP pruning at the same activated expansion ratio",
+            [rows[s]["moe-l"]["rel_mse"] for s in seeds],
+            [rows[s]["prune-mlp"]["rel_mse"] for s in seeds],
+        ),
+        judge_claim(
+            "MoB beats depth pruning at the same active depth",
+            [rows[s]["mob-s"]["rel_mse"] for s in seeds],
+            [rows[s]["prune-depth"]["rel_mse"] for s in seeds],
+        ),
+    ]
+    return {"seeds": seeds, "summary": summary, "claims": claims, "runs": {str(s): rows[s] for s in seeds}}
+
+
+def judge_claim(claim: str, ours: list[float], theirs: list[float]) -> dict[str, str]:
+    """"holds" if ours is lower by more than the spread of the paired ratios, "undecided" if within it."""
+    ratios = [o / t for o, t in zip(ours, theirs, strict=True)]
+    centre, spread = mean(ratios), stdev(ratios)
+    verdict = "undecided" if abs(1 - centre) <= spread else "holds" if centre < 1 else "does not hold"
+    detail = f"ratio of relative MSE {centre:.3f} ± {spread:.3f} over {len(ratios)} seeds"
+    return {"claim": claim, "verdict": verdict, "detail": detail}

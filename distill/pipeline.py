@@ -1,0 +1,145 @@
+"""`d2m distill` and `d2m sample`: one configured student from teacher to saved model, and its samples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from distill import checkpoint as ckpt
+from distill.config import DistillConfig, EvalConfig, to_dict
+from distill.data import Digits
+from distill.errors import CheckpointError, ConfigError, UserError
+from distill.stages import VERSION, group_blocks, make_student, measure_importance, run_stage
+from distill.teacher import load_flux, load_teacher, modulation_inputs
+
+
+def student_structure(config: DistillConfig, teacher: nn.Module) -> Any:
+    """The student's FluxMoEConfig; depth defaults to the teacher's."""
+    from d2m_models import PRESETS, FluxMoEConfig
+
+    if config.student.preset is not None:
+        if config.student.preset not in PRESETS:
+            raise ConfigError(
+                f"student.preset is {config.student.preset!r}; expected one of {sorted(PRESETS)}"
+            )
+        return PRESETS[config.student.preset]
+    depth = {
+        "num_layers": len(teacher.transformer_blocks),
+        "num_single_layers": len(teacher.single_transformer_blocks),
+    }
+    try:
+        return FluxMoEConfig.from_dict({**depth, **(config.student.structure or {})})
+    except (TypeError, ValueError) as err:
+        raise ConfigError(f"student.structure: {err}") from err
+
+
+def distill(config: DistillConfig, device: str = "cpu", progress: bool = True) -> Path:
+    """Run the configured stages and save the student; returns its folder, OUT/model.
+
+    OUT/<stage>/ holds each stage's checkpoint and log; a run that was stopped goes on from there.
+    Settings that differ from those OUT was begun with are an error.
+    """
+    out = ckpt.make_folder(config.out)
+    settings = {k: v for k, v in to_dict(config).items() if k != "out"}
+    _claim(out, {"settings": settings, "device": device.split(":")[0]})
+    target = out / "model"
+    if target.exists():
+        return target
+    teacher = load_teacher(config.teacher, config.data, config.seed, device, progress)
+    _check_digits(teacher)
+    structure = student_structure(config, teacher)
+    digits = Digits("train", config.data.timesteps)
+    student, seed = config.student, config.seed
+    importance = measure_importance(teacher, digits, student.importance_batches, seed)
+    temb = modulation_inputs(teacher, digits, student.calibration, seed)
+    model = make_student(teacher, structure, importance, temb, seed)
+    parent, first = ckpt.fingerprint(VERSION, settings), 0
+    for stage in config.stages:
+        if stage.stage == "mob":
+            if structure.mob is None:
+                raise ConfigError("stages has 'mob', but the student's structure has no key 'mob'")
+            model = group_blocks(model, structure.mob, seed)
+        elif structure.moe is None:
+            raise ConfigError(f"stages has {stage.stage!r}, but the student's structure has no key 'moe'")
+        parent = run_stage(
+            model,
+            teacher,
+            digits,
+            stage,
+            out / stage.stage,
+            seed=seed,
+            first=first,
+            parent=parent,
+            label=stage.stage,
+            progress=progress,
+        )
+        first += stage.train.steps
+    ckpt.write_folder(target, model.cpu().save_pretrained)
+    return target
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Write settings.json, or compare with the one that is there."""
+    path = out / "settings.json"
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    if not path.exists():
+        ckpt.write_text(path, text)
+        return
+    old = path.read_text(encoding="utf-8")
+    if old != text:
+        changed = [
+            f"{a.strip()!r} -> {b.strip()!r}"
+            for a, b in zip(old.splitlines(), text.splitlines(), strict=False)
+            if a != b
+        ]
+        raise CheckpointError(
+            f"{out} holds a run with other settings ({'; '.join(changed[:3])}); "
+            "choose another output folder or remove it"
+        )
+
+
+def load_model(path: Path | str) -> nn.Module:
+    """A saved MoE/MoB model or dense FLUX transformer, in eval mode."""
+    config = Path(path) / "config.json"
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
+    except OSError as err:
+        raise UserError(f"cannot read {config}: {err.strerror or err}; expected a saved model") from err
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as err:
+        raise UserError(f"{config} is no valid model configuration ({err})") from err
+    if kind != "FluxMoETransformer2DModel":
+        return load_flux(path).eval()
+    from d2m_models import FluxMoETransformer2DModel
+
+    try:
+        return FluxMoETransformer2DModel.from_pretrained(path).eval()
+    except Exception as err:  # diffusers and safetensors raise many kinds
+        raise CheckpointError(f"cannot load the model in {path}: {' '.join(str(err).split())}") from err
+
+
+def _check_digits(model: nn.Module) -> None:
+    have = tuple(model.config[k] for k in ("in_channels", "joint_attention_dim", "pooled_projection_dim"))
+    want = (Digits.channels, Digits.text_dim, Digits.pooled_dim)
+    if have != want:
+        raise UserError(
+            f"the model takes (channels, text, pooled) = {have}, digits are {want}; for FLUX models use "
+            "diffusers' FluxPipeline(transformer=...)"
+        )
+
+
+def sample_digits(model: nn.Module, path: Path, steps: int, per_class: int, seed: int) -> float:
+    """Write a grid of samples as a PNG; returns the share the classifier reads as their prompt."""
+    from distill.evaluate import Judge, judge_samples
+    from distill.plots import samples_png
+
+    _check_digits(model)
+    digits = Digits("train")
+    noise = digits.noise_batch(seed, per_class)
+    config = EvalConfig(per_class=per_class, sample_steps=steps)
+    accuracy, images = judge_samples(model, Judge(digits), digits, noise, config)
+    prompts = [str(d) for d in range(Digits.num_classes)]
+    samples_png(path, {"samples": (f"{accuracy:.0%} read right", images)}, prompts, min(per_class, 4))
+    return accuracy
