@@ -5,6 +5,7 @@ Shapes: B samples, I image tokens, X text tokens, D width, A AdaLN input.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -184,22 +185,21 @@ class FluxMoETransformer2DModel(FluxTransformer2DModel):
             condition = self.adaln_down(F.silu(temb))
         c = self.context_embedder(encoder_hidden_states)
         ids = [i[0] if i.ndim == 3 else i for i in (txt_ids, img_ids)]  # 3-D ids: older callers
-        shared = {"image_rotary_emb": self.pos_embed(torch.cat(ids, dim=0))}
+        rotary = self.pos_embed(torch.cat(ids, dim=0))
 
         attention_kwargs = dict(joint_attention_kwargs or {})
         token_mask = attention_kwargs.pop("token_mask", None)
         if "ip_adapter_image_embeds" in attention_kwargs:
             embeds = attention_kwargs.pop("ip_adapter_image_embeds")
             attention_kwargs["ip_hidden_states"] = self.encoder_hid_proj(embeds)
-        per_sample = {"temb": condition, "kwargs": attention_kwargs, "token_mask": token_mask}
+        context = _Context(condition, rotary, attention_kwargs, token_mask)
 
         aux = FluxMoEAux() if output_aux else None
-        residuals = partial(_residual, len(self.transformer_blocks), controlnet_blocks_repeat)
-        after = partial(residuals, controlnet_block_samples)
-        x, c = self._run_blocks("double", x, c, temb, per_sample, shared, after, aux)
-        residuals = partial(_residual, len(self.single_transformer_blocks), False)
-        after = partial(residuals, controlnet_single_block_samples)
-        x, c = self._run_blocks("single", x, c, temb, per_sample, shared, after, aux)
+        counts = len(self.transformer_blocks), len(self.single_transformer_blocks)
+        after = partial(_residual, counts[0], controlnet_blocks_repeat, controlnet_block_samples)
+        x, c = self._run_blocks("double", x, c, temb, context, after, aux)
+        after = partial(_residual, counts[1], False, controlnet_single_block_samples)
+        x, c = self._run_blocks("single", x, c, temb, context, after, aux)
 
         sample = self.proj_out(self.norm_out(x, condition))
         if not return_dict:
@@ -210,68 +210,70 @@ class FluxMoETransformer2DModel(FluxTransformer2DModel):
         times = [t.to(dtype) * 1000 for t in (timestep, guidance) if t is not None]
         return self.time_text_embed(*times, pooled_projections)
 
-    def _run_blocks(self, kind, x, c, temb, per_sample, shared, after, aux):
+    def _run_blocks(self, kind, x, c, temb, context, after, aux):
         """All blocks of one kind in order; a group's first block stands for the whole group."""
         name = KINDS[kind]
         blocks = getattr(self, name)
         mob = self.d2m_config.mob
         groups = getattr(mob, f"{kind}_groups") if mob is not None else ()
         starts = {group[0]: g for g, group in enumerate(groups)}
-        batch, index = x.shape[0], 0
+        index = 0
         while index < len(blocks):
             if index not in starts:
-                x, c = self._run_block(name, index, x, c, per_sample, shared, aux)
+                x, c = self._run_block(f"{name}.{index}", x, c, context, aux)
                 if aux is not None:
                     aux.features[f"{name}.{index}"] = (x, c)
                 x = after(index, x)
                 index += 1
                 continue
             g = starts[index]
-            first, router = index, self.mob_routers[f"{kind}_groups"][g]
-
-            def run(place, x, c, rows, first=first):
-                part = take_rows(per_sample, rows, batch)
-                return self._run_block(name, first + place, x, c, part, shared, aux)
-
-            def after_place(place, x, first=first):
-                return after(first + place, x)
-
-            x, c, routing = router(x, c, temb, run, after_place, self._token_group())
+            x, c, routing = self.mob_routers[f"{kind}_groups"][g](
+                x,
+                c,
+                temb,
+                run=partial(self._run_place, name, index, context, x.shape[0], aux),
+                after=lambda place, x, first=index: after(first + place, x),
+                group=self._token_group(),
+            )
             if aux is not None:
                 aux.features[f"mob.{kind}.{g}"] = (x, c)
                 aux.mob[f"mob.{kind}.{g}"] = routing
             index += len(groups[g])
         return x, c
 
-    def _run_block(self, name, index, x, c, per_sample, shared, aux):
-        block = getattr(self, name)[index]
-        args = (
-            x,
-            c,
-            per_sample["temb"],
-            shared["image_rotary_emb"],
-            per_sample["kwargs"],
-        )
-        extra = {"token_mask": per_sample["token_mask"], "return_routing": aux is not None}
+    def _run_place(self, name, first, context, batch, aux, place, x, c, rows):
+        part = context if rows is None else context.take(rows, batch)
+        return self._run_block(f"{name}.{first + place}", x, c, part, aux)
+
+    def _run_block(self, name, x, c, context, aux):
+        kind, index = name.split(".")
+        block = getattr(self, kind)[int(index)]
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             saved: dict[str, Any] = {}
             out = self._gradient_checkpointing_func(
-                block, *args, extra["token_mask"], saved, extra["return_routing"]
+                block,
+                x,
+                c,
+                context.condition,
+                context.rotary,
+                context.attention_kwargs,
+                context.token_mask,
+                saved,
+                aux is not None,
             )
         else:
-            # Hooks of caches look arguments up by name; defaults are left out for them.
-            extra = {key: value for key, value in extra.items() if value not in (None, False)}
             out = block(
-                hidden_states=args[0],
-                encoder_hidden_states=args[1],
-                temb=args[2],
-                image_rotary_emb=args[3],
-                joint_attention_kwargs=args[4],
-                **extra,
+                hidden_states=x,
+                encoder_hidden_states=c,
+                temb=context.condition,
+                image_rotary_emb=context.rotary,
+                joint_attention_kwargs=context.attention_kwargs,
+                token_mask=context.token_mask,
+                return_routing=aux is not None,
             )
         if aux is not None:
             for key, routing in out[2].items():
-                aux.routing[f"{name}.{index}.{key}".rstrip(".")] = routing
+                aux.routing[f"{name}.{key}" if key else name] = routing
         return out[1], out[0]
 
     def _token_group(self):
@@ -294,8 +296,8 @@ class FluxMoETransformer2DModel(FluxTransformer2DModel):
             check_lora_keys(source)
         before = set(getattr(self, "peft_config", {}))
         super().load_lora_adapter(source, prefix=prefix, hotswap=hotswap, **kwargs)
-        new = {kwargs["adapter_name"]} if hotswap else set(getattr(self, "peft_config", {})) - before
-        for adapter in new:
+        after = set(getattr(self, "peft_config", {}))
+        for adapter in {kwargs["adapter_name"]} if hotswap else after - before:
             permute_adapter(self, adapter)
 
     def save_lora_adapter(self, save_directory, adapter_name="default", **kwargs):
@@ -309,6 +311,22 @@ class FluxMoETransformer2DModel(FluxTransformer2DModel):
             "single-file checkpoints hold the dense model: load them with "
             "diffusers.FluxTransformer2DModel.from_single_file and pass the result to convert_flux"
         )
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What every block is given beside the tokens; all but `rotary` belong to the samples."""
+
+    condition: Tensor  # [B, D] or [B, A], what AdaLN reads
+    rotary: tuple[Tensor, Tensor]
+    attention_kwargs: dict[str, Any]
+    token_mask: Tensor | None  # [B, X]
+
+    def take(self, rows: Tensor, batch: int) -> _Context:
+        """The context of a sub-batch."""
+        own = (self.condition, self.attention_kwargs, self.token_mask)
+        condition, kwargs, mask = take_rows(own, rows, batch)
+        return _Context(condition, self.rotary, kwargs, mask)
 
 
 def _residual(count: int, repeat: bool, samples, index: int, x: Tensor) -> Tensor:

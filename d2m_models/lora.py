@@ -1,7 +1,8 @@
 """LoRAs made for the dense FLUX, on a model whose neurons lie in another order.
 
-Shapes: D width, F neurons, r rank. A LoRA of w1 is B [F, r] A [r, D]: its B rows are neurons; one of
-w2 is B [D, r] A [r, F]: its A columns are. Files hold the dense order, a loaded adapter the model's.
+Shapes: D width, F neurons, r rank. A LoRA of w1 is B [F, r] A [r, D]: its B rows are neurons; one
+of w2 is B [D, r] A [r, F]: its A columns are. Files hold the dense order, a loaded adapter the
+model's.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def check_lora_keys(state: dict[str, torch.Tensor]) -> None:
     bad = sorted({key.split(".lora")[0] for key in state if any(a in key for a in _ADALN)})
     if bad:
         raise ValueError(
-            f"the LoRA changes {len(bad)} AdaLN Linears ({', '.join(bad[:3])}, ...), which this model "
-            f"holds in compressed form; fuse it into the dense model before converting, or drop "
-            f"these keys"
+            f"the LoRA changes {len(bad)} AdaLN Linears ({', '.join(bad[:3])}, ...), which this "
+            f"model holds in compressed form; fuse it into the dense model before converting, or "
+            f"drop these keys"
         )

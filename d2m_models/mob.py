@@ -132,10 +132,8 @@ class MixtureOfBlocks(nn.Module):
         return f"blocks={self.size}, active={self.active}, alpha={self.alpha}, select={self.select}"
 
 
-def take_rows(tree: Any, rows: Tensor | None, batch: int) -> Any:
+def take_rows(tree: Any, rows: Tensor, batch: int) -> Any:
     """The sub-batch `rows` of every tensor in `tree` whose first dimension is the batch."""
-    if rows is None:
-        return tree
 
     def take(leaf: Any) -> Any:
         batched = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch

@@ -78,7 +78,7 @@ def test_bare_moe_config_converts_everything():
 def test_config_and_accounting_need_no_torch_and_no_diffusers():
     code = (
         "import sys; sys.modules.update(torch=None, diffusers=None);"
-        "from d2m_models import PRESETS, account; print(account(PRESETS['flux-moe-l']).total_params)"
+        "from d2m_models import account; print(account('flux-moe-l').total_params)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
