@@ -17,7 +17,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-# PTX for compute_80 and not 90a: sm_90a PTX is not forward-compatible, compute_80 runs on newer ones.
+# PTX for compute_80, as sm_90a PTX is not forward-compatible: no later GPU would run it.
 DEFAULT_ARCHS = "80-real;90a-real;80-virtual"
 
 

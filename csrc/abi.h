@@ -1,5 +1,6 @@
-// The number both extension modules carry as `ABI` and d2m_kernels/_ext.py checks on import: raise it in both
-// places whenever an argument list changes, so that a stale build is refused instead of called wrongly.
+// The number both extension modules carry as `ABI` and d2m_kernels/_ext.py checks on import: raise
+// it in both places whenever an argument list changes, so that a stale build is refused instead of
+// called wrongly.
 #pragma once
 
 #define D2M_ABI 1

@@ -176,7 +176,7 @@ def combine_double(y, inverse, weights, routed, base, bias, scale, K):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "T,D,K,E",
-    [(1, 1, 1, 1), (5, 33, 2, 3), (64, 130, 1, 7), (33, 1025, 3, 12), (20, 2100, 2, 4), (6, 64, 8, 8)],
+    [(1, 1, 1, 1), (5, 33, 2, 3), (64, 130, 1, 7), (33, 1025, 3, 12), (9, 2100, 2, 4)],
 )
 def test_combine(T, D, K, E, dtype):
     g = torch.Generator().manual_seed(D)

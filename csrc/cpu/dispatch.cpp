@@ -16,10 +16,13 @@ namespace d2m {
 const Kernels& kernels() {
     static const Kernels chosen = [] {
         const char* want = std::getenv("D2M_CPU_ISA");
-        auto allowed = [&](const char* name) { return want == nullptr || std::strcmp(want, name) == 0; };
+        auto allowed = [&](const char* name) {
+            return want == nullptr || std::strcmp(want, name) == 0;
+        };
 #if defined(D2M_HAVE_avx512)
-        if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        if (allowed("avx512") && __builtin_cpu_supports("avx512f") &&
+            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+            __builtin_cpu_supports("avx512dq"))
             return Kernels{"avx512", route_tile_avx512, combine_rows_avx512, to_float_avx512};
 #endif
 #if defined(D2M_HAVE_avx2)
@@ -35,9 +38,10 @@ const Kernels& kernels() {
 
 namespace {
 
-// Calls fn(part, begin, end) for contiguous parts of 0..n, multiples of `grain` long. One std::thread per part
-// and call: starting one costs about 15 us, against a millisecond of work where more than one is used, and a
-// pool that does not exist needs no care at fork(). fn must not throw; scratch is allocated by the caller.
+// Calls fn(part, begin, end) for contiguous parts of 0..n, multiples of `grain` long. One
+// std::thread per part and call: starting one costs about 15 us, against a millisecond of work
+// where more than one is used, and a pool that does not exist needs no care at fork(). fn must not
+// throw; scratch is allocated by the caller.
 template <class F>
 void parallel(int64_t n, int64_t grain, int parts, const F& fn) {
     const int64_t step = round_up((n + parts - 1) / parts, grain);
@@ -105,8 +109,8 @@ void route(const void* x_TD, int x_dtype, int64_t x_stride, const void* router_E
     std::vector<float> router(static_cast<size_t>(Ep * Dp), 0.0f);
     const int64_t router_size = router_dtype == D2M_F32 ? 4 : 2;
     for (int64_t e = 0; e < E; ++e)
-        k.to_float(static_cast<const char*>(router_ED) + e * router_stride * router_size, router_dtype,
-                   router.data() + e * Dp, D);
+        k.to_float(static_cast<const char*>(router_ED) + e * router_stride * router_size,
+                   router_dtype, router.data() + e * Dp, D);
 
     const int64_t size = x_dtype == D2M_F32 ? 4 : 2;
     const int parts = parts_for(double(T) * double(D) * double(size + E / 4), threads);
@@ -118,8 +122,8 @@ void route(const void* x_TD, int x_dtype, int64_t x_stride, const void* router_E
         float* logits = mine + route_scratch_floats(E);
         for (int64_t t = t0; t < t1; t += kTileTokens) {
             const int rows = static_cast<int>(std::min<int64_t>(kTileTokens, t1 - t));
-            k.route_tile({static_cast<const char*>(x_TD) + t * x_stride * size, x_dtype, x_stride, rows,
-                          router.data(), D, E, mine, logits});
+            k.route_tile({static_cast<const char*>(x_TD) + t * x_stride * size, x_dtype, x_stride,
+                          rows, router.data(), D, E, mine, logits});
             for (int r = 0; r < rows; ++r) {
                 float* probs = probs_TE + (t + r) * E;
                 float* weights = weights_TK + (t + r) * K;
@@ -147,8 +151,8 @@ void combine(CombineArgs args, const void* bias_D, int bias_dtype, int64_t T, in
              [&](int, int64_t t0, int64_t t1) { k.combine_rows(args, t0, t1); });
 }
 
-void gather_rows(const char* src, int64_t src_stride, const int32_t* index, int64_t rows, int64_t divisor,
-                 int64_t row_bytes, char* dst, int threads) {
+void gather_rows(const char* src, int64_t src_stride, const int32_t* index, int64_t rows,
+                 int64_t divisor, int64_t row_bytes, char* dst, int threads) {
     if (rows == 0 || row_bytes == 0) return;
     parallel(rows, 1, parts_for(2.0 * double(rows) * double(row_bytes), threads),
              [&](int, int64_t r0, int64_t r1) {

@@ -1,9 +1,10 @@
-// The arithmetic of route and combine, compiled once per instruction set (CMakeLists.txt sets D2M_ISA and
-// D2M_LANES). No standard-library templates in here: the linker would be free to keep the AVX copy of a shared
-// inline function and run it on a machine without AVX.
+// The arithmetic of route and combine, compiled once per instruction set (CMakeLists.txt sets
+// D2M_ISA and D2M_LANES). No standard-library templates in here: the linker would be free to keep
+// the AVX copy of a shared inline function and run it on a machine without AVX.
 //
-// Sums are fp32 in a fixed order: every token goes through the same lanes whatever tile or thread it is in, so
-// results do not depend on the number of threads. No -ffast-math: NaN and Inf rows have to stay NaN and Inf.
+// Sums are fp32 in a fixed order: every token goes through the same lanes whatever tile or thread
+// it is in, so results do not depend on the number of threads. No -ffast-math: NaN and Inf rows
+// have to stay NaN and Inf.
 #include "kernels.h"
 
 #include <cstring>
@@ -25,8 +26,12 @@ inline Vec load(const float* p) {
     std::memcpy(&v, p, sizeof v);
     return v;
 }
-inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline void store(float* p, Vec v) {
+    std::memcpy(p, &v, sizeof v);
+}
+inline Vec fma(Vec a, Vec b, Vec c) {
+    return a * b + c;
+}
 #else
 struct Vec {
     float v[L];
@@ -76,7 +81,8 @@ struct BF16 {
 struct F16 {
     using T = uint16_t;
     static inline float up(T v) {
-        // Subnormals through a subtraction of normal numbers: right also where denormals are flushed.
+        // Subnormals through a subtraction of normal numbers: right also where denormals are
+        // flushed.
         uint32_t e = v & 0x7c00u, m = uint32_t(v & 0x7fffu) << 13;
         float normal = bits_float(m + (112u << 23));
         float tiny = bits_float(m + (113u << 23)) - bits_float(113u << 23);
@@ -108,12 +114,14 @@ void convert_any(const void* src, int dtype, float* dst, int64_t n) {
     convert<F32>(src, dst, n);
 }
 
-constexpr int R = 4;                 // tokens and
-constexpr int C = L == 16 ? 6 : 3;   // experts per register block: 24 of 32 / 12 of 16 vector registers hold sums
+constexpr int R = 4;  // tokens and
+constexpr int C =
+    L == 16 ? 6 : 3;  // experts per register block: 24 of 32 / 12 of 16 vector registers hold sums
 static_assert(kExpertBlock % C == 0 && kTileTokens % R == 0, "whole register blocks");
 
 // acc[r][c] += x[r, :] . w[c, :] over one chunk; R + C loads for R * C multiply-adds.
-inline void block(const float* x, const float* w, int64_t w_stride, int64_t n, float* acc, int64_t acc_stride) {
+inline void block(const float* x, const float* w, int64_t w_stride, int64_t n, float* acc,
+                  int64_t acc_stride) {
     Vec a[R][C];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) a[r][c] = load(acc + r * acc_stride + c * L);
@@ -137,12 +145,12 @@ inline float lane_sum(const float* p) {
     return s[0];
 }
 
-// One row, at most two routed slots, base of the output's dtype: the usual case in one pass, 1.7x the speed of the
-// general one below.
+// One row, at most two routed slots, base of the output's dtype: the usual case in one pass, 1.7x
+// the speed of the general one below.
 template <class S, int SLOTS, bool BIAS, bool BASE>
-void combine_row(const typename S::T* __restrict y0, const typename S::T* __restrict y1, float w0, float w1,
-                 float scale, const float* __restrict bias, const typename S::T* __restrict base,
-                 typename S::T* __restrict out, int64_t D) {
+void combine_row(const typename S::T* __restrict y0, const typename S::T* __restrict y1, float w0,
+                 float w1, float scale, const float* __restrict bias,
+                 const typename S::T* __restrict base, typename S::T* __restrict out, int64_t D) {
     for (int64_t d = 0; d < D; ++d) {
         float v = w0 * S::up(y0[d]);
         if (SLOTS == 2) v += w1 * S::up(y1[d]);
@@ -164,7 +172,8 @@ void combine_row_any(const CombineArgs& a, int64_t t) {
         for (int64_t i = 0; i < n; ++i) acc[i] = 0.0f;
         for (int64_t j = 0; j < a.K; ++j) {
             const int64_t r = a.inverse_N[t * a.K + j];
-            if (r < 0 || r >= a.routed) continue;  // a masked slot: its row may hold NaN, so never 0 * y
+            if (r < 0 || r >= a.routed)
+                continue;  // a masked slot: its row may hold NaN, so never 0 * y
             const float w = a.weights_TK ? a.weights_TK[t * a.K + j] : 1.0f;
             const T* y = static_cast<const T*>(a.y_ND) + r * a.y_stride + d0;
             for (int64_t i = 0; i < n; ++i) acc[i] += w * S::up(y[i]);
@@ -174,7 +183,8 @@ void combine_row_any(const CombineArgs& a, int64_t t) {
             for (int64_t i = 0; i < n; ++i) acc[i] += a.bias_D[d0 + i];
         if (a.base_TD) {
             const int64_t size = a.base_dtype == D2M_F32 ? 4 : 2;
-            convert_any(static_cast<const char*>(a.base_TD) + (t * a.base_stride + d0) * size, a.base_dtype, tmp, n);
+            convert_any(static_cast<const char*>(a.base_TD) + (t * a.base_stride + d0) * size,
+                        a.base_dtype, tmp, n);
             for (int64_t i = 0; i < n; ++i) acc[i] += tmp[i];
         }
         T* out = static_cast<T*>(a.out_TD) + t * a.D + d0;
@@ -206,8 +216,8 @@ void combine_rows(const CombineArgs& a, int64_t t0, int64_t t1) {
         T* out = static_cast<T*>(a.out_TD) + t * a.D;
 #define D2M_ROW(s, bias, has_base) \
     combine_row<S, s, bias, has_base>(y[0], y[1], w[0], w[1], a.scale, a.bias_D, base, out, a.D)
-#define D2M_ROW_S(s)                                                          \
-    (a.bias_D ? (base ? D2M_ROW(s, true, true) : D2M_ROW(s, true, false))     \
+#define D2M_ROW_S(s)                                                      \
+    (a.bias_D ? (base ? D2M_ROW(s, true, true) : D2M_ROW(s, true, false)) \
               : (base ? D2M_ROW(s, false, true) : D2M_ROW(s, false, false)))
         slots == 2 ? D2M_ROW_S(2) : D2M_ROW_S(1);
 #undef D2M_ROW_S
@@ -217,13 +227,15 @@ void combine_rows(const CombineArgs& a, int64_t t0, int64_t t1) {
 
 }  // namespace
 
-void D2M_NAME(to_float_)(const void* src, int dtype, float* dst, int64_t n) { convert_any(src, dtype, dst, n); }
+void D2M_NAME(to_float_)(const void* src, int dtype, float* dst, int64_t n) {
+    convert_any(src, dtype, dst, n);
+}
 
 void D2M_NAME(route_tile_)(const RouteTile& a) {
     const int64_t Ep = round_up(a.E, kExpertBlock), Dp = round_up(a.D, kMaxLanes);
     const int64_t size = a.x_dtype == D2M_F32 ? 4 : 2;
-    float* x = a.scratch;                               // [kTileTokens, kChunk]
-    float* acc = a.scratch + kTileTokens * kChunk;      // [kTileTokens, Ep, L]
+    float* x = a.scratch;                           // [kTileTokens, kChunk]
+    float* acc = a.scratch + kTileTokens * kChunk;  // [kTileTokens, Ep, L]
     const int64_t acc_stride = Ep * L;
     for (int64_t i = 0; i < kTileTokens * acc_stride; ++i) acc[i] = 0.0f;
     for (int64_t d0 = 0; d0 < a.D; d0 += kChunk) {
@@ -231,18 +243,21 @@ void D2M_NAME(route_tile_)(const RouteTile& a) {
         const int64_t np = Dp - d0 < kChunk ? Dp - d0 : kChunk;
         const int blocks = (a.rows + R - 1) / R;
         for (int r = 0; r < blocks * R; ++r) {
-            const int row = r < a.rows ? r : a.rows - 1;  // a short tile repeats its last row: same code, same sums
+            const int row =
+                r < a.rows ? r
+                           : a.rows - 1;  // a short tile repeats its last row: same code, same sums
             const char* src = static_cast<const char*>(a.x) + (row * a.x_stride + d0) * size;
             convert_any(src, a.x_dtype, x + r * kChunk, n);
             for (int64_t i = n; i < np; ++i) x[r * kChunk + i] = 0.0f;
         }
         for (int b = 0; b < blocks; ++b)
             for (int64_t e = 0; e < Ep; e += C)
-                block(x + b * R * kChunk, a.router_ED + e * Dp + d0, Dp, np, acc + b * R * acc_stride + e * L,
-                      acc_stride);
+                block(x + b * R * kChunk, a.router_ED + e * Dp + d0, Dp, np,
+                      acc + b * R * acc_stride + e * L, acc_stride);
     }
     for (int r = 0; r < a.rows; ++r)
-        for (int64_t e = 0; e < a.E; ++e) a.logits[r * a.E + e] = lane_sum(acc + r * acc_stride + e * L);
+        for (int64_t e = 0; e < a.E; ++e)
+            a.logits[r * a.E + e] = lane_sum(acc + r * acc_stride + e * L);
 }
 
 void D2M_NAME(combine_rows_)(const CombineArgs& a, int64_t t0, int64_t t1) {

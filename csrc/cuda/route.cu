@@ -1,0 +1,75 @@
+// Launches route: logits and selection (one kernel up to 12 experts, else two), then the ranks of
+// the counting sort.
+#include "launch.h"
+#include "route.cuh"
+
+namespace d2m {
+namespace {
+
+struct RouteCall {
+    const void *x, *router;
+    int64_t x_stride, router_stride;
+    const unsigned char* mask;
+    int T, D, E, K;
+    float *probs, *weights;
+    int *ids, *counts;
+    Spans spans;
+    Stream stream;
+};
+
+template <class X, class W, int EG, bool VEC, bool FUSED>
+int launch(const RouteCall& a) {
+    auto* kernel = route_kernel<X, W, EG, VEC, FUSED>;
+    constexpr int kShared = RouteShared<W, EG>::kBytes;
+    if (kShared > 48 * 1024) {
+        const cudaError_t err =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+        if (err != cudaSuccess) return err;
+    }
+    D2M_LAUNCH(kernel, a.spans.blocks, (a.E + EG - 1) / EG, kRouteThreads, kShared, a.stream,
+               static_cast<const X*>(a.x), a.x_stride, static_cast<const W*>(a.router),
+               a.router_stride, a.mask, a.T, a.D, a.E, a.K, a.spans.span / kTile, a.probs,
+               a.weights, a.ids, a.counts);
+    if (!FUSED)
+        D2M_LAUNCH(route_select_kernel, a.spans.blocks, 1, 32 * kSelectWarps, 0, a.stream, a.mask,
+                   a.T, a.E, a.K, a.spans.span, a.probs, a.weights, a.ids, a.counts);
+    return cudaGetLastError();
+}
+
+// The group size that wastes the fewest expert columns: 4, 8 or 12, the larger of equals.
+template <class X, class W>
+int dispatch(const RouteCall& a) {
+    const bool vec = aligned(a.x, a.x_stride * sizeof(X), 16) &&
+                     aligned(a.router, a.router_stride * sizeof(W), 16) &&
+                     a.D % (16 / sizeof(X)) == 0;
+    if (!vec) return a.E <= 4 ? launch<X, W, 4, false, true>(a) : launch<X, W, 4, false, false>(a);
+    if (a.E <= 4) return launch<X, W, 4, true, true>(a);
+    if (a.E <= 8) return launch<X, W, 8, true, true>(a);
+    if (a.E <= 12) return launch<X, W, 12, true, true>(a);
+    const int by8 = (a.E + 7) / 8 * 8, by12 = (a.E + 11) / 12 * 12;
+    return by12 <= by8 ? launch<X, W, 12, true, false>(a) : launch<X, W, 8, true, false>(a);
+}
+
+}  // namespace
+
+int route(const void* x, int x_dtype, int64_t x_stride, const void* router, int router_dtype,
+          int64_t router_stride, const unsigned char* mask, int64_t T, int64_t D, int64_t E,
+          int64_t K, float* probs, float* weights, int* ids, int* offsets, int* order, int* inverse,
+          int* workspace, Stream stream) {
+    const Spans s = spans(T, kTile);
+    const RouteCall call{x,      router, x_stride, router_stride, mask,      int(T), int(D), int(E),
+                         int(K), probs,  weights,  ids,           workspace, s,      stream};
+    int err = cudaErrorInvalidValue;  // the caller converts a router of yet another type to fp32
+    if (router_dtype == kF32) {
+        err = x_dtype == kBF16  ? dispatch<bf16, float>(call)
+              : x_dtype == kF16 ? dispatch<f16, float>(call)
+                                : dispatch<float, float>(call);
+    } else if (router_dtype == x_dtype) {
+        err = x_dtype == kBF16 ? dispatch<bf16, bf16>(call) : dispatch<f16, f16>(call);
+    }
+    if (err != cudaSuccess || order == nullptr) return err;
+    return permute_rank(ids, T * K, E, s.blocks, int(s.span * K), offsets, order, inverse,
+                        workspace, stream);
+}
+
+}  // namespace d2m

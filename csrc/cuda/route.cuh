@@ -1,0 +1,348 @@
+// Gate of eqs. 2-3: logits, softmax, top-k, weights, and the counts that the counting sort starts
+// from. Shapes: T tokens, D model width, E experts, K top-k, N = T*K slots, G blocks.
+//
+// The numbers behind the tile (T = 4608, D = 3072, E = 12, bf16, 132 SMs at 1.75 GHz):
+//  - x is 28 MB: 6.6 us at 4.3 TB/s, if it is read once.
+//  - 170 M multiply-adds on CUDA cores (fp32, exact with an fp32 router): 5.8 us at 128 a clock and
+//  SM.
+//  - Every token needs E x D router values. From shared memory at 128 bytes a clock and SM, one
+//  read per multiply-add
+//    lane would take 4x as long as the arithmetic; each value read is used for kTokens = 9 tokens
+//    held in registers: 12 x 8 columns cost 96 clocks of shared memory under 216 clocks of
+//    arithmetic.
+//  - 9 x 12 sums a lane, 36 registers of x in flight and 36 unpacked: 8 warps of at most 255
+//  registers an SM (12 warps
+//    of 168 with 6 tokens each spill). The 108 sums are independent, so two warps keep a scheduler
+//    busy; they have 8 x 9 x 512 B = 36 KB of x in flight an SM, more than the 23 KB that 4.3 TB/s
+//    at 0.7 us ask for.
+//  - 36 tokens a block make 128 blocks: one wave on 132 SMs, each reading the router once (128 x
+//  147 KB = 19 MB of L2).
+//  - The router is staged by cp.async into two buffers of 24 KB, one barrier for every 512 columns.
+// More than 12 experts: blockIdx.y takes them in groups, logits go through probs_TE,
+// route_select_kernel does the rest.
+#pragma once
+
+#include "common.cuh"
+
+namespace d2m {
+
+constexpr int kTokens = 9;      // tokens a warp, held in registers
+constexpr int kTokenWarps = 4;  // warps side by side in tokens
+constexpr int kDepthWarps = 2;  // warps side by side in D
+constexpr int kRouteThreads = 32 * kTokenWarps * kDepthWarps;
+constexpr int kTile = kTokens * kTokenWarps;  // 36 tokens a block at a time
+constexpr int kStep = 256;                    // columns a warp takes at a time: 8 a lane
+constexpr int kChunk = kStep * kDepthWarps;   // columns a router buffer holds
+
+constexpr int kSelectWarps = 8;
+
+template <class W, int EG>
+struct RouteShared {  // dynamic shared memory: the router's two buffers, later the partial logits
+    static constexpr int kStage = EG * kChunk * (int)sizeof(W);
+    static constexpr int kPartial = (kDepthWarps + 1) * kTile * EG * (int)sizeof(float);
+    static constexpr int kCounts = 2 * kStage > kPartial ? 2 * kStage : kPartial;
+    static constexpr int kBytes = kCounts + (EG + 1) * (int)sizeof(int);
+};
+
+// Which 8 of a step's 256 columns a lane has, in two halves of 4. 16-bit x: 8 in a row, one 16-byte
+// load; fp32: twice 4 in a row. The router buffer holds [expert][depth warp][half][lane][4], free
+// of bank conflicts for either.
+template <class X>
+D2M_DEV int lane_column(int lane, int half) {
+    return sizeof(X) == 2 ? lane * 8 + half * 4 : half * 128 + lane * 4;
+}
+template <class X>
+D2M_DEV int group_slot(int group) {  // place of a step's columns 4 * group .. in units of 4
+    return sizeof(X) == 2 ? (group & 1) * 32 + (group >> 1) : group;
+}
+
+// 16 bytes of one token, as loaded: 8 columns of 16-bit x, or one half (4 columns) of fp32.
+template <class X, bool VEC>
+D2M_DEV uint4 load_raw(const X* row, int c, int D) {
+    constexpr int kEach = 16 / (int)sizeof(X);
+    if constexpr (VEC) {  // D is a multiple of kEach, so a load is inside or outside as a whole
+        return c < D ? *reinterpret_cast<const uint4*>(row + c) : make_uint4(0u, 0u, 0u, 0u);
+    } else {
+        unsigned u[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            u[i] = 0u;
+#pragma unroll
+            for (int h = 0; h < kEach / 4; ++h) {
+                const int ch = c + i * (kEach / 4) + h;
+                if (ch < D && sizeof(X) == 2)
+                    u[i] |= (unsigned)reinterpret_cast<const unsigned short*>(row)[ch] << (16 * h);
+                else if (ch < D)
+                    u[i] = reinterpret_cast<const unsigned*>(row)[ch];
+            }
+        }
+        return make_uint4(u[0], u[1], u[2], u[3]);
+    }
+}
+
+// One such piece of kTokens rows; past the end (last = T - 1 - first row) the last token again, not
+// written later.
+template <class X, bool VEC>
+D2M_DEV void load_tokens(uint4* raw, const X* rows, long long stride, int last, int c, int D) {
+#pragma unroll
+    for (int r = 0; r < kTokens; ++r)
+        raw[r] = load_raw<X, VEC>(rows + (r < last ? r : last) * stride, c, D);
+}
+
+D2M_DEV void unpack4(const uint4& q, int, float, float* v) {
+    v[0] = bits_to_float(q.x);
+    v[1] = bits_to_float(q.y);
+    v[2] = bits_to_float(q.z);
+    v[3] = bits_to_float(q.w);
+}
+template <class X>
+D2M_DEV void unpack4(const uint4& q, int half, X type, float* v) {
+    unpack2(half == 0 ? q.x : q.z, type, v[0], v[1]);
+    unpack2(half == 0 ? q.y : q.w, type, v[2], v[3]);
+}
+
+D2M_DEV void load_router4(const float* p, float* v) {
+    const float4 q = *reinterpret_cast<const float4*>(p);
+    v[0] = q.x;
+    v[1] = q.y;
+    v[2] = q.z;
+    v[3] = q.w;
+}
+template <class W>
+D2M_DEV void load_router4(const W* p, float* v) {
+    const uint2 q = *reinterpret_cast<const uint2*>(p);
+    unpack2(q.x, W(), v[0], v[1]);
+    unpack2(q.y, W(), v[2], v[3]);
+}
+
+// Columns chunk0 .. of EG experts from e0 on into one buffer; zeros past D and past E.
+template <class X, class W, int EG, bool VEC>
+D2M_DEV void stage_router(W* buffer, const W* router_ED, long long stride, int e0, int E,
+                          int chunk0, int D) {
+    constexpr int kGroups = kChunk / 4;
+#pragma unroll 1  // unrolled, its addresses would take the registers that the sums need
+    for (int i = threadIdx.x; i < EG * kGroups; i += kRouteThreads) {
+        const int e = i / kGroups, g = i % kGroups, c = chunk0 + g * 4;
+        W* to = buffer +
+                (e * kGroups + g / (kStep / 4) * (kStep / 4) + group_slot<X>(g % (kStep / 4))) * 4;
+        const W* from = router_ED + (long long)(e0 + e) * stride + c;
+        const bool inside = e0 + e < E && c < D;
+        if (VEC) {
+            copy_async<4 * (int)sizeof(W)>(to, inside ? from : router_ED, inside);
+        } else {
+            for (int h = 0; h < 4; ++h) to[h] = inside && c + h < D ? from[h] : W();
+        }
+    }
+}
+
+// v[0 .. N) summed over the warp's lanes, each lane left with at most (N + 31) / 32 (rounded up per
+// halving) of the sums: 54 + 27 + 14 + 7 + 4 = 106 shuffles for N = 108 where a full reduction of
+// each would take 540. `first` and `count` say which are this lane's.
+template <int N, int OFFSET>
+struct Scatter {
+    static constexpr int kLeft =
+        Scatter<(N + 1) / 2, OFFSET / 2>::kLeft;  // most sums a lane ends with
+    static D2M_DEV void run(float* v, int lane, int& first, int& count) {
+        constexpr int H = (N + 1) / 2;
+        const bool upper = (lane & OFFSET) != 0;
+#pragma unroll
+        for (int i = 0; i < H; ++i) {
+            const float low = v[i], high = i + H < N ? v[i + H] : 0.0f;
+            v[i] = (upper ? high : low) + __shfl_xor_sync(kAll, upper ? low : high, OFFSET);
+        }
+        if (upper) {
+            first += H;
+            count = count > H ? count - H : 0;
+        } else {
+            count = count < H ? count : H;
+        }
+        Scatter<H, OFFSET / 2>::run(v, lane, first, count);
+    }
+};
+template <int N>
+struct Scatter<N, 0> {
+    static constexpr int kLeft = N;
+    static D2M_DEV void run(float*, int, int&, int&) {}
+};
+
+// Larger first; -0 equals +0; NaN below -Inf. Ties are broken by the id.
+D2M_DEV unsigned sort_key(float logit) {
+    if (logit != logit) return 0u;
+    const unsigned u = float_to_bits(logit + 0.0f);
+    return u & 0x80000000u ? ~u : u | 0x80000000u;
+}
+
+// One token by one warp: row[0 .. E) are its logits. An expert's rank is the number of experts
+// before it, which needs no sorting and gives K distinct ids in range whatever the logits are. Adds
+// to `count`, by expert.
+template <int MINE>  // experts a lane: E <= 32 * MINE
+D2M_DEV void select_token(const float* row, int E, int K, bool masked, float* probs_E,
+                          float* weights_K, int* ids_K, int* count) {
+    const int lane = threadIdx.x % 32;
+    float ex[MINE];
+    int rank[MINE];
+    float top = bits_to_float(0xff800000u);  // -Inf
+#pragma unroll
+    for (int i = 0; i < MINE; ++i)
+        if (lane + 32 * i < E) top = fmaxf(top, row[lane + 32 * i]);
+    top = warp_max(top);
+    float sum = 0.0f, sum_k = 0.0f;
+#pragma unroll
+    for (int i = 0; i < MINE; ++i) {
+        const int e = lane + 32 * i;
+        ex[i] = 0.0f;
+        rank[i] = K;
+        if (e < E) {
+            const unsigned own = sort_key(row[e]);
+            int before = 0;
+            for (int f = 0; f < E; ++f) {
+                const unsigned other = sort_key(row[f]);
+                before += other > own || (other == own && f < e) ? 1 : 0;
+            }
+            rank[i] = before;
+            ex[i] = expf(row[e] - top);
+            sum += ex[i];
+            if (before < K) sum_k += ex[i];
+        }
+    }
+    sum = warp_sum(sum);
+    sum_k = warp_sum(sum_k);
+#pragma unroll
+    for (int i = 0; i < MINE; ++i) {
+        const int e = lane + 32 * i;
+        if (e < E) {
+            probs_E[e] = masked ? 0.0f : ex[i] / sum;
+            if (rank[i] < K) {
+                weights_K[rank[i]] = masked ? 0.0f : ex[i] / sum_k;
+                ids_K[rank[i]] = masked ? -1 : e;
+                atomicAdd(&count[masked ? E : e], 1);  // an integer sum: any order gives the same
+            }
+        }
+    }
+}
+
+// FUSED: E <= EG, everything in this launch, counts_EG included. Else logits go to probs_TE.
+template <class X, class W, int EG, bool VEC, bool FUSED>
+__global__ void __launch_bounds__(kRouteThreads, 1)
+    route_kernel(const X* x_TD, long long x_stride, const W* router_ED, long long router_stride,
+                 const unsigned char* mask_T, int T, int D, int E, int K, int tiles,
+                 float* probs_TE, float* weights_TK, int* ids_TK, int* counts_EG) {
+    using Shared = RouteShared<W, EG>;
+    D2M_DYNAMIC_SHARED(shared);
+    W* const router = reinterpret_cast<W*>(shared);
+    float* const partial = reinterpret_cast<float*>(shared);   // [kDepthWarps][kTile][EG]
+    float* const logits = partial + kDepthWarps * kTile * EG;  // [kTile][E]
+    int* const count = reinterpret_cast<int*>(shared + Shared::kCounts);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int token_warp = warp % kTokenWarps, depth_warp = warp / kTokenWarps;
+    const int e0 = blockIdx.y * EG;
+    const int chunks = (D + kChunk - 1) / kChunk;
+    constexpr bool kAhead = sizeof(X) == 2;  // x is loaded ahead of its use
+
+    if (FUSED)
+        for (int e = threadIdx.x; e <= E; e += kRouteThreads) count[e] = 0;
+
+    for (int tile = 0; tile < tiles;
+         ++tile) {  // a block's tiles are neighbours, so its slots are one span
+        const int t0 = (blockIdx.x * tiles + tile) * kTile;
+        if (t0 >= T) break;
+        float acc[kTokens * EG];
+#pragma unroll
+        for (int i = 0; i < kTokens * EG; ++i) acc[i] = 0.0f;
+        const int t_warp = t0 + token_warp * kTokens < T ? t0 + token_warp * kTokens : T - 1;
+        const X* const rows = x_TD + t_warp * x_stride;
+        const int last = T - 1 - t_warp;
+        int column = depth_warp * kStep + lane_column<X>(lane, 0);
+        uint4 raw[kTokens];
+        if (kAhead) load_tokens<X, VEC>(raw, rows, x_stride, last, column, D);
+        __syncthreads();  // the previous tile's logits have been read
+        stage_router<X, W, EG, VEC>(router, router_ED, router_stride, e0, E, 0, D);
+#pragma unroll 1
+        for (int c = 0; c < chunks; ++c) {
+            copy_async_wait();
+            __syncthreads();  // chunk c is there, and nobody reads the other buffer any more
+            if (c + 1 < chunks)
+                stage_router<X, W, EG, VEC>(router + (c + 1) % 2 * (EG * kChunk), router_ED,
+                                            router_stride, e0, E, (c + 1) * kChunk, D);
+            const W* const w_lane = router + c % 2 * (EG * kChunk) + depth_warp * kStep + lane * 4;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float xv[kTokens][4];
+                if (!kAhead) load_tokens<X, VEC>(raw, rows, x_stride, last, column + half * 128, D);
+#pragma unroll
+                for (int r = 0; r < kTokens; ++r) unpack4(raw[r], half, X(), xv[r]);
+                // The next chunk's x, half a chunk (0.5 us) ahead and into the registers that have
+                // just become free; past the last chunk this reads nothing (column >= D).
+                if (half == 1) column += kChunk;
+                if (kAhead && half == 1) load_tokens<X, VEC>(raw, rows, x_stride, last, column, D);
+#pragma unroll
+                for (int e = 0; e < EG; ++e) {
+                    float wv[4];
+                    load_router4(w_lane + e * kChunk + half * 128, wv);
+#pragma unroll
+                    for (int r = 0; r < kTokens; ++r)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) acc[r * EG + e] += xv[r][i] * wv[i];
+                }
+            }
+        }
+        int first = 0, mine = kTokens * EG;
+        Scatter<kTokens * EG, 16>::run(acc, lane, first, mine);
+        __syncthreads();  // the router buffers become `partial`
+        float* const own = partial + (depth_warp * kTile + token_warp * kTokens) * EG;
+#pragma unroll
+        for (int i = 0; i < Scatter<kTokens * EG, 16>::kLeft; ++i)
+            if (i < mine) own[first + i] = acc[i];
+        __syncthreads();
+        for (int i = threadIdx.x; i < kTile * EG; i += kRouteThreads) {
+            const int t = i / EG, e = e0 + i % EG;
+            float v = 0.0f;
+            for (int w = 0; w < kDepthWarps; ++w) v += partial[w * kTile * EG + i];
+            if (e < E) {
+                if (FUSED)
+                    logits[t * E + e] = v;
+                else if (t0 + t < T)
+                    probs_TE[(long long)(t0 + t) * E + e] = v;
+            }
+        }
+        if (FUSED) {
+            __syncthreads();
+            for (int i = warp; i < kTile; i += kRouteThreads / 32) {
+                const long long t = t0 + i;
+                if (t < T)
+                    select_token<1>(logits + i * E, E, K, mask_T != nullptr && mask_T[t] == 0,
+                                    probs_TE + t * E, weights_TK + t * K, ids_TK + t * K, count);
+            }
+        }
+    }
+    if (FUSED) {
+        __syncthreads();
+        for (int e = threadIdx.x; e <= E; e += kRouteThreads)
+            counts_EG[(long long)e * gridDim.x + blockIdx.x] = count[e];
+    }
+}
+
+// logits in probs_TE -> probs, weights, ids and counts, a warp a token; each block `span` tokens.
+__global__ void __launch_bounds__(32 * kSelectWarps)
+    route_select_kernel(const unsigned char* mask_T, int T, int E, int K, int span, float* probs_TE,
+                        float* weights_TK, int* ids_TK, int* counts_EG) {
+    __shared__ float rows[kSelectWarps][kMaxExperts];
+    __shared__ int count[kBuckets];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int e = threadIdx.x; e <= E; e += 32 * kSelectWarps) count[e] = 0;
+    __syncthreads();
+    const long long begin = (long long)blockIdx.x * span;
+    const long long end = begin + span < T ? begin + span : T;
+    for (long long t = begin + warp; t < end; t += kSelectWarps) {
+        __syncwarp();
+        for (int e = lane; e < E; e += 32) rows[warp][e] = probs_TE[t * E + e];
+        __syncwarp();
+        select_token<kMaxExperts / 32>(rows[warp], E, K, mask_T != nullptr && mask_T[t] == 0,
+                                       probs_TE + t * E, weights_TK + t * K, ids_TK + t * K, count);
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e <= E; e += 32 * kSelectWarps)
+        counts_EG[(long long)e * gridDim.x + blockIdx.x] = count[e];
+}
+
+}  // namespace d2m
