@@ -62,7 +62,7 @@ class CombineFunction(torch.autograd.Function):
     def forward(ctx, y_ND, inverse_TK, weights_TK, offsets, order_N, base_TD, bias_D, scale, name):
         ctx.save_for_backward(y_ND, inverse_TK, weights_TK, offsets, order_N)
         ctx.scale = scale
-        return torch.ops.d2m.combine(
+        return torch.ops.d2m.combine.default(
             y_ND, inverse_TK, weights_TK, offsets, base_TD, bias_D, scale, name
         )
 

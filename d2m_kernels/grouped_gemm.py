@@ -84,7 +84,7 @@ class GroupedGemmFunction(torch.autograd.Function):
     def forward(ctx, x, w, offsets, w_gate, gather, bias, bias_gate, activation, backend):
         ctx.save_for_backward(x, w, offsets, w_gate, gather, bias, bias_gate)
         ctx.activation, ctx.backend = activation, backend
-        return torch.ops.d2m.grouped_gemm(
+        return torch.ops.d2m.grouped_gemm.default(
             x, w, offsets, w_gate, gather, bias, bias_gate, activation, backend
         )
 
@@ -93,7 +93,7 @@ class GroupedGemmFunction(torch.autograd.Function):
         x, w, offsets, w_gate, gather, bias, bias_gate = ctx.saved_tensors
         need = ctx.needs_input_grad
         needs = [need[0], need[1], need[3], need[5], need[6]]
-        grads = torch.ops.d2m.grouped_gemm_bwd(
+        grads = torch.ops.d2m.grouped_gemm_bwd.default(
             unit(dout), x, w, offsets, w_gate, gather, bias, bias_gate, ctx.activation, needs,
             ctx.backend,
         )  # fmt: skip

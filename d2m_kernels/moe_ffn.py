@@ -11,7 +11,7 @@ from d2m_kernels import backends, checks
 from d2m_kernels import ops as _ops  # noqa: F401  (registers d2m::*)
 from d2m_kernels.amp import autocast_dtype, without_autocast
 from d2m_kernels.combine import unit
-from d2m_kernels.route import RouteFunction, reroute, tokens_of
+from d2m_kernels.route import needs_grad, reroute, route_tokens, tokens_of
 from d2m_kernels.routing import Routing
 
 
@@ -87,7 +87,7 @@ def moe_ffn(
     with without_autocast(device):
         if k or return_routing:
             routing = _route(x_TD, router, k, token_mask, routing, name, device)
-        args = (x_TD, w1, w1_gate, w2, b1, b1_gate, b2)
+        args = (x_TD, w1, w1_gate, w2, unit(b1), unit(b1_gate), unit(b2))
         if autocast:
             args = tuple(t if t is None else t.to(dtype) for t in args)
         if k:
@@ -95,10 +95,12 @@ def moe_ffn(
         else:
             slots = _no_slots(x_TD, router)
         always = w2.shape[1] if top_k == "dense" else shared
-        frozen = shared if freeze_shared else 0
-        y_TD = FFNFunction.apply(
-            *args, *slots, always, activation, gate_first, float(routed_scale), frozen, name
-        )
+        attrs = (always, activation, gate_first, float(routed_scale))
+        if needs_grad(*args, slots[0]):
+            frozen = shared if freeze_shared else 0
+            y_TD = FFNFunction.apply(*args, *slots, *attrs, frozen, name)
+        else:
+            y_TD, _, _ = torch.ops.d2m.ffn_fwd.default(*args, *slots, *attrs, False, name)
     y = y_TD.view(x.shape)
     return (y, routing) if return_routing else y
 
@@ -110,7 +112,7 @@ def _route(x_TD, router, k, token_mask, routing, name, device) -> Routing:
     if torch.promote_types(x_TD.dtype, router.dtype) == torch.float64:
         name = "reference"
     mask_T = None if token_mask is None else token_mask.reshape(-1)
-    return Routing(*RouteFunction.apply(x_TD, router, k, mask_T, name))
+    return Routing(*route_tokens(x_TD, router, k, mask_T, name))
 
 
 def _no_slots(x_TD, router):
@@ -131,8 +133,7 @@ class FFNFunction(torch.autograd.Function):
         shared, activation, gate_first, scale, frozen, backend,
     ):  # fmt: skip
         save = any(ctx.needs_input_grad)
-        b1, b1_gate, b2 = unit(b1), unit(b1_gate), unit(b2)
-        y, z_shared, z_routed = torch.ops.d2m.ffn_fwd(
+        y, z_shared, z_routed = torch.ops.d2m.ffn_fwd.default(
             x, w1, w1_gate, w2, b1, b1_gate, b2, weights, offsets, order, inverse,
             shared, activation, gate_first, scale, save, backend,
         )  # fmt: skip
@@ -148,6 +149,8 @@ class FFNFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         needs = list(ctx.needs_input_grad[:8])
-        grads = torch.ops.d2m.ffn_bwd(unit(dy), *ctx.saved_tensors, *ctx.attrs, needs, ctx.backend)
+        grads = torch.ops.d2m.ffn_bwd.default(
+            unit(dy), *ctx.saved_tensors, *ctx.attrs, needs, ctx.backend
+        )
         grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
         return *grads, *(None,) * 9

@@ -31,4 +31,4 @@ def permute(ids, num_experts: int, *, backend=None):
     if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 1:
         raise ValueError(f"num_experts: expected an int >= 1, got {num_experts!r}")
     name = backends.resolve(backend, ids.device.type, torch.float32)
-    return torch.ops.d2m.permute(ids.contiguous(), num_experts, name)
+    return torch.ops.d2m.permute.default(ids.contiguous(), num_experts, name)

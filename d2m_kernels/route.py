@@ -39,7 +39,19 @@ def route(x, router, *, top_k=2, token_mask=None, backend=None) -> Routing:
     x_TD = tokens_of(x)
     mask_T = None if token_mask is None else token_mask.reshape(-1)
     with without_autocast(x.device.type):
-        return Routing(*RouteFunction.apply(x_TD, router, k, mask_T, name))
+        return Routing(*route_tokens(x_TD, router, k, mask_T, name))
+
+
+def needs_grad(*tensors) -> bool:
+    """Whether autograd has to see an op on these; without it a call costs the host a third less."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def route_tokens(x_TD, router_ED, top_k, mask_T, backend):
+    """`route` of checked arguments: the fields of a Routing."""
+    if needs_grad(x_TD, router_ED):
+        return RouteFunction.apply(x_TD, router_ED, top_k, mask_T, backend)
+    return torch.ops.d2m.route.default(x_TD, router_ED, top_k, mask_T, backend)
 
 
 def tokens_of(x) -> torch.Tensor:
@@ -67,7 +79,7 @@ class RouteFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TD, router_ED, top_k, mask_T, backend):
-        outputs = torch.ops.d2m.route(x_TD, router_ED, top_k, mask_T, backend)
+        outputs = torch.ops.d2m.route.default(x_TD, router_ED, top_k, mask_T, backend)
         probs_TE, weights_TK, ids_TK, offsets, order_N, inverse_N = outputs
         ctx.save_for_backward(x_TD, router_ED, probs_TE, weights_TK, ids_TK)
         ctx.mark_non_differentiable(ids_TK, offsets, order_N, inverse_N)
