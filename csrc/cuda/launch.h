@@ -16,16 +16,18 @@ namespace d2m {
 using Stream = cudaStream_t;
 
 // Blocks of the counting sort: few enough that every block can add up all the others' counts.
-constexpr int kMaxBlocks = 1024;
+#ifndef D2M_MAX_BLOCKS  // the tests on the host vary it
+#define D2M_MAX_BLOCKS 1024
+#endif
 
 struct Spans {
     int blocks, span;
 };
 
-// `items` in spans of a multiple of `grain`, at most kMaxBlocks of them.
+// `items` in spans of a multiple of `grain`, at most D2M_MAX_BLOCKS of them.
 inline Spans spans(int64_t items, int64_t grain) {
     int64_t grains = (items + grain - 1) / grain;
-    int64_t per_block = (grains + kMaxBlocks - 1) / kMaxBlocks;
+    int64_t per_block = (grains + D2M_MAX_BLOCKS - 1) / D2M_MAX_BLOCKS;
     if (per_block < 1) per_block = 1;
     return {static_cast<int>((grains + per_block - 1) / per_block),
             static_cast<int>(per_block * grain)};
@@ -34,7 +36,7 @@ inline Spans spans(int64_t items, int64_t grain) {
 // Integers of workspace that route and permute want for a routing of T tokens (or N slots) and E
 // experts.
 inline int64_t workspace_ints(int64_t E) {
-    return (E + 1) * kMaxBlocks;
+    return (E + 1) * D2M_MAX_BLOCKS;
 }
 
 int route(const void* x, int x_dtype, int64_t x_stride, const void* router, int router_dtype,
