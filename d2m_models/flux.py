@@ -5,7 +5,6 @@ Shapes: B samples, I image tokens, X text tokens, D width, A AdaLN input.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,8 +25,9 @@ from d2m_models.blocks import (
     narrow_adaln,
 )
 from d2m_models.config import FluxMoEConfig
+from d2m_models.context import BlockContext, add_residual
 from d2m_models.lora import check_lora_keys, dense_order, permute_adapter
-from d2m_models.mob import MixtureOfBlocks, take_rows
+from d2m_models.mob import MixtureOfBlocks
 from d2m_models.moe import set_top_k
 from d2m_models.output import FluxMoEAux, FluxMoEOutput
 
@@ -192,13 +192,13 @@ class FluxMoETransformer2DModel(FluxTransformer2DModel):
         if "ip_adapter_image_embeds" in attention_kwargs:
             embeds = attention_kwargs.pop("ip_adapter_image_embeds")
             attention_kwargs["ip_hidden_states"] = self.encoder_hid_proj(embeds)
-        context = _Context(condition, rotary, attention_kwargs, token_mask)
+        context = BlockContext(condition, rotary, attention_kwargs, token_mask)
 
         aux = FluxMoEAux() if output_aux else None
         counts = len(self.transformer_blocks), len(self.single_transformer_blocks)
-        after = partial(_residual, counts[0], controlnet_blocks_repeat, controlnet_block_samples)
+        after = partial(add_residual, counts[0], controlnet_blocks_repeat, controlnet_block_samples)
         x, c = self._run_blocks("double", x, c, temb, context, after, aux)
-        after = partial(_residual, counts[1], False, controlnet_single_block_samples)
+        after = partial(add_residual, counts[1], False, controlnet_single_block_samples)
         x, c = self._run_blocks("single", x, c, temb, context, after, aux)
 
         sample = self.proj_out(self.norm_out(x, condition))
@@ -290,8 +290,15 @@ class FluxMoETransformer2DModel(FluxTransformer2DModel):
             )
         super().enable_cache(config)
 
-    def load_lora_adapter(self, source, prefix="transformer", hotswap=False, **kwargs):
+    def load_lora_adapter(
+        self,
+        pretrained_model_name_or_path_or_dict,
+        prefix="transformer",
+        hotswap=False,
+        **kwargs,
+    ):
         """As diffusers'; the neurons of a dense FLUX LoRA are put in this model's order."""
+        source = pretrained_model_name_or_path_or_dict
         if self.d2m_config.adaln_dim is not None and isinstance(source, dict):
             check_lora_keys(source)
         before = set(getattr(self, "peft_config", {}))
@@ -311,28 +318,3 @@ class FluxMoETransformer2DModel(FluxTransformer2DModel):
             "single-file checkpoints hold the dense model: load them with "
             "diffusers.FluxTransformer2DModel.from_single_file and pass the result to convert_flux"
         )
-
-
-@dataclass(frozen=True)
-class _Context:
-    """What every block is given beside the tokens; all but `rotary` belong to the samples."""
-
-    condition: Tensor  # [B, D] or [B, A], what AdaLN reads
-    rotary: tuple[Tensor, Tensor]
-    attention_kwargs: dict[str, Any]
-    token_mask: Tensor | None  # [B, X]
-
-    def take(self, rows: Tensor, batch: int) -> _Context:
-        """The context of a sub-batch."""
-        own = (self.condition, self.attention_kwargs, self.token_mask)
-        condition, kwargs, mask = take_rows(own, rows, batch)
-        return _Context(condition, self.rotary, kwargs, mask)
-
-
-def _residual(count: int, repeat: bool, samples, index: int, x: Tensor) -> Tensor:
-    """Adds the ControlNet residual that belongs to block `index` of the dense model's `count`."""
-    if samples is None:
-        return x
-    if repeat:
-        return x + samples[index % len(samples)]
-    return x + samples[index // -(-count // len(samples))]

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 
 from d2m_models.moe import ROUTER_STD
 from d2m_models.weights import effective_weight
@@ -130,13 +129,3 @@ class MixtureOfBlocks(nn.Module):
 
     def extra_repr(self) -> str:
         return f"blocks={self.size}, active={self.active}, alpha={self.alpha}, select={self.select}"
-
-
-def take_rows(tree: Any, rows: Tensor, batch: int) -> Any:
-    """The sub-batch `rows` of every tensor in `tree` whose first dimension is the batch."""
-
-    def take(leaf: Any) -> Any:
-        batched = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
-        return leaf[rows] if batched else leaf
-
-    return tree_map(take, tree)

@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import FluxTransformer2DModel
+from torch.nn import functional as F
 
 from d2m_models import FluxMoEConfig, MoBConfig, MoEConfig, convert_flux
 from d2m_models.conversion import ffn_names
@@ -77,3 +78,21 @@ def converted(moe=None, seed=0, **kwargs):
 
 def rel_error(a, b):
     return ((a - b).norm() / b.norm()).item()
+
+
+def moe_by_hand(x_TD, router, w1, b1, w2, b2, top_k, shared, scale=1.0, act=None):
+    """Eqs. 2-3, one token and one expert at a time, in double precision."""
+    act = act or (lambda z: F.gelu(z, approximate="tanh"))
+    x_TD, router, w1, b1, w2, b2 = (t.double() for t in (x_TD, router, w1, b1, w2, b2))
+    size = (w1.shape[0] - shared) // router.shape[0]
+    out = []
+    for x_D in x_TD:
+        alpha_E = (router @ x_D).softmax(0)
+        y_D = w2[:, :shared] @ act(w1[:shared] @ x_D + b1[:shared]) + b2
+        best = alpha_E.topk(top_k).indices
+        for e in best:
+            own = slice(shared + int(e) * size, shared + (int(e) + 1) * size)
+            gate = alpha_E[e] / alpha_E[best].sum()
+            y_D = y_D + scale * gate * (w2[:, own] @ act(w1[own] @ x_D + b1[own]))
+        out.append(y_D)
+    return torch.stack(out)

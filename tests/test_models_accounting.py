@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from _flux import converted, dense_flux, flux_inputs, mob_flux
+from _flux import converted, dense_flux, flux_inputs, mob_flux, small_config
 from diffusers import FluxTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,8 +12,11 @@ from d2m_models import (
     FluxMoETransformer2DModel,
     MoEConfig,
     account,
+    convert_flux,
+    prune_mlp,
     set_top_k,
 )
+from d2m_models.conversion import ffn_names
 
 DENSE = FluxMoEConfig(moe=None)
 # arXiv 2510.09094: Table 1 column "activated", and an independent count of the same models
@@ -79,6 +82,27 @@ def test_dense_flops_agree_with_torchs_counter_on_meta():
         inputs = {k: v.to("meta") for k, v in flux_inputs(1, image=64, text=16).items()}
     a = account(model, image_tokens=64, text_tokens=16)
     assert counted_flops(model, inputs) == pytest.approx(a.flops, rel=1e-3)
+
+
+def test_pruned_flops_agree_with_torchs_counter_on_meta():
+    """The closed form for other FFN widths (as a shared expert has) and for narrow AdaLN."""
+    narrow = convert_flux(dense_flux(), small_config(moe=None, adaln_dim=16))
+    keep = {name: torch.arange(64) for name in ffn_names(narrow)}
+    model = prune_mlp(narrow, keep).to("meta")
+    inputs = {k: v.to("meta") for k, v in flux_inputs(1, image=64, text=16).items()}
+    a = account(model, image_tokens=64, text_tokens=16)
+    assert counted_flops(model, inputs) == pytest.approx(a.flops, rel=1e-3)
+
+
+def test_routed_flops():
+    """k experts of F_e neurons cost 4 D k F_e a token more than none, and nothing else."""
+    _, model = converted()
+    at = {"image_tokens": 64, "text_tokens": 16}
+    set_top_k(model, 0)
+    none = account(model, **at)
+    set_top_k(model, 3)
+    tokens = 2 * 80 + 4 * 80  # two streams of 64 and 16, and four single blocks
+    assert account(model, **at).flops - none.flops == 4 * 64 * 3 * 16 * tokens
 
 
 @pytest.mark.parametrize("top_k", [0, 2, 5])

@@ -126,6 +126,25 @@ def test_flux_pipeline_runs_and_reloads(tmp_path):
     torch.testing.assert_close(sample(again), images)
 
 
+def test_lora_through_the_pipeline():
+    dense, model = converted()
+    model.set_top_k("dense")
+    g = torch.Generator().manual_seed(0)
+    state = {}
+    for name in ("transformer_blocks.0.ff.net.0.proj", "single_transformer_blocks.1.proj_out"):
+        linear = dense.get_submodule(name)
+        shapes = {"lora_A": (4, linear.in_features), "lora_B": (linear.out_features, 4)}
+        for part, shape in shapes.items():
+            state[f"transformer.{name}.{part}.weight"] = 0.2 * torch.randn(shape, generator=g)
+    plain, images = sample(tiny_pipeline(dense)), []
+    for transformer in (dense, model):
+        pipe = tiny_pipeline(transformer)
+        pipe.load_lora_weights(dict(state), adapter_name="a")
+        images.append(sample(pipe))
+    assert rel_error(images[0], plain) > 1e-3
+    torch.testing.assert_close(images[1], images[0], rtol=1e-4, atol=1e-4)
+
+
 def test_isinstance_and_dense_checkpoint_of_the_dense_class(tmp_path):
     dense, model = converted()
     assert isinstance(model, FluxTransformer2DModel)

@@ -2,9 +2,17 @@
 
 import pytest
 import torch
-from _flux import DIM, converted, dense_flux, flux_inputs, random_orders, rel_error, small_config
+from _flux import (
+    DIM,
+    converted,
+    dense_flux,
+    flux_inputs,
+    moe_by_hand,
+    random_orders,
+    rel_error,
+    small_config,
+)
 from diffusers import FluxTransformer2DModel
-from test_models_moe import moe_by_hand
 
 from d2m_models import (
     FluxMoETransformer2DModel,

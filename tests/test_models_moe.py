@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from _flux import DIM, converted, rel_error
+from _flux import DIM, converted, moe_by_hand, rel_error
 from diffusers import DiTTransformer2DModel
 from diffusers.models.attention import FeedForward
 from torch import nn
@@ -13,24 +13,6 @@ from torch.nn import functional as F
 from d2m_models import MoEConfig, MoEFeedForward, convert, moe_layers, set_top_k
 
 CONFIG = MoEConfig()
-
-
-def moe_by_hand(x_TD, router, w1, b1, w2, b2, top_k, shared, scale=1.0, act=None):
-    """Eqs. 2-3, one token and one expert at a time, in double precision."""
-    act = act or (lambda z: F.gelu(z, approximate="tanh"))
-    x_TD, router, w1, b1, w2, b2 = (t.double() for t in (x_TD, router, w1, b1, w2, b2))
-    size = (w1.shape[0] - shared) // router.shape[0]
-    out = []
-    for x_D in x_TD:
-        alpha_E = (router @ x_D).softmax(0)
-        y_D = w2[:, :shared] @ act(w1[:shared] @ x_D + b1[:shared]) + b2
-        best = alpha_E.topk(top_k).indices
-        for e in best:
-            own = slice(shared + int(e) * size, shared + (int(e) + 1) * size)
-            gate = alpha_E[e] / alpha_E[best].sum()
-            y_D = y_D + scale * gate * (w2[:, own] @ act(w1[own] @ x_D + b1[own]))
-        out.append(y_D)
-    return torch.stack(out)
 
 
 def diffusers_ffn(seed=0, **kwargs):
