@@ -1,7 +1,8 @@
-"""Checkpoints: one safetensors file each, written so that it is either complete or not there at all.
+"""Checkpoints: one safetensors file each, either complete or not there at all.
 
-A file is written under a temporary name in the same folder, flushed to disk, then renamed over the old one: whoever
-reads sees the old or the new checkpoint, never a mixture. Nothing is ever unpickled.
+A file is written under a temporary name in the same folder, flushed to disk, then renamed over the
+old one: whoever reads sees the old or the new checkpoint, never a mixture. Nothing is ever
+unpickled.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ FORMAT = "dense2moe-1"
 
 
 def fingerprint(*parts: Any) -> str:
-    """Short hash of JSON-able settings: a checkpoint is only continued by a run with the same one."""
+    """Short hash of JSON-able settings; only a run with the same one continues a checkpoint."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -43,7 +44,7 @@ def make_folder(path: Path | str) -> Path:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; some systems cannot open folders, and there the rename alone must do."""
+    """Make a rename durable (where folders cannot be opened, the rename alone must do)."""
     with suppress(OSError):
         fd = os.open(folder, os.O_RDONLY)
         try:
@@ -53,7 +54,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
-    """Call `write(temporary path)`, flush it to disk and rename it to `path`; on any failure nothing remains."""
+    """`write(temporary path)`, flush to disk, rename to `path`; on failure nothing remains."""
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -75,10 +76,12 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_folder(path: Path | str, write: Callable[[Path], None]) -> None:
-    """Atomic for folders: `write(temporary folder)`, flush every file, rename; `path` must not exist or be empty."""
+    """`write_atomic` for a folder; `path` must not exist or be empty."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} already exists and is not empty; choose another folder or remove it")
+        raise UserError(
+            f"{path} already exists and is not empty; choose another folder or remove it"
+        )
     make_folder(path.parent)
     tmp = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
@@ -98,7 +101,9 @@ def write_folder(path: Path | str, write: Callable[[Path], None]) -> None:
         shutil.rmtree(tmp, ignore_errors=True)
 
 
-def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> None:
+def save_tensors(
+    path: Path | str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None
+) -> None:
     """Write named tensors and JSON-able metadata as one safetensors file, atomically."""
     from safetensors.torch import save_file
 
@@ -108,7 +113,9 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], meta: Mapping[
     def write(tmp: Path) -> None:
         try:
             save_file(flat, tmp, metadata=header)
-        except Exception as err:  # safetensors has its own error type for a full disk or a missing folder
+        except (
+            Exception
+        ) as err:  # safetensors has its own error type for a full disk or a missing folder
             raise UserError(f"cannot write {path}: {err}") from err
 
     write_atomic(path, write)
@@ -126,7 +133,9 @@ def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as err:
-        raise CheckpointError(f"checkpoint {path} is truncated or no safetensors file ({err}); remove it") from err
+        raise CheckpointError(
+            f"checkpoint {path} is truncated or no safetensors file ({err}); remove it"
+        ) from err
     if header.get("format") != FORMAT:
         raise CheckpointError(
             f"checkpoint {path} has format {header.get('format')!r}; this version reads {FORMAT!r}"
@@ -149,16 +158,21 @@ def load_state(module: torch.nn.Module, state: Mapping[str, Tensor], source: Pat
     """`module.load_state_dict`, with an error that says which file does not fit and where."""
     own = module.state_dict()
     missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    wrong = [f"{k}: {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
+    wrong = [
+        f"{k}: {tuple(state[k].shape)} for {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
     if missing or unknown or wrong:
         raise CheckpointError(
-            f"checkpoint {source} does not fit this model: missing {missing[:3]}, unknown {unknown[:3]}, wrong shapes {wrong[:3]}"
+            f"checkpoint {source} does not fit this model: missing {missing[:3]}, "
+            f"unknown {unknown[:3]}, wrong shapes {wrong[:3]}"
         )
     module.load_state_dict(dict(state))
 
 
 def rng_state() -> dict[str, Tensor]:
-    """torch's global random streams; batches have their own generators, dropout and the like use these."""
+    """torch's global random streams (batches have generators of their own)."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}

@@ -16,27 +16,38 @@ from distill.errors import UserError
 def parser() -> argparse.ArgumentParser:
     """All commands with their options."""
     top = argparse.ArgumentParser(
-        prog="d2m", description="Turn a dense diffusion transformer into a Mixture of Experts and Blocks."
+        prog="d2m",
+        description="Turn a dense diffusion transformer into a Mixture of Experts and Blocks.",
     )
     top.add_argument("--version", action="store_true", help="print the version and exit")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="train, convert, distil, compare on real digits; writes a report")
+    demo = commands.add_parser(
+        "demo", help="train, convert, distil, compare on real digits; writes a report"
+    )
     demo.add_argument("--out", default="d2m-demo", help="output folder (default: %(default)s)")
-    demo.add_argument("--quick", action="store_true", help="the same in under a minute, less well trained")
+    demo.add_argument(
+        "--quick", action="store_true", help="the same in under a minute, less well trained"
+    )
     demo.add_argument("--full", action="store_true", help="also M, XS and Lite, over three seeds")
     demo.add_argument("--seed", type=int, default=0, help="same seed, same numbers (default: 0)")
     _device(demo)
     demo.set_defaults(run=run_demo)
 
     convert = commands.add_parser("convert", help="convert a saved FLUX transformer to MoE / MoB")
-    convert.add_argument("source", metavar="SRC", help="folder or hub name of a FLUX transformer or pipeline")
+    convert.add_argument(
+        "source", metavar="SRC", help="folder or hub name of a FLUX transformer or pipeline"
+    )
     convert.add_argument("target", metavar="DST", help="new folder")
     structure = convert.add_mutually_exclusive_group(required=True)
     structure.add_argument("--preset", help="flux-moe-l, flux-moe-m, flux-moe-s, flux-moe-xs, ...")
     structure.add_argument("--structure", help="YAML or JSON file with the fields of FluxMoEConfig")
-    convert.add_argument("--subfolder", help="folder within SRC (a pipeline's 'transformer' is found itself)")
-    convert.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as saved")
+    convert.add_argument(
+        "--subfolder", help="folder within SRC (a pipeline's 'transformer' is found itself)"
+    )
+    convert.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: as saved"
+    )
     convert.add_argument("--seed", type=int, default=0, help="of the new routers (default: 0)")
     convert.set_defaults(run=run_convert)
 
@@ -51,14 +62,18 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("model", metavar="MODEL", help="folder of a saved model")
     sample.add_argument("--out", default="samples.png", help="PNG to write (default: %(default)s)")
     sample.add_argument("--steps", type=int, default=12, help="Euler steps (default: %(default)s)")
-    sample.add_argument("--per-class", type=int, default=2, help="samples a digit (default: %(default)s)")
+    sample.add_argument(
+        "--per-class", type=int, default=2, help="samples a digit (default: %(default)s)"
+    )
     sample.add_argument("--top-k", help="experts a token uses: a number or 'dense'")
     sample.add_argument("--seed", type=int, default=0)
     _device(sample)
     sample.set_defaults(run=run_sample)
 
     inspect = commands.add_parser("inspect", help="parameters and FLOPs of a model or a preset")
-    inspect.add_argument("model", metavar="MODEL_OR_PRESET", help="folder of a saved model, or a preset name")
+    inspect.add_argument(
+        "model", metavar="MODEL_OR_PRESET", help="folder of a saved model, or a preset name"
+    )
     inspect.add_argument("--size", type=int, default=1024, help="image height and width in pixels")
     inspect.add_argument("--text-tokens", type=int, default=512)
     inspect.set_defaults(run=run_inspect)
@@ -70,11 +85,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _device(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there)")
+    command.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there)"
+    )
 
 
 def pick_device(name: str) -> str:
-    """"auto" or a device that this machine has."""
+    """ "auto" or a device that this machine has."""
     import torch
 
     if name == "auto":
@@ -86,7 +103,9 @@ def pick_device(name: str) -> str:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device is {name!r}; expected 'cpu', 'cuda' or 'cuda:N'")
     if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
-        raise UserError(f"--device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices")
+        raise UserError(
+            f"--device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices"
+        )
     return name
 
 
@@ -197,7 +216,12 @@ def run_inspect(args: argparse.Namespace) -> None:
         flops = part.flops + part.attention_flops
         rows.append((name, f"{part.total:,}", f"{round(part.activated):,}", f"{flops / 1e9:,.2f}"))
     rows.append(
-        ("all", f"{counts.total_params:,}", f"{counts.activated_params:,}", f"{counts.flops / 1e9:,.2f}")
+        (
+            "all",
+            f"{counts.total_params:,}",
+            f"{counts.activated_params:,}",
+            f"{counts.flops / 1e9:,.2f}",
+        )
     )
     for row in rows:
         print(f"{row[0]:14}{row[1]:>18}{row[2]:>18}{row[3]:>14}")
@@ -256,7 +280,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (err.name or "").split(".")[0] in ("d2m_kernels", "d2m_models", "distill"):
             raise
         print(
-            f"d2m: error: the package {err.name!r} is missing; pip install 'dense2moe[demo]' brings it",
+            f"d2m: error: the package {err.name!r} is missing; "
+            "pip install 'dense2moe[demo]' brings it",
             file=sys.stderr,
         )
         return 2

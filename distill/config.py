@@ -1,4 +1,4 @@
-"""YAML configuration, checked on load: an unknown, missing or ill-typed key is an error that names it."""
+"""YAML configuration, checked on load: an unknown, missing or ill-typed key is named."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def _check_least(config: Any, owner: str, **least: float) -> None:
 class TrainConfig:
     """One optimisation run: AdamW with warm-up, clipping and optionally EMA.
 
-    steps, batch_size, lr: required. warmup: steps of linear warm-up. schedule: "cosine" (to zero) or
-    "constant". router_lr_scale multiplies lr for routers. ema: decay of averaged weights, which
+    steps, batch_size, lr: required. warmup: steps of linear warm-up. schedule: "cosine" (to zero)
+    or "constant". router_lr_scale multiplies lr for routers. ema: decay of averaged weights, which
     are then the result; null for none. log_every: steps between log lines and checkpoints.
     """
 
@@ -51,7 +51,17 @@ class TrainConfig:
 
     def __post_init__(self):
         _check_choice("train", "schedule", self.schedule, ("cosine", "constant"))
-        _check_least(self, "train", steps=1, batch_size=1, lr=0, warmup=0, weight_decay=0, log_every=1, clip=0)
+        _check_least(
+            self,
+            "train",
+            steps=1,
+            batch_size=1,
+            lr=0,
+            warmup=0,
+            weight_decay=0,
+            log_every=1,
+            clip=0,
+        )
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,8 @@ class TeacherConfig:
             raise ConfigError("teacher needs exactly one of the keys 'path' and 'train'")
         if sum(self.rope) != self.head_dim or any(r % 2 for r in self.rope):
             raise ConfigError(
-                f"teacher.rope is {self.rope}; expected even numbers that add up to head_dim={self.head_dim}"
+                f"teacher.rope is {self.rope}; expected even numbers that add up to "
+                f"head_dim={self.head_dim}"
             )
 
 
@@ -93,7 +104,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Eq. (10): lambda_feature, lambda_balance; feature_reduction and balance variants as in losses.py."""
+    """Eq. (10): lambda_feature, lambda_balance; reduction and variant as in losses.py."""
 
     feature: float = 1.0
     balance: float = 0.01
@@ -102,7 +113,9 @@ class LossConfig:
 
     def __post_init__(self):
         _check_choice("loss", "feature_reduction", self.feature_reduction, ("sum", "mean"))
-        _check_choice("loss", "balance_variant", self.balance_variant, ("auto", "weights", "softmax"))
+        _check_choice(
+            "loss", "balance_variant", self.balance_variant, ("auto", "weights", "softmax")
+        )
         _check_least(self, "loss", feature=0, balance=0)
 
 
@@ -153,14 +166,14 @@ class DistillConfig:
         order = [("shared", "moe", "mob").index(s.stage) for s in self.stages]
         if order != sorted(set(order)):
             raise ConfigError(
-                f"stages are {[s.stage for s in self.stages]}; expected each at most once, in the order "
-                "shared, moe, mob"
+                f"stages are {[s.stage for s in self.stages]}; expected each at most once, "
+                "in the order shared, moe, mob"
             )
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How models are judged: samples a class, Euler steps, held-out batches of (x_t, t, c), timing."""
+    """How models are judged: samples a class, Euler steps, held-out (x_t, t, c), timing."""
 
     per_class: int = 20
     sample_steps: int = 12
@@ -170,7 +183,13 @@ class EvalConfig:
 
     def __post_init__(self):
         _check_least(
-            self, "evaluate", per_class=1, sample_steps=1, held_out=1, latency_batch=1, latency_rounds=1
+            self,
+            "evaluate",
+            per_class=1,
+            sample_steps=1,
+            held_out=1,
+            latency_batch=1,
+            latency_rounds=1,
         )
 
 
@@ -202,7 +221,9 @@ class DemoConfig:
             raise ConfigError(f"groups has the keys {sorted(self.groups)}; expected m, s and xs")
         for name in ("shared", "moe", "mob"):
             if getattr(self, name).stage != name:
-                raise ConfigError(f"{name}.stage is {getattr(self, name).stage!r}; expected {name!r}")
+                raise ConfigError(
+                    f"{name}.stage is {getattr(self, name).stage!r}; expected {name!r}"
+                )
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
@@ -263,7 +284,7 @@ def bundled(name: str) -> Path:
 
 
 def load_config(cls: type[T], path: Path | str) -> T:
-    """Read a YAML file as `cls`; a bare name that is no file here is looked up among the bundled ones."""
+    """Read a YAML file as `cls`; a bare name that is no file may be a bundled configuration."""
     import yaml
 
     path = Path(path)

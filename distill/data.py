@@ -1,4 +1,5 @@
-"""Training data as a pure function of (seed, step), so that any run can be resumed or repeated exactly.
+"""Training data as a pure function of (seed, step), so that any run can be resumed or repeated
+exactly.
 
 Shapes: B batch, S image tokens, C channels of a token, L text tokens, J text width, P pooled width.
 """
@@ -10,12 +11,13 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-# Streams keep draws for different purposes apart: the same (seed, step) never reuses random numbers.
+# Streams keep draws for different purposes apart: the same (seed, step) never reuses random
+# numbers.
 STREAMS = {"train": 0, "calibrate": 1, "sample": 2, "test": 3, "order": 4, "weights": 5}
 
 
 def generator(seed: int, stream: str, step: int = 0) -> torch.Generator:
-    """CPU generator for one purpose and step; the mix is splitmix64, so that neighbouring seeds are unrelated."""
+    """CPU generator for one purpose and step (splitmix64: neighbouring seeds are unrelated)."""
     z = (seed * 0x9E3779B97F4A7C15 + STREAMS[stream] * 0xD1B54A32D192ED03 + step + 1) & (2**64 - 1)
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
@@ -24,7 +26,7 @@ def generator(seed: int, stream: str, step: int = 0) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward of a FLUX transformer needs, plus the clean latents and the noise behind x_t.
+    """What one forward of a FLUX transformer needs, and the clean latents and noise of x_t.
 
     x0, noise [B, S, C]; t [B] in (0, 1), 1 = pure noise; text [B, L, J]; pooled [B, P]; labels [B];
     img_ids [S, 3]; txt_ids [L, 3].
@@ -69,7 +71,7 @@ class Batch:
 
 
 def sample_timesteps(n: int, gen: torch.Generator, kind: str = "uniform") -> Tensor:
-    """n timesteps in (0, 1): `uniform`, or `logit-normal` = sigmoid of N(0, 1), as FLUX and SD3 are trained."""
+    """n timesteps in (0, 1): "uniform", or "logit-normal" = sigmoid of N(0, 1), as FLUX has it."""
     if kind == "uniform":
         return (torch.rand(n, generator=gen) * 0.998 + 0.001).float()
     if kind == "logit-normal":
@@ -78,7 +80,7 @@ def sample_timesteps(n: int, gen: torch.Generator, kind: str = "uniform") -> Ten
 
 
 def patchify(images: Tensor, patch: int = 2) -> Tensor:
-    """[B, H, W] -> [B, (H/patch) (W/patch), patch^2], row-major tokens as FLUX packs its latents."""
+    """[B, H, W] -> [B, (H/patch) (W/patch), patch^2], row-major as FLUX packs latents."""
     B, H, W = images.shape
     x = images.reshape(B, H // patch, patch, W // patch, patch)
     return x.permute(0, 1, 3, 2, 4).reshape(B, (H // patch) * (W // patch), patch * patch)
@@ -93,9 +95,10 @@ def unpatchify(tokens: Tensor, patch: int = 2) -> Tensor:
 
 
 class Digits:
-    """scikit-learn's 1797 handwritten digits (8x8) as 16 image tokens of 4 channels, with the class as prompt.
+    """scikit-learn's 1797 handwritten digits (8x8) as 16 image tokens of 4 channels, with the class
+    as prompt.
 
-    The "text encoder" is a fixed random table (one row of tokens and one pooled vector a class): it never
+    The "text encoder" is a fixed random table (tokens and a pooled vector a class): it never
     depends on the run's seed, so that a cached teacher understands every later run's prompts.
     """
 
@@ -119,10 +122,14 @@ class Digits:
         self.timesteps = timesteps
         self.split = split
         table = generator(0, "weights")
-        self.text_table = torch.randn(self.num_classes, self.text_tokens, self.text_dim, generator=table)
+        self.text_table = torch.randn(
+            self.num_classes, self.text_tokens, self.text_dim, generator=table
+        )
         self.pooled_table = torch.randn(self.num_classes, self.pooled_dim, generator=table)
         rows = torch.arange(4).repeat_interleave(4)
-        self.img_ids = torch.stack([torch.zeros(16, dtype=torch.long), rows, torch.arange(4).repeat(4)], 1).float()
+        self.img_ids = torch.stack(
+            [torch.zeros(16, dtype=torch.long), rows, torch.arange(4).repeat(4)], 1
+        ).float()
         self.txt_ids = torch.zeros(self.text_tokens, 3)
 
     def __len__(self) -> int:
@@ -133,14 +140,17 @@ class Digits:
         return {"text": self.text_table[labels], "pooled": self.pooled_table[labels]}
 
     def _indices(self, seed: int, step: int, size: int) -> Tensor:
-        """Every sample once per epoch: position p of the stream is entry p mod n of epoch p // n's permutation."""
+        """Every sample once an epoch: position p is entry p mod n of epoch p // n's permutation."""
         n = len(self)
         pos = torch.arange(step * size, (step + 1) * size)
-        perms = {int(e): torch.randperm(n, generator=generator(seed, "order", int(e))) for e in set((pos // n).tolist())}
+        perms = {
+            int(e): torch.randperm(n, generator=generator(seed, "order", int(e)))
+            for e in set((pos // n).tolist())
+        }
         return torch.stack([perms[p // n][p % n] for p in pos.tolist()])
 
     def batch(self, seed: int, step: int, size: int, stream: str = "train") -> Batch:
-        """Batch number `step` of the run `seed`; calling it twice gives the same batch bit for bit."""
+        """Batch number `step` of the run `seed`; called twice, the same bit for bit."""
         idx = self._indices(seed, step, size)
         gen = generator(seed, stream, step)
         x0 = self.latents[idx]
@@ -155,9 +165,11 @@ class Digits:
         )
 
     def noise_batch(self, seed: int, per_class: int) -> Batch:
-        """Pure noise (t = 1) for `per_class` samples of every class, the same for every model that is compared."""
+        """Pure noise (t = 1) for `per_class` samples of every class."""
         labels = torch.arange(self.num_classes).repeat_interleave(per_class)
-        noise = torch.randn(len(labels), self.image_tokens, self.channels, generator=generator(seed, "sample"))
+        noise = torch.randn(
+            len(labels), self.image_tokens, self.channels, generator=generator(seed, "sample")
+        )
         return Batch(
             x0=torch.zeros_like(noise),
             noise=noise,

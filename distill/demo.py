@@ -1,9 +1,9 @@
 """`d2m demo`: teacher -> MoE -> MoB on real digits, next to pruning, in one sitting.
 
-    teacher --eq. 6--> moe-l (stages a, b) --> mob-m / mob-s / mob-xs (stage c)
-       |                    '--> prune-depth (same blocks fewer, same steps as stage c)
-       |--> prune-mlp (same activated FFN width, same steps as a + b)
-       '--> lite (fewer double blocks, dense FFNs; --full)
+teacher --eq. 6--> moe-l (stages a, b) --> mob-m / mob-s / mob-xs (stage c)
+   |                    '--> prune-depth (same blocks fewer, same steps as stage c)
+   |--> prune-mlp (same activated FFN width, same steps as a + b)
+   '--> lite (fewer double blocks, dense FFNs; --full)
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ def mob_config(run: Run, name: str) -> Any:
     return MoBConfig.from_dict(run.config.groups[name.removeprefix("mob-")])
 
 
-def _stage(run: Run, model: nn.Module, stage: StageConfig, name: str, first: int, parent: str) -> str:
+def _stage(
+    run: Run, model: nn.Module, stage: StageConfig, name: str, first: int, parent: str
+) -> str:
     letter = {"shared": "a", "moe": "b", "mob": "c"}[stage.stage]
     return run_stage(
         model,
@@ -134,7 +136,8 @@ def _stage(run: Run, model: nn.Module, stage: StageConfig, name: str, first: int
 
 
 def train_prune_mlp(run: Run) -> nn.Module:
-    """Diff-Pruning: keep the r_a * D most important neurons (eq. 6) of every FFN that is MoE in moe-l.
+    """Diff-Pruning: keep the r_a * D most important neurons (eq. 6) of every FFN that is MoE in
+    moe-l.
 
     AdaLN is compressed as in moe-l, so that both activate the same parameters but for the routers.
     """
@@ -158,7 +161,8 @@ def train_prune_mlp(run: Run) -> nn.Module:
 
 
 def train_prune_depth(run: Run, moe: nn.Module, parent: str) -> nn.Module:
-    """BK-SDM: of every group of mob-s keep one block for good, and train all weights as long as stage (c).
+    """BK-SDM: of every group of mob-s keep one block for good, and train all weights as long as
+    stage (c).
 
     It starts from the same trained MoE model as mob-s and keeps, group by group, the block without
     whose companions the output changes least.
@@ -173,14 +177,20 @@ def train_prune_depth(run: Run, moe: nn.Module, parent: str) -> nn.Module:
     return _train_pruned(run, model, "prune-depth", run.config.mob, steps, first, aliases, parent)
 
 
-def choose_blocks(run: Run, model: nn.Module, mob: Any) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """Blocks that depth pruning keeps, {"double", "single"}, and pruned block -> teacher block names.
+def choose_blocks(
+    run: Run, model: nn.Module, mob: Any
+) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Blocks that depth pruning keeps, {"double", "single"}, and pruned block -> teacher block
+    names.
 
     A block that stands for a group is to give what the group's last block gave, as in stage (c).
     """
     from d2m_models import prune_depth
 
-    counts = {"double": len(model.transformer_blocks), "single": len(model.single_transformer_blocks)}
+    counts = {
+        "double": len(model.transformer_blocks),
+        "single": len(model.single_transformer_blocks),
+    }
     groups = {"double": mob.double_groups, "single": mob.single_groups}
     kept = {kind: list(range(count)) for kind, count in counts.items()}
     batch = ev.held_out_batch(run.digits, 256, run.seed)
@@ -202,7 +212,7 @@ def choose_blocks(run: Run, model: nn.Module, mob: Any) -> tuple[dict[str, list[
 
 
 def train_lite(run: Run) -> nn.Module:
-    """FLUX.1-Lite: fewer double blocks, everything else dense; trained as long as a whole mob model."""
+    """FLUX.1-Lite: fewer double blocks, the rest dense; trained as long as a mob model in all."""
     from d2m_models import FluxMoEConfig, convert_flux, prune_depth
 
     counts = len(run.teacher.transformer_blocks), len(run.teacher.single_transformer_blocks)
@@ -232,7 +242,14 @@ def _train_pruned(
     config = replace(like.train, steps=steps, lr=run.config.pruned_lr)
     model.train().requires_grad_(True)
     objective = Distillation(
-        run.teacher, model, run.digits, like.loss, config.batch_size, run.seed, first, aliases=aliases
+        run.teacher,
+        model,
+        run.digits,
+        like.loss,
+        config.batch_size,
+        run.seed,
+        first,
+        aliases=aliases,
     )
     train(
         model,
@@ -274,11 +291,13 @@ def train_all(run: Run, full: bool) -> dict[str, nn.Module]:
 
 
 def kind_of(name: str) -> str:
-    return {"moe-l": "moe", "lite": "prune-depth"}.get(name, "mob" if name.startswith("mob") else name)
+    return {"moe-l": "moe", "lite": "prune-depth"}.get(
+        name, "mob" if name.startswith("mob") else name
+    )
 
 
 def measure(run: Run, models: dict[str, nn.Module]) -> Outcome:
-    """Fill the table: accounts, relative MSE on held-out data, class accuracy, latency side by side."""
+    """Fill the table: accounts, relative MSE on held-out data, class accuracy, latency."""
     from d2m_models import account
 
     config = run.config.evaluate
@@ -322,10 +341,11 @@ def measure(run: Run, models: dict[str, nn.Module]) -> Outcome:
         "groups": groups,
         "text_tokens": Digits.text_tokens,
         "notes": (
-            f"Activated parameters are those one token meets. Step: one forward of {config.latency_batch} images, "
-            f"median of {config.latency_rounds}, the models taking turns. Relative MSE: ||student - teacher||² / "
-            f"||teacher||² over {config.held_out} held-out (x_t, t, prompt). Class accuracy: share of "
-            f"{len(noise)} samples that a classifier trained on the real digits reads as their prompt; it reads "
+            "Activated parameters are those one token meets. FLOPs are of one image. Step: one "
+            f"forward of {config.latency_batch} images, median of {config.latency_rounds}, the "
+            "models taking turns. Relative MSE: ||student - teacher||² / ||teacher||² over "
+            f"{config.held_out} held-out (x_t, t, prompt). Class accuracy: share of {len(noise)} "
+            "samples that a classifier trained on the real digits reads as their prompt; it reads "
             f"{real:.1%} of real test digits."
         ),
     }
@@ -333,7 +353,7 @@ def measure(run: Run, models: dict[str, nn.Module]) -> Outcome:
 
 
 def report_layers(moe: nn.Module, mob: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
-    """Captions of what experts.png shows: an image-branch and a single-block layer, and every group."""
+    """Captions for experts.png: an image-branch layer, a single-block layer, every group."""
     from d2m_models import moe_layers
     from d2m_models.output import group_names
 
@@ -342,7 +362,9 @@ def report_layers(moe: nn.Module, mob: nn.Module) -> tuple[dict[str, str], dict[
     single = [n for n in names if n.startswith("single")]
     layers = {}
     if double:
-        layers[double[len(double) // 2]] = f"Double block {double[len(double) // 2].split('.')[1]}, image"
+        layers[double[len(double) // 2]] = (
+            f"Double block {double[len(double) // 2].split('.')[1]}, image"
+        )
     if single:
         layers[single[len(single) // 2]] = f"Single block {single[len(single) // 2].split('.')[1]}"
     groups = {}
@@ -359,9 +381,12 @@ def stage_curves(run: Run, models: dict[str, nn.Module]) -> dict[str, dict[str, 
     for name in models:
         if name == "teacher":
             continue
-        stages = {"moe-l": ("shared", "moe")}.get(name, ("mob",) if name.startswith("mob") else ("distill",))
+        stages = {"moe-l": ("shared", "moe")}.get(
+            name, ("mob",) if name.startswith("mob") else ("distill",)
+        )
         own = {
-            letters.get(s, s): report.curve_table(read_log(run.folder / name / s / "log.jsonl")) for s in stages
+            letters.get(s, s): report.curve_table(read_log(run.folder / name / s / "log.jsonl"))
+            for s in stages
         }
         if name.startswith("mob") or name == "prune-depth":
             own = {**{k: _shift(v) for k, v in curves["moe-l"].items()}, **own}
@@ -370,7 +395,7 @@ def stage_curves(run: Run, models: dict[str, nn.Module]) -> dict[str, dict[str, 
 
 
 def _shift(table: Tensor) -> Tensor:
-    """Only the last step of a stage shared with moe-l, without values: the curve starts behind it."""
+    """Only the last step of a stage shared with moe-l, no values: the curve starts behind it."""
     last = table[-1:].clone()
     last[:, 1:] = float("nan")
     return last
@@ -479,13 +504,22 @@ def summarise(seeds: list[int], rows: dict[int, dict[str, dict[str, Any]]]) -> d
             [rows[s]["prune-depth"]["rel_mse"] for s in seeds],
         ),
     ]
-    return {"seeds": seeds, "summary": summary, "claims": claims, "runs": {str(s): rows[s] for s in seeds}}
+    return {
+        "seeds": seeds,
+        "summary": summary,
+        "claims": claims,
+        "runs": {str(s): rows[s] for s in seeds},
+    }
 
 
 def judge_claim(claim: str, ours: list[float], theirs: list[float]) -> dict[str, str]:
-    """"holds" if ours is lower by more than the spread of the paired ratios, "undecided" if within it."""
+    """ "holds" if ours is lower by more than the spread of the paired ratios, "undecided" if within
+    it.
+    """
     ratios = [o / t for o, t in zip(ours, theirs, strict=True)]
     centre, spread = mean(ratios), stdev(ratios)
-    verdict = "undecided" if abs(1 - centre) <= spread else "holds" if centre < 1 else "does not hold"
+    verdict = (
+        "undecided" if abs(1 - centre) <= spread else "holds" if centre < 1 else "does not hold"
+    )
     detail = f"ratio of relative MSE {centre:.3f} ± {spread:.3f} over {len(ratios)} seeds"
     return {"claim": claim, "verdict": verdict, "detail": detail}

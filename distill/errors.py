@@ -1,4 +1,4 @@
-"""Errors that a command prints as one line: they name the thing, what it was and what was expected."""
+"""Errors that a command prints as one line: the thing, what it was, what was expected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Judging a model: relative error to the teacher, class accuracy of its samples, latency, expert use."""
+"""Judging a model: relative error to the teacher, class accuracy, latency, use of experts."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def relative_mse(teacher_out: Tensor, student_out: Tensor) -> float:
 
 
 def measure_latency(models: Mapping[str, nn.Module], batch: Batch, rounds: int) -> dict[str, float]:
-    """Median seconds of one forward per model, taking turns in one process so that all see the same machine."""
+    """Median seconds of one forward; models take turns, so that all see the same machine."""
     times: dict[str, list[float]] = {name: [] for name in models}
     for round_ in range(rounds + 2):  # two to warm up
         for name, model in models.items():
@@ -83,7 +83,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 class SelectionCounts:
-    """How often each expert of the chosen layers is selected, by timestep, prompt and token (Fig. 6)."""
+    """How often each expert of some layers is selected, by timestep, prompt, token (Fig. 6)."""
 
     def __init__(self, layers: list[str], noise: Batch, steps: int, text_tokens: int):
         self.layers, self.labels, self.steps = layers, noise.labels, steps
@@ -100,10 +100,16 @@ class SelectionCounts:
             tokens = chosen.shape[1]
             for kind, rows, value in (
                 ("timestep", self.steps, chosen.sum((0, 1))),
-                ("prompt", 10, torch.zeros(10, experts).double().index_add_(0, self.labels, chosen.sum(1))),
+                (
+                    "prompt",
+                    10,
+                    torch.zeros(10, experts).double().index_add_(0, self.labels, chosen.sum(1)),
+                ),
                 ("token", tokens, chosen.sum(0)),
             ):
-                table = self.counts.setdefault(f"{layer}/{kind}", torch.zeros(rows, experts).double())
+                table = self.counts.setdefault(
+                    f"{layer}/{kind}", torch.zeros(rows, experts).double()
+                )
                 if kind == "timestep":
                     table[step] += value
                 else:
@@ -125,7 +131,9 @@ class BlockCounts:
         for group, mob in aux.mob.items():
             blocks = mob.probs.shape[1]
             chosen = torch.nn.functional.one_hot(mob.ids.long(), blocks).sum(1).cpu().double()
-            by_step = self.counts.setdefault(f"{group}/timestep", torch.zeros(self.steps, blocks).double())
+            by_step = self.counts.setdefault(
+                f"{group}/timestep", torch.zeros(self.steps, blocks).double()
+            )
             by_prompt = self.counts.setdefault(f"{group}/prompt", torch.zeros(10, blocks).double())
             by_step[step] += chosen.sum(0)
             by_prompt.index_add_(0, self.labels, chosen)
@@ -134,7 +142,12 @@ class BlockCounts:
 
 
 def judge_samples(
-    model: nn.Module, judge: Judge, digits: Digits, noise: Batch, config: EvalConfig, hooks: list[Any] | None = None
+    model: nn.Module,
+    judge: Judge,
+    digits: Digits,
+    noise: Batch,
+    config: EvalConfig,
+    hooks: list[Any] | None = None,
 ) -> tuple[float, Tensor]:
     """(class accuracy, images [B, 8, 8] in 0..1) of the model's samples from the given noise."""
 
@@ -143,7 +156,11 @@ def judge_samples(
             hook(step, aux)
 
     latents = sample(
-        model, noise, config.sample_steps, on_step if hooks else None, chunk=len(noise) if hooks else 256
+        model,
+        noise,
+        config.sample_steps,
+        on_step if hooks else None,
+        chunk=len(noise) if hooks else 256,
     )
     images = digits.to_images(latents)
     return judge.accuracy(images * 16, noise.labels), images

@@ -14,7 +14,8 @@ from distill.data import Batch
 
 
 def ffn_linears(model: nn.Module) -> dict[str, tuple[nn.Linear, nn.Linear, int]]:
-    """FFN name -> (up Linear, down Linear, first column of the down Linear that belongs to the FFN).
+    """FFN name -> (up Linear, down Linear, first column of the down Linear that belongs to the
+    FFN).
 
     Names are those `convert_flux(neuron_order=...)` takes. A single block's `proj_out` acts on
     [attention | mlp], so its FFN columns come last.
@@ -31,7 +32,7 @@ def ffn_linears(model: nn.Module) -> dict[str, tuple[nn.Linear, nn.Linear, int]]
 
 
 def neuron_importance(up: nn.Linear, down: nn.Linear, first: int) -> Tensor:
-    """sum |g * w| over one neuron's weights: its w1 row, its b1 entry and its w2 column. [F], fp32."""
+    """sum |g * w| over a neuron's weights: its w1 row, b1 entry and w2 column. [F] fp32."""
 
     def taylor(weight: Tensor) -> Tensor:
         return (weight.grad.float() * weight.detach().float()).abs()

@@ -1,4 +1,4 @@
-"""Losses of section 3.2: output distillation (7), normalised block features (8-9), load balancing, total (10).
+"""Losses of section 3.2: output distillation (7), block features (8-9), balance, total (10).
 
 Shapes: T tokens (or samples, for MoB), E experts (or blocks of a group), K chosen of them.
 All losses are computed in fp32 whatever the models run in, and none of them waits for the device.
@@ -103,7 +103,7 @@ def balance_loss(load_E: Tensor, gate_TE: Tensor) -> Tensor:
 
 
 def _variant(variant: str, top_k: int) -> str:
-    """With one choice the renormalised g is 1 whatever the router does, so its gradient is exactly 0."""
+    """With one choice the renormalised g is always 1, so its gradient would be exactly 0."""
     if variant not in BALANCE_VARIANTS:
         raise ValueError(f"balance variant is {variant!r}; expected one of {BALANCE_VARIANTS}")
     if variant == "auto":
@@ -130,7 +130,7 @@ def moe_balance(routing: Routing, variant: str = "auto") -> Tensor:
 
 
 def mob_balance(mob: MoBRouting, variant: str = "auto") -> Tensor:
-    """Balance loss of one MoB group over the samples of the batch; `probs` [B, m], `ids` [B, kappa]."""
+    """Balance loss of one MoB group over the batch's samples; probs [B, m], ids [B, kappa]."""
     probs_BE, ids_BK = mob.probs, mob.ids.long()
     load_E = torch.nn.functional.one_hot(ids_BK, probs_BE.shape[1]).sum((0, 1))
     gate_BE = probs_BE

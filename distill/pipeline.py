@@ -1,4 +1,4 @@
-"""`d2m distill` and `d2m sample`: one configured student from teacher to saved model, and its samples."""
+"""`d2m distill` and `d2m sample`: one student from teacher to saved model, and its samples."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def distill(config: DistillConfig, device: str = "cpu", progress: bool = True) -
                 raise ConfigError("stages has 'mob', but the student's structure has no key 'mob'")
             model = group_blocks(model, structure.mob, seed)
         elif structure.moe is None:
-            raise ConfigError(f"stages has {stage.stage!r}, but the student's structure has no key 'moe'")
+            raise ConfigError(
+                f"stages has {stage.stage!r}, but the student's structure has no key 'moe'"
+            )
         parent = run_stage(
             model,
             teacher,
@@ -107,7 +109,9 @@ def load_model(path: Path | str) -> nn.Module:
     try:
         kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
     except OSError as err:
-        raise UserError(f"cannot read {config}: {err.strerror or err}; expected a saved model") from err
+        raise UserError(
+            f"cannot read {config}: {err.strerror or err}; expected a saved model"
+        ) from err
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as err:
         raise UserError(f"{config} is no valid model configuration ({err})") from err
     if kind != "FluxMoETransformer2DModel":
@@ -117,16 +121,20 @@ def load_model(path: Path | str) -> nn.Module:
     try:
         return FluxMoETransformer2DModel.from_pretrained(path).eval()
     except Exception as err:  # diffusers and safetensors raise many kinds
-        raise CheckpointError(f"cannot load the model in {path}: {' '.join(str(err).split())}") from err
+        raise CheckpointError(
+            f"cannot load the model in {path}: {' '.join(str(err).split())}"
+        ) from err
 
 
 def _check_digits(model: nn.Module) -> None:
-    have = tuple(model.config[k] for k in ("in_channels", "joint_attention_dim", "pooled_projection_dim"))
+    have = tuple(
+        model.config[k] for k in ("in_channels", "joint_attention_dim", "pooled_projection_dim")
+    )
     want = (Digits.channels, Digits.text_dim, Digits.pooled_dim)
     if have != want:
         raise UserError(
-            f"the model takes (channels, text, pooled) = {have}, digits are {want}; for FLUX models use "
-            "diffusers' FluxPipeline(transformer=...)"
+            f"the model takes (channels, text, pooled) = {have}, digits are {want}; for FLUX "
+            "models use diffusers' FluxPipeline(transformer=...)"
         )
 
 
@@ -141,5 +149,7 @@ def sample_digits(model: nn.Module, path: Path, steps: int, per_class: int, seed
     config = EvalConfig(per_class=per_class, sample_steps=steps)
     accuracy, images = judge_samples(model, Judge(digits), digits, noise, config)
     prompts = [str(d) for d in range(Digits.num_classes)]
-    samples_png(path, {"samples": (f"{accuracy:.0%} read right", images)}, prompts, min(per_class, 4))
+    samples_png(
+        path, {"samples": (f"{accuracy:.0%} read right", images)}, prompts, min(per_class, 4)
+    )
     return accuracy

@@ -1,4 +1,4 @@
-"""The three pictures of a run: sample grid, loss curves, expert use. Each function writes one PNG."""
+"""The three pictures of a run: sample grid, loss curves, expert use; one PNG each."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def _save(plt: Any, figure: Any, path: Path) -> None:
 def samples_png(
     path: Path, rows: Mapping[str, tuple[str, Tensor]], columns: Sequence[str], per_prompt: int = 2
 ) -> None:
-    """Grid like the paper's Fig. 1: a row a model, a column a prompt and noise, the same for all rows.
+    """Grid like the paper's Fig. 1: a row a model, a column a prompt and noise.
 
     Args:
-        rows: model -> (caption, images [C * n, 8, 8] in 0..1, prompt-major with n samples a prompt).
+        rows: model -> (caption, images [C * n, 8, 8] in 0..1, prompt-major, n a prompt).
         columns: the C prompts. per_prompt: samples shown of each.
     """
     plt = _pyplot()
@@ -67,7 +67,13 @@ def samples_png(
         y = top - (r + 1) * cell_h
         figure.text(left - 0.012, y + 0.62 * cell_h, name, ha="right", va="center", weight="bold")
         figure.text(
-            left - 0.012, y + 0.26 * cell_h, caption, ha="right", va="center", fontsize=7, color=FAINT
+            left - 0.012,
+            y + 0.26 * cell_h,
+            caption,
+            ha="right",
+            va="center",
+            fontsize=7,
+            color=FAINT,
         )
         per_class = len(images) // len(columns)
         for c in range(len(columns)):
@@ -86,7 +92,8 @@ def samples_png(
 
 
 def loss_png(path: Path, curves: Mapping[str, Sequence[tuple[str, np.ndarray]]]) -> None:
-    """Distillation loss (7) of every student over its stages, and how evenly experts and blocks are used.
+    """Distillation loss (7) of every student over its stages, and how evenly experts and blocks are
+    used.
 
     Args:
         curves: model -> its stages in order: (name, array [n, 3] of step, L_distill, L_balance);
@@ -120,7 +127,13 @@ def loss_png(path: Path, curves: Mapping[str, Sequence[tuple[str, np.ndarray]]])
         for axis in (left, right):
             axis.axvline(x, color="#d6dae3", linewidth=0.8, zorder=0)
         left.text(
-            x, 1.0, f" {stage}", transform=left.get_xaxis_transform(), fontsize=7, color=FAINT, va="top"
+            x,
+            1.0,
+            f" {stage}",
+            transform=left.get_xaxis_transform(),
+            fontsize=7,
+            color=FAINT,
+            va="top",
         )
     for axis in (left, right):
         axis.grid(axis="y", color="#eceef3", linewidth=0.6)
@@ -132,7 +145,12 @@ def loss_png(path: Path, curves: Mapping[str, Sequence[tuple[str, np.ndarray]]])
 
 def _heatmap(axis: Any, table: Tensor, title: str, ylabel: str, even: float) -> Any:
     image = axis.imshow(
-        table.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=max(4 * even, 0.02), interpolation="nearest"
+        table.numpy(),
+        aspect="auto",
+        cmap="viridis",
+        vmin=0,
+        vmax=max(4 * even, 0.02),
+        interpolation="nearest",
     )
     axis.set(title=title, ylabel=ylabel)
     ticks = range(table.shape[1]) if table.shape[1] <= 14 else range(0, table.shape[1], 4)
@@ -156,7 +174,9 @@ def experts_png(
     """
     plt = _pyplot()
     rows = len(layers) + (1 if groups else 0)
-    figure, axes = plt.subplots(rows, 3, figsize=(9.6, 2.5 * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        rows, 3, figsize=(9.6, 2.5 * rows), squeeze=False, layout="constrained"
+    )
     for line, (caption, tables) in zip(axes, layers.items(), strict=False):
         for axis, kind, ylabel in zip(
             line,
@@ -172,15 +192,28 @@ def experts_png(
                 axis.set_yticks(range(0, table.shape[0], 3))
             if kind == "token" and table.shape[0] > 16:
                 axis.axhline(text_tokens - 0.5, color="white", linewidth=1.2)
-                axis.text(table.shape[1] - 0.6, text_tokens - 0.8, "text", color="white", ha="right", fontsize=7)
+                axis.text(
+                    table.shape[1] - 0.6,
+                    text_tokens - 0.8,
+                    "text",
+                    color="white",
+                    ha="right",
+                    fontsize=7,
+                )
         bar = figure.colorbar(picture, ax=line[-1], fraction=0.06, pad=0.02)
         bar.set_ticks([0, even, 2 * even, 4 * even], labels=["0", "even", "2x", "≥4x"])
         bar.outline.set_visible(False)
     if groups:
-        for axis, kind, ylabel in zip(axes[-1], ("prompt", "timestep"), ("digit", "sampling step"), strict=False):
+        for axis, kind, ylabel in zip(
+            axes[-1], ("prompt", "timestep"), ("digit", "sampling step"), strict=False
+        ):
             table = np.concatenate([g[kind].numpy() for g in groups.values()], axis=1)
-            picture = axis.imshow(table, aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest")
-            names = [label for g, t in groups.items() for label in _block_labels(g, t[kind].shape[1])]
+            picture = axis.imshow(
+                table, aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest"
+            )
+            names = [
+                label for g, t in groups.items() for label in _block_labels(g, t[kind].shape[1])
+            ]
             axis.set_xticks(range(len(names)), names, fontsize=7)
             axis.set(title=f"MoB: block chosen, by {kind}", ylabel=ylabel, xlabel="block")
             edge = 0

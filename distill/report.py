@@ -32,7 +32,9 @@ FIELDS = (
 KINDS = ("teacher", "moe", "mob", "prune-mlp", "prune-depth")
 
 
-def write_results(folder: Path, seed: int, environment: Mapping[str, Any], models: Mapping[str, Any]) -> None:
+def write_results(
+    folder: Path, seed: int, environment: Mapping[str, Any], models: Mapping[str, Any]
+) -> None:
     """results.json: {"seed", "environment", "models": {name: {FIELDS}}}."""
     for name, row in models.items():
         assert tuple(row) == FIELDS and row["kind"] in KINDS, (name, row)
@@ -137,24 +139,31 @@ def text_table(models: Mapping[str, Any]) -> str:
     widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
     lines = []
     for row in [header, *cells]:
-        padded = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        padded = [
+            c.ljust(w) if i < 2 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append("  ".join(padded).rstrip())
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join(lines)
 
 
 _STYLE = """
-:root{color-scheme:light dark;--ink:#1f2430;--faint:#5d6475;--line:#dfe3ea;--back:#fff;--card:#f6f7f9}
-@media (prefers-color-scheme:dark){:root{--ink:#e7e9ee;--faint:#a2a9b8;--line:#343a46;--back:#14171c;--card:#1d2129}}
-body{margin:0 auto;max-width:64rem;padding:2rem 1.25rem 4rem;font:16px/1.55 system-ui,sans-serif;color:var(--ink);
-background:var(--back)}
-h1{font-size:1.6rem;margin:0 0 .3rem}h2{font-size:1.15rem;margin:2.2rem 0 .5rem}p,figcaption{color:var(--faint)}
-.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.86rem;font-variant-numeric:tabular-nums}
-th,td{padding:.4rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-align:left}thead th{color:var(--faint);font-weight:600}
-figure{margin:1rem 0}img{max-width:100%;height:auto;background:#fff;border:1px solid var(--line);border-radius:8px}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1rem;background:var(--card);padding:1rem;border-radius:8px;
-font-size:.86rem}dt{color:var(--faint)}dd{margin:0}
+:root{color-scheme:light dark;
+--ink:#1f2430;--faint:#5d6475;--line:#dfe3ea;--back:#fff;--card:#f6f7f9}
+@media (prefers-color-scheme:dark){:root{
+--ink:#e7e9ee;--faint:#a2a9b8;--line:#343a46;--back:#14171c;--card:#1d2129}}
+body{margin:0 auto;max-width:64rem;padding:2rem 1.25rem 4rem;font:16px/1.55 system-ui,sans-
+serif;color:var(--ink); background:var(--back)} h1{font-size:1.6rem;margin:0 0 .3rem}h2{font-
+size:1.15rem;margin:2.2rem 0 .5rem}p,figcaption{color:var(--faint)}
+.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.86rem;font-variant-
+numeric:tabular-nums} th,td{padding:.4rem .6rem;border-bottom:1px solid var(--line);text-
+align:right;white-space:nowrap} th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-
+align:left}thead th{color:var(--faint);font-weight:600} figure{margin:1rem 0}img{max-
+width:100%;height:auto;background:#fff;border:1px solid var(--line);border-radius:8px}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem
+1rem;background:var(--card);padding:1rem;border-radius:8px; font-
+size:.86rem}dt{color:var(--faint)}dd{margin:0}
 """
 
 _FIGURES = (
@@ -187,7 +196,8 @@ def _html_table(header: list[str], cells: list[list[str]]) -> str:
         + "</tr>"
         for row in cells
     )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    inner = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="scroll"><table>{inner}</table></div>'
 
 
 def _alt(file: str, models: Mapping[str, Any]) -> str:
@@ -195,19 +205,21 @@ def _alt(file: str, models: Mapping[str, Any]) -> str:
     names = ", ".join(models)
     if file == "samples.png":
         best = ", ".join(f"{n} {m['class_accuracy']:.0%}" for n, m in models.items())
-        return f"Grid of generated digits, one row a model ({names}); read correctly by the classifier: {best}."
+        return f"Grid of generated digits, a row a model; the classifier reads as prompted: {best}."
     if file == "loss.png":
-        return f"Curves of the distillation loss and of the load balance over training steps for {names}."
+        return f"Distillation loss and load balance over training steps, for {names}."
     return "Heat maps of how often each expert, and each block of a group, is selected."
 
 
-def _page(folder: Path, results: dict[str, Any], meta: dict[str, Any], full: dict[str, Any] | None) -> str:
+def _page(
+    folder: Path, results: dict[str, Any], meta: dict[str, Any], full: dict[str, Any] | None
+) -> str:
     models = results["models"]
     figures = []
     for file, title, caption in _FIGURES:
         data = base64.b64encode((folder / file).read_bytes()).decode()
         figures.append(
-            f"<h2>{title}</h2><figure><img alt=\"{html.escape(_alt(file, models), quote=True)}\" "
+            f'<h2>{title}</h2><figure><img alt="{html.escape(_alt(file, models), quote=True)}" '
             f'src="data:image/png;base64,{data}"><figcaption>{html.escape(caption)}</figcaption></figure>'
         )
     environment = "".join(
@@ -233,11 +245,12 @@ def _page(folder: Path, results: dict[str, Any], meta: dict[str, Any], full: dic
         )
         seeds = f"<h2>Over seeds {full['seeds']}</h2>{_html_table(header, cells)}<ul>{claims}</ul>"
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
 <title>dense2moe demo</title><style>{_STYLE}</style></head><body>
 <h1>From a dense diffusion transformer to MoE and MoB</h1>
-<p>A FLUX model of {_number(models["teacher"]["total_params"])} parameters, trained on scikit-learn's digits with the
-class as prompt, and what is left of it when only part of it runs.</p>
+<p>A FLUX model of {_number(models["teacher"]["total_params"])} parameters, trained on
+scikit-learn's digits with the class as prompt, and what is left when only part of it runs.</p>
 {_html_table(*table_rows(models))}
 <p>{html.escape(meta["notes"])}</p>
 {seeds}

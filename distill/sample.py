@@ -1,4 +1,4 @@
-"""Sampling from pure noise with diffusers' flow-matching Euler scheduler, the same noise for every model."""
+"""Sampling from pure noise with diffusers' flow-matching Euler scheduler."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def sample(
     model: nn.Module, noise: Batch, steps: int, on_step: StepHook | None = None, chunk: int = 256
 ) -> Tensor:
-    """Integrate dx/dt = v(x, t, c) from t = 1 to 0 in `steps` Euler steps; returns latents [B, S, C].
+    """Integrate dx/dt = v(x, t, c) from t = 1 to 0 in `steps` Euler steps: latents [B, S, C].
 
     Args:
-        noise: batch whose `noise` is the start and whose prompts condition it (see `Digits.noise_batch`).
-        on_step: called as on_step(i, aux) with the routing of every step (converted models only).
+        noise: batch whose `noise` is the start and whose prompts condition it
+            (`Digits.noise_batch`); the same for all models that are compared.
+        on_step: called as on_step(i, aux) with every step's routing (converted models only).
         chunk: samples per forward.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
@@ -56,7 +57,9 @@ def sample(
             if on_step is not None:
                 fixed["output_aux"] = True
             for i, t in enumerate(scheduler.timesteps):
-                out = model(hidden_states=x, timestep=(t / 1000).expand(x.shape[0]).to(x.dtype), **fixed)
+                out = model(
+                    hidden_states=x, timestep=(t / 1000).expand(x.shape[0]).to(x.dtype), **fixed
+                )
                 if on_step is not None:
                     on_step(i, out.aux)
                 x = scheduler.step(out.sample, t, x, return_dict=False)[0]

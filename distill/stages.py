@@ -1,7 +1,8 @@
 """The three stages of section 3.2 and the students they train.
 
-(a) "shared": Taylor-ranked neurons become the shared experts, which alone run and learn (top_k = 0);
-(b) "moe": shared experts frozen, routed experts and routers learn, with load balancing over experts;
+(a) "shared": the neurons of highest Taylor score become the shared experts, which alone run and
+    learn (top_k = 0);
+(b) "moe": shared experts frozen, the rest learns, with load balancing over experts;
 (c) "mob": MoE blocks grouped, each group learns to imitate the group's last dense block, isolated
     blocks frozen, with load balancing over blocks.
 """
@@ -35,7 +36,9 @@ VERSION = 1  # raise when a change makes old checkpoints mean something else
 # --- students -------------------------------------------------------------------------------
 
 
-def measure_importance(teacher: nn.Module, digits: Digits, batches: int, seed: int) -> dict[str, Tensor]:
+def measure_importance(
+    teacher: nn.Module, digits: Digits, batches: int, seed: int
+) -> dict[str, Tensor]:
     """Eq. (6) over `batches` batches of 128 training samples."""
     device = next(teacher.parameters()).device
     return taylor_importance(
@@ -43,7 +46,9 @@ def measure_importance(teacher: nn.Module, digits: Digits, batches: int, seed: i
     )
 
 
-def neuron_orders(teacher: nn.Module, structure: Any, importance: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def neuron_orders(
+    teacher: nn.Module, structure: Any, importance: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Each FFN's neurons: the most important ones shared, the rest dealt evenly to the experts."""
     from d2m_models import neuron_order_from_importance
 
@@ -55,9 +60,15 @@ def neuron_orders(teacher: nn.Module, structure: Any, importance: Mapping[str, T
 
 
 def make_student(
-    teacher: nn.Module, structure: Any, importance: Mapping[str, Tensor], temb: Tensor | None, seed: int
+    teacher: nn.Module,
+    structure: Any,
+    importance: Mapping[str, Tensor],
+    temb: Tensor | None,
+    seed: int,
 ) -> nn.Module:
-    """`convert_flux` with Taylor orders and a calibrated AdaLN basis; MoB groups come later, in stage (c)."""
+    """`convert_flux` with Taylor orders and a calibrated AdaLN basis; MoB groups come later, in
+    stage (c).
+    """
     from dataclasses import replace
 
     from d2m_models import convert_flux
@@ -65,7 +76,9 @@ def make_student(
     return convert_flux(
         teacher,
         replace(structure, mob=None),
-        neuron_order=None if structure.moe is None else neuron_orders(teacher, structure, importance),
+        neuron_order=None
+        if structure.moe is None
+        else neuron_orders(teacher, structure, importance),
         adaln_calibration=temb if structure.adaln_dim is not None else None,
         generator=generator(seed, "weights"),
     ).to(next(teacher.parameters()).device)
@@ -106,7 +119,7 @@ def ffn_slices(model: nn.Module, part: str) -> list[FrozenSlice]:
 
 
 def prepare_stage(model: nn.Module, stage: str) -> list[FrozenSlice]:
-    """Set what runs and what learns in a stage; returns the parts of parameters that must not move."""
+    """Set what runs and learns in a stage; returns the parts of parameters that must not move."""
     from d2m_models import moe_layers, set_top_k
     from d2m_models.output import group_names
 
@@ -190,7 +203,7 @@ class Distillation:
         return {"loss": loss, "distill": distill, "feature": feature, "balance": balance}
 
     def _balance(self, aux: Any, like: Tensor) -> Tensor:
-        """Over blocks where there are MoB groups, else over the experts of every layer that routes."""
+        """Over blocks where there are MoB groups, else over experts, layer by layer."""
         variant = self.loss.balance_variant
         if aux.mob:
             return mean_balance([mob_balance(m, variant) for m in aux.mob.values()], like)
@@ -211,14 +224,18 @@ def run_stage(
     label: str,
     progress: bool = True,
 ) -> str:
-    """Train one stage in place (or load its result) and return its fingerprint, the next stage's parent."""
+    """Train one stage in place (or load its result) and return its fingerprint, the next stage's
+    parent.
+    """
     frozen = prepare_stage(model, config.stage)
     features = None
     if config.stage == "mob":
         from d2m_models.output import group_names
 
         features = list(group_names(model.d2m_config))
-    run_id = ckpt.fingerprint(VERSION, parent, to_dict(config), model.d2m_config.to_dict(), seed, first)
+    run_id = ckpt.fingerprint(
+        VERSION, parent, to_dict(config), model.d2m_config.to_dict(), seed, first
+    )
     objective = Distillation(
         teacher, model, digits, config.loss, config.train.batch_size, seed, first, features
     )

@@ -1,4 +1,4 @@
-"""The dense teacher: a small FLUX trained on real digits and cached, or a saved FLUX transformer."""
+"""The dense teacher: a small FLUX trained on real digits and cached, or a saved one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from distill.errors import CheckpointError, UserError
 from distill.importance import flow_matching_loss
 from distill.train import train
 
-VERSION = 1  # raise when the data, the model or the loss changes, so that cached teachers are retrained
+VERSION = (
+    1  # raise when the data, the model or the loss changes, so that cached teachers are retrained
+)
 
 
 def cache_folder() -> Path:
@@ -47,7 +49,8 @@ def build_teacher(config: TeacherConfig, seed: int) -> nn.Module:
 def load_teacher(
     config: TeacherConfig, data: DataConfig, seed: int, device: str = "cpu", progress: bool = True
 ) -> nn.Module:
-    """The teacher, frozen and in eval mode: read from `config.path`, from the cache, or trained now.
+    """The teacher, frozen and in eval mode: read from `config.path`, from the cache, or trained
+    now.
 
     Training is resumable and its result is kept in `cache_folder()` under a name that depends on
     all its settings, so a second run starts at once.
@@ -58,7 +61,9 @@ def load_teacher(
         assert config.train is not None
         teacher = build_teacher(config, seed).to(device)
         digits = Digits("train", data.timesteps)
-        run_id = ckpt.fingerprint(VERSION, to_dict(config), to_dict(data), seed, torch.device(device).type)
+        run_id = ckpt.fingerprint(
+            VERSION, to_dict(config), to_dict(data), seed, torch.device(device).type
+        )
         folder = cache_folder() / f"teacher-{run_id}"
         size = config.train.batch_size
 
@@ -66,34 +71,42 @@ def load_teacher(
             return {"loss": flow_matching_loss(teacher, digits.batch(seed, step, size).to(device))}
 
         train(
-            teacher, objective, config.train, folder, run_id=run_id, label="teacher", progress=progress
+            teacher,
+            objective,
+            config.train,
+            folder,
+            run_id=run_id,
+            label="teacher",
+            progress=progress,
         )
     return teacher.to(device).eval().requires_grad_(False)
 
 
 def load_flux(path: Path | str, subfolder: str | None = None) -> nn.Module:
-    """A dense `FluxTransformer2DModel` from a folder, a pipeline's folder or a hub name, or one clear error."""
+    """A dense `FluxTransformer2DModel` from a folder, a pipeline's folder or a hub name."""
     from diffusers import FluxTransformer2DModel
 
     local = Path(path)
     if subfolder is None and (local / "model_index.json").is_file():
         subfolder = "transformer"
     folder = local / subfolder if subfolder else local
-    looks_local = local.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1
+    looks_local = (
+        local.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1
+    )
     if looks_local and not (folder / "config.json").is_file():
         state = "has no config.json" if folder.is_dir() else "does not exist"
         raise UserError(f"{folder} {state}; expected the folder of a saved FluxTransformer2DModel")
     try:
         return FluxTransformer2DModel.from_pretrained(path, subfolder=subfolder)
     except Exception as err:  # diffusers, safetensors and the hub client raise many kinds
-        raise CheckpointError(f"cannot load a FLUX transformer from {folder}: {' '.join(str(err).split())}") from err
+        raise CheckpointError(
+            f"cannot load a FLUX transformer from {folder}: {' '.join(str(err).split())}"
+        ) from err
 
 
 def modulation_inputs(teacher: nn.Module, digits: Digits, count: int, seed: int) -> Tensor:
-    """temb of `count` random (t, prompt) pairs, [count, D]: calibration data for the AdaLN basis."""
+    """temb [count, D] of random (t, prompt) pairs: calibration data for the AdaLN basis."""
     batch = digits.batch(seed, 0, count, "calibrate")
     device = next(teacher.parameters()).device
     with torch.no_grad():
         return teacher.time_text_embed(batch.t.to(device) * 1000, batch.pooled.to(device))
-
-

@@ -36,7 +36,7 @@ class FrozenSlice:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Factor on lr at `step` (0-based): linear warm-up, then constant or half a cosine down to 0."""
+    """Factor on lr at `step` (0-based): linear warm-up, then constant or a cosine to 0."""
     warm = min(1.0, (step + 1) / (config.warmup + 1))
     if config.schedule == "constant":
         return warm
@@ -46,7 +46,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def make_optimizer(
     model: nn.Module, config: TrainConfig, frozen: Sequence[FrozenSlice] = ()
 ) -> torch.optim.AdamW:
-    """AdamW with fresh state over the trainable parameters: routers, others, and partly frozen ones.
+    """AdamW with fresh state over the trainable parameters: routers, others, and partly frozen
+    ones.
 
     A partly frozen parameter gets no weight decay from AdamW: its frozen slice has zero gradient,
     so Adam's own step is exactly zero there, but decay would move it (1.2% in 200 steps). The slice
@@ -62,12 +63,16 @@ def make_optimizer(
             groups.setdefault((router, decay), []).append(p)
     return torch.optim.AdamW(
         [
-            {"params": params, "weight_decay": decay, "scale": config.router_lr_scale if router else 1.0}
+            {
+                "params": params,
+                "weight_decay": decay,
+                "scale": config.router_lr_scale if router else 1.0,
+            }
             for (router, decay), params in groups.items()
         ],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
-        fused=True,  # one pass over the parameters; the loop over them costs more than the maths here
+        fused=True,  # a loop over so many small tensors costs more than the arithmetic
     )
 
 
@@ -95,11 +100,13 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
     for name, value in tensors.items():
         index, key = name.split("/")
         state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
 
 
 class Log:
-    """JSON lines, one a logging interval; on resume, lines later than the checkpoint are dropped."""
+    """JSON lines, one a logging interval; on resume, lines after the checkpoint are dropped."""
 
     def __init__(self, path: Path, step: int):
         self.path = path
@@ -175,12 +182,16 @@ def train(
     since, first = time.perf_counter(), step
     from tqdm import tqdm
 
-    with tqdm(total=config.steps, initial=step, desc=label, unit="step", disable=not progress) as bar:
+    with tqdm(
+        total=config.steps, initial=step, desc=label, unit="step", disable=not progress
+    ) as bar:
         while step < config.steps:
             parts = objective(step)
             optimizer.zero_grad(set_to_none=True)
             parts["loss"].backward()
-            parts["grad_norm"] = torch.nn.utils.clip_grad_norm_(params.values(), config.clip or math.inf)
+            parts["grad_norm"] = torch.nn.utils.clip_grad_norm_(
+                params.values(), config.clip or math.inf
+            )
             factor = learning_rate(config, step)
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * factor * group["scale"]
@@ -189,7 +200,9 @@ def train(
             step += 1
             if average:
                 weight = 1 - min(config.ema or 0.0, step / (step + 10))  # a short memory at first
-                torch._foreach_lerp_(list(average.values()), [p.detach() for p in params.values()], weight)
+                torch._foreach_lerp_(
+                    list(average.values()), [p.detach() for p in params.values()], weight
+                )
             for key, value in parts.items():
                 sums[key] = sums.get(key, 0) + value.detach()
             bar.update()
@@ -202,7 +215,9 @@ def train(
                     )
                 now = time.perf_counter()
                 rate = (step - first) * config.batch_size / (now - since)
-                log.write({"step": step, **entry, "lr": config.lr * factor, "samples_per_second": rate})
+                log.write(
+                    {"step": step, **entry, "lr": config.lr * factor, "samples_per_second": rate}
+                )
                 bar.set_postfix(loss=f"{entry['loss']:.4g}")
                 if step < config.steps:
                     tensors = ckpt.pack("model", model.state_dict())
@@ -223,6 +238,6 @@ def train(
 def _check_run(meta: dict[str, Any], run_id: str, path: Path) -> None:
     if meta.get("run") != run_id:
         raise CheckpointError(
-            f"checkpoint {path} belongs to a run with other settings ({meta.get('run')}, this is {run_id}); "
-            "choose another output folder or remove it"
+            f"checkpoint {path} belongs to a run with other settings "
+            f"({meta.get('run')}, this is {run_id}); choose another output folder or remove it"
         )
