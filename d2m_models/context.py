@@ -27,6 +27,12 @@ class BlockContext:
         condition, kwargs, mask = take_rows(own, rows, batch)
         return BlockContext(condition, self.rotary, kwargs, mask)
 
+    def shorten(self) -> BlockContext:
+        """The context of one text and one image token."""
+        rotary = tuple(part[:2] for part in self.rotary)
+        mask = None if self.token_mask is None else self.token_mask[:, :1]
+        return BlockContext(self.condition, rotary, self.attention_kwargs, mask)
+
 
 def take_rows(tree: Any, rows: Tensor, batch: int) -> Any:
     """The sub-batch `rows` of every tensor in `tree` whose first dimension is the batch."""

@@ -91,6 +91,7 @@ class MixtureOfBlocks(nn.Module):
         run: Callable[..., tuple[Tensor, Tensor]],
         after: Callable[[int, Tensor], Tensor] = lambda place, x: x,
         group: Any = None,
+        touch: Callable[[int, Tensor, Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, MoBRouting]:
         """Runs each sample through its own blocks, in the model's order; a skipped block is the
         identity (eq. 4). In training the router learns through a straight-through factor:
@@ -104,6 +105,10 @@ class MixtureOfBlocks(nn.Module):
                 an index tensor, or None for the whole batch.
             after: (place, x) -> x, applied to the whole batch after each place, run or not
                 (ControlNet residuals, which belong to places in the dense model).
+            group: see `pool_tokens`.
+            touch: (place, x, c) -> a zero, added to x, for blocks that no sample here chose. With
+                sharded parameters (FSDP) every rank must enter every block, forward and backward,
+                else ranks wait for each other for ever.
         """
         routing = self.route(x_BID, c_BXD, y_BD, group)
         chosen = routing.ids.tolist()  # the group's one host read
@@ -117,6 +122,8 @@ class MixtureOfBlocks(nn.Module):
                 x_bID, c_bXD = self._step(place, x_BID[at], c_BXD[at], p, run, at)
                 x_BID = x_BID.index_copy(0, at, x_bID.to(x_BID.dtype))
                 c_BXD = c_BXD.index_copy(0, at, c_bXD.to(c_BXD.dtype))
+            elif touch is not None:
+                x_BID = x_BID + touch(place, x_BID, c_BXD)
             x_BID = after(place, x_BID)
         return x_BID, c_BXD, routing
 

@@ -182,34 +182,3 @@ def test_pooling_is_over_image_and_text_tokens():
 def test_without_groups_there_are_no_mob_routers():
     _, model = converted()
     assert not any("mob" in name for name in model.state_dict())
-
-
-def _pool_worker(rank, path, x, c, results):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{path}", rank=rank, world_size=2
-    )
-    mob = MixtureOfBlocks(8, 3)
-    torch.manual_seed(0)
-    torch.nn.init.normal_(mob.token_gate.weight)
-    torch.nn.init.zeros_(mob.condition_gate.weight)
-    part = slice(0, 4) if rank == 0 else slice(4, 6)  # ranks may hold unequal shares
-    group = torch.distributed.group.WORLD
-    probs = mob.route(x[:, part], c[:, rank : rank + 1], torch.zeros(2, 8), group).probs
-    probs.square().sum().backward()
-    results[rank] = (probs.detach(), mob.token_gate.weight.grad)
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_ranks_that_share_the_tokens_choose_alike(tmp_path):
-    x, c = torch.randn(2, 6, 8), torch.randn(2, 2, 8)
-    with torch.multiprocessing.Manager() as manager:
-        results = manager.dict()
-        args = (str(tmp_path / "store"), x, c, results)
-        torch.multiprocessing.spawn(_pool_worker, args, nprocs=2)
-        (first, _), (second, _) = results[0], results[1]
-    assert torch.equal(first, second)
-    torch.manual_seed(0)
-    gate = torch.nn.init.normal_(torch.empty(3, 8))
-    expected = (0.5 * pool_tokens(x, c) @ gate.T).softmax(-1)
-    torch.testing.assert_close(first, expected)
