@@ -16,8 +16,8 @@ from d2m_kernels.triton_.common import (
     _expert_of,
     _expert_spans,
     _grouped,
-    _halves,
     _matmul,
+    _parts,
     even,
     pointwise_name,
     precision,
@@ -73,7 +73,7 @@ def _down_bwd_kernel(
     T, N, K, S, E, stride_dt, stride_wk, top_k, scale, shared_h_width, stride_ps,
     ACT: tl.constexpr, PRECISION: tl.constexpr, GATED: tl.constexpr, EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """dA' = dy[token] W2_e; stores dz, factor * h and dweight's partial sums, one a column tile.
 
@@ -118,15 +118,12 @@ def _down_bwd_kernel(
                 dz_base = tl.where(routed, dz_ptr, dz_shared_ptr)
             if h_ptr is not None:
                 h_base = tl.where(routed, h_ptr, h_shared_ptr)
-        if BLOCK_N >= 128:
-            left, right = _halves(acc)
-            sums = _differentiate(left, z_base, dz_base, h_base, factor, r, row_hi, n0, width,
-                                  h_width, ACT, GATED, BLOCK_N // 2)  # fmt: skip
-            sums += _differentiate(right, z_base, dz_base, h_base, factor, r, row_hi,
-                                   n0 + BLOCK_N // 2, width, h_width, ACT, GATED, BLOCK_N // 2)
-        else:
-            sums = _differentiate(acc, z_base, dz_base, h_base, factor, r, row_hi, n0, width,
-                                  h_width, ACT, GATED, BLOCK_N)  # fmt: skip
+        pieces = _parts(acc, PARTS)
+        sums = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        for i in tl.static_range(PARTS):
+            sums += _differentiate(pieces[i], z_base, dz_base, h_base, factor, r, row_hi,
+                                   n0 + i * (BLOCK_N // PARTS), width, h_width, ACT, GATED,
+                                   BLOCK_N // PARTS)  # fmt: skip
         if partial_ptr is not None:
             ptrs = partial_ptr + slot.to(tl.int64) * stride_ps + n
             tl.store(ptrs, scale * sums, mask=r < tl.where(routed, row_hi, 0))
@@ -152,6 +149,7 @@ def _activations(
             PRECISION=precision(dy.dtype), GATED=gated,
             EVEN_N=even(H, config.block_n) and even(shared, config.block_n),
             EVEN_K=even(D, config.block_k), BLOCK_E=power_of_two(E + 1),
+            PARTS=config.parts(16 if gated else 32),
         )  # fmt: skip
 
     rows, width = (T, shared) if z_shared is not None else (order_N.shape[0] / E, H)

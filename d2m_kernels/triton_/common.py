@@ -101,6 +101,20 @@ def _halves(acc):
     return tl.split(tl.permute(tl.reshape(acc, (M, 2, N // 2)), (0, 2, 1)))
 
 
+@triton.jit
+def _parts(acc, PARTS: tl.constexpr):
+    """The tile cut into 1, 2 or 4 column blocks of equal width, left to right."""
+    if PARTS == 1:
+        return (acc,)
+    elif PARTS == 2:
+        return _halves(acc)
+    else:
+        left, right = _halves(acc)
+        a, b = _halves(left)
+        c, d = _halves(right)
+        return a, b, c, d
+
+
 # --------------------------------------------------------------------------------------- tile map
 
 

@@ -29,6 +29,7 @@ class Config:
     per_sm: int = 1  # programs on one multiprocessor; 2 hide each other's epilogue when K is short
     tma: bool = False  # W (and A where its rows are consecutive) by TMA descriptor
     group_m: int = 8
+    max_registers: int | None = None
 
     @property
     def name(self) -> str:
@@ -36,11 +37,17 @@ class Config:
         tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
         return f"{tile}w{self.warps}s{self.stages}p{self.per_sm}{tail}"
 
+    def parts(self, most: int) -> int:
+        """In how many column blocks an epilogue walks the tile, for `most` numbers a thread."""
+        held = self.block_m * self.block_n // (32 * self.warps)
+        return next((n for n in (1, 2) if held <= n * most), 4)
+
     def meta(self) -> dict:
-        return dict(
+        meta = dict(
             BLOCK_M=self.block_m, BLOCK_N=self.block_n, BLOCK_K=self.block_k, GROUP_M=self.group_m,
             num_warps=self.warps, num_stages=self.stages,
         )  # fmt: skip
+        return meta if self.max_registers is None else meta | dict(maxnreg=self.max_registers)
 
 
 @dataclass(frozen=True)
@@ -53,37 +60,35 @@ class Rule:
 # At most 99 KB of shared memory: sm_86, sm_89 and sm_120 have no more, and it is every stage's last
 # resort on any other device.
 SMALL = Config(64, 64, 32, warps=4, stages=3, per_sm=2)
-# fp32 products without TF32 run on the plain units: 64x64 outputs are 32 registers a thread.
-FP32 = Config(64, 64, 16, warps=8, stages=2, per_sm=1)
+# fp32 products without TF32 run on the plain units. Left to itself ptxas stops at 80 registers here
+# to fit a third program on the SM, and spills.
+FP32 = Config(64, 64, 16, warps=8, stages=2, max_registers=255)
 
-# sm_90. 128x256 over 8 warps needs 9.3 TB/s of L2 at 790 TFLOP/s, 128x128 over 4 needs 12.3: the
-# wide tile where K is long, two narrow programs on an SM where K is 768 and the epilogue weighs.
+# sm_90. 128x256 over 8 warps needs 9.3 TB/s of L2 at 790 TFLOP/s, 128x128 needs 12.3: the wide tile
+# where K is long, two programs of the narrow one on an SM where K is 768 and the epilogue weighs.
+# The epilogue of "act_bwd" holds dA', z and act'(z) at once: 187 to 255 registers, one program.
 _WIDE = Config(128, 256, 64, warps=8, stages=3, tma=True)
+_NARROW = Config(128, 128, 64, warps=8, stages=4, tma=True)
 _PAIR = Config(128, 128, 64, warps=8, stages=3, per_sm=2, tma=True)
 _SHORT = Config(64, 128, 64, warps=4, stages=4, per_sm=2, tma=True)
+_SHORT_GATED = Config(64, 64, 64, warps=4, stages=4, per_sm=2, tma=True)
 _SM90 = {
-    "up": (Rule(_SHORT, max_rows=128), Rule(_PAIR, max_width=128), Rule(_WIDE)),
-    "up_gated": (Rule(_SHORT, max_rows=128), Rule(Config(128, 128, 64, 8, 3, tma=True))),
+    "up": (Rule(_SHORT, max_rows=128), Rule(_NARROW, max_width=128), Rule(_WIDE)),
+    "up_gated": (Rule(_SHORT_GATED, max_rows=128), Rule(_NARROW)),
     "down": (Rule(_SHORT, max_rows=128), Rule(_PAIR)),
     "down_combine": (Rule(_SHORT, max_rows=512), Rule(_PAIR)),
-    "act_bwd": (Rule(_SHORT, max_rows=128), Rule(_PAIR)),
+    "act_bwd": (Rule(_SHORT, max_rows=128), Rule(_NARROW)),
     "dx": (Rule(_SHORT, max_rows=128), Rule(_PAIR)),
     "dx_combine": (Rule(_SHORT, max_rows=512), Rule(_PAIR)),
-    "wgrad": (Rule(Config(128, 256, 64, 8, 3)),),
+    "wgrad": (Rule(Config(128, 256, 64, warps=8, stages=3)),),
 }
 
-# sm_80: 163 KB, mma.sync, everything by cp.async.
-_SM80_WIDE = Config(128, 256, 32, warps=8, stages=4)
+# sm_80: 163 KB, mma.sync, everything by cp.async. Four warps of 128x128 leave two programs an SM.
 _SM80_PAIR = Config(128, 128, 32, warps=4, stages=4, per_sm=2)
 _SM80_SHORT = Config(64, 128, 32, warps=4, stages=4, per_sm=2)
-_SM80 = {
-    "up": (Rule(_SM80_SHORT, max_rows=128), Rule(_SM80_PAIR)),
+_SM80_RULES = (Rule(_SM80_SHORT, max_rows=128), Rule(_SM80_PAIR))
+_SM80 = {stage: _SM80_RULES for stage in STAGES} | {
     "up_gated": (Rule(_SM80_SHORT),),
-    "down": (Rule(_SM80_SHORT, max_rows=128), Rule(_SM80_PAIR)),
-    "down_combine": (Rule(_SM80_SHORT, max_rows=512), Rule(_SM80_PAIR)),
-    "act_bwd": (Rule(_SM80_SHORT, max_rows=128), Rule(_SM80_PAIR)),
-    "dx": (Rule(_SM80_SHORT, max_rows=128), Rule(_SM80_PAIR)),
-    "dx_combine": (Rule(_SM80_SHORT, max_rows=512), Rule(_SM80_PAIR)),
     "wgrad": (Rule(_SM80_PAIR),),
 }
 TABLE = {"sm90": _SM90, "sm80": _SM80}

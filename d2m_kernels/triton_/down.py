@@ -11,7 +11,7 @@ import triton.language as tl
 
 from d2m_kernels.triton_ import configs
 from d2m_kernels.triton_.combine import _add_routed
-from d2m_kernels.triton_.common import _grouped, _halves, _matmul, even, precision, programs
+from d2m_kernels.triton_.common import _grouped, _matmul, _parts, even, precision, programs
 from d2m_kernels.triton_.launch import launch, rows_descriptor
 from d2m_kernels.triton_.weights import Weights
 
@@ -51,7 +51,7 @@ def _down_fwd_kernel(
     tokens_per_sample,
     PRECISION: tl.constexpr, DUAL: tl.constexpr, TRANS_W: tl.constexpr, EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    GROUP_M: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """out = h[:, :S] W (+ h[:, S:] G when DUAL) + bias + scale * sum_j weights[:, j] * y2[...]."""
     tiles_m = tl.cdiv(T, BLOCK_M)
@@ -71,18 +71,12 @@ def _down_fwd_kernel(
             acc = _matmul(acc, h_ptr, h_desc, source, m * BLOCK_M, stride_ht, S, gate_ptr,
                           gate_desc, 0, 0, stride_gn, n0, D, S, PRECISION, TRANS_W, EVEN_N, EVEN_K,
                           BLOCK_N, BLOCK_K)  # fmt: skip
-        if BLOCK_N >= 128:
-            left, right = _halves(acc)
-            _add_and_store(left, y2_ptr, inverse_ptr, weights_ptr, bias_ptr, adaln_ptr,
-                           residual_ptr, out_ptr, t, T, n0, D, live, top_k, scale, stride_yn,
-                           stride_ab, stride_rt, tokens_per_sample, BLOCK_N // 2)  # fmt: skip
-            _add_and_store(right, y2_ptr, inverse_ptr, weights_ptr, bias_ptr, adaln_ptr,
-                           residual_ptr, out_ptr, t, T, n0 + BLOCK_N // 2, D, live, top_k, scale,
-                           stride_yn, stride_ab, stride_rt, tokens_per_sample, BLOCK_N // 2)
-        else:
-            _add_and_store(acc, y2_ptr, inverse_ptr, weights_ptr, bias_ptr, adaln_ptr,
-                           residual_ptr, out_ptr, t, T, n0, D, live, top_k, scale, stride_yn,
-                           stride_ab, stride_rt, tokens_per_sample, BLOCK_N)  # fmt: skip
+        pieces = _parts(acc, PARTS)
+        for i in tl.static_range(PARTS):
+            _add_and_store(pieces[i], y2_ptr, inverse_ptr, weights_ptr, bias_ptr, adaln_ptr,
+                           residual_ptr, out_ptr, t, T, n0 + i * (BLOCK_N // PARTS), D, live, top_k,
+                           scale, stride_yn, stride_ab, stride_rt, tokens_per_sample,
+                           BLOCK_N // PARTS)  # fmt: skip
 
 
 def down_shared(
@@ -112,6 +106,7 @@ def down_shared(
             tokens_per_sample=1 if adaln_BD is None else T // adaln_BD.shape[0],
             PRECISION=precision(h.dtype), DUAL=gate is not None, TRANS_W=trans,
             EVEN_N=even(D, config.block_n), EVEN_K=even(K, config.block_k),
+            PARTS=config.parts(32),
         )  # fmt: skip
 
     config = configs.select(stage, h, T, D)

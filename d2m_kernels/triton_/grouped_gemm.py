@@ -15,10 +15,10 @@ from d2m_kernels.triton_.common import (
     _expert_of,
     _expert_spans,
     _grouped,
-    _halves,
     _load_a,
     _load_w,
     _matmul,
+    _parts,
     even,
     pointwise_name,
     precision,
@@ -38,7 +38,7 @@ def _grouped_gemm_fwd_kernel(
     ACT: tl.constexpr, PRECISION: tl.constexpr, GATHER_DIV: tl.constexpr, GATED: tl.constexpr,
     DUAL: tl.constexpr, TRANS_W: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    GROUP_M: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """out[r] = act(x[row(r)] W_e^T + b_e) for the rows of every expert e, zero past offsets[E].
 
@@ -106,7 +106,7 @@ def _grouped_gemm_fwd_kernel(
                               row, col, stride_gn, n0, width, k_end, PRECISION, TRANS_W, EVEN_N,
                               EVEN_K, BLOCK_N, BLOCK_K)  # fmt: skip
 
-        # -- bias, pre-activation, activation: by halves, since the whole tile overflows the registers
+        # -- bias, pre-activation, activation: in parts: the whole tile overflows the registers
         out_base = out_ptr
         z_base = z_ptr
         if out_shared_ptr is not None:
@@ -114,21 +114,14 @@ def _grouped_gemm_fwd_kernel(
             if z_ptr is not None:
                 z_base = tl.where(routed, z_ptr, z_shared_ptr)
         bias_width = tl.where(k_end > 0, width, 0)
-        if BLOCK_N >= 128:
-            left, right = _halves(acc)
-            left_gate = left
-            right_gate = right
-            if GATED:
-                left_gate, right_gate = _halves(acc_gate)
-            _finish(left, left_gate, out_base, z_base, bias_ptr, bias_gate_ptr, bias_off, r, row_hi,
-                    n0, width, bias_width, ACT, GATED, BLOCK_N // 2)  # fmt: skip
-            _finish(right, right_gate, out_base, z_base, bias_ptr, bias_gate_ptr, bias_off, r,
-                    row_hi, n0 + BLOCK_N // 2, width, bias_width, ACT, GATED, BLOCK_N // 2)
-        else:
-            if not GATED:
-                acc_gate = acc
-            _finish(acc, acc_gate, out_base, z_base, bias_ptr, bias_gate_ptr, bias_off, r, row_hi,
-                    n0, width, bias_width, ACT, GATED, BLOCK_N)  # fmt: skip
+        pieces = _parts(acc, PARTS)
+        gates = pieces
+        if GATED:
+            gates = _parts(acc_gate, PARTS)
+        for i in tl.static_range(PARTS):
+            _finish(pieces[i], gates[i], out_base, z_base, bias_ptr, bias_gate_ptr, bias_off, r,
+                    row_hi, n0 + i * (BLOCK_N // PARTS), width, bias_width, ACT, GATED,
+                    BLOCK_N // PARTS)  # fmt: skip
 
 
 @triton.jit
@@ -189,6 +182,7 @@ def grouped_matmul(
             bias_step=bias_step, ACT=pointwise_name(activation), PRECISION=precision(x.dtype),
             GATHER_DIV=gather_div, GATED=gate is not None and not dual, DUAL=dual, TRANS_W=trans,
             EVEN_N=per_n, EVEN_K=even(K, config.block_k), BLOCK_E=power_of_two(E + 1),
+            PARTS=config.parts(32),
         )  # fmt: skip
 
     config = configs.select(stage, x, rows, width)

@@ -170,8 +170,8 @@ def route(x_TD, router_ED, top_k: int, mask_T=None):
         _route_fwd_kernel[(blocks,)](
             x_TD, router_ED, mask_T, probs_TE, weights_TK, ids_TK, counts, T, D, E,
             x_TD.stride(0), router_ED.stride(0), TOP_K=top_k, EVEN_K=even(D, BLOCK_K), SAME=same,
-            PRECISION=exact, BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E, BLOCK_K=BLOCK_K, num_warps=4,
-            num_stages=_STAGES,
+            PRECISION=exact, BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E, BLOCK_K=BLOCK_K,
+            num_warps=4 if BLOCK_E <= 64 else 8, num_stages=_STAGES,
         )  # fmt: skip
     return probs_TE, weights_TK, ids_TK, *_place(ids_TK, E, counts, BLOCK_T * top_k)
 
@@ -194,9 +194,11 @@ def permute(ids_TK, num_experts: int):
 def _columns(x_TD, router_ED, BLOCK_T: int, BLOCK_E: int) -> int:
     """Columns of x and the router in flight at a time: what 64 KB of shared memory hold."""
     if x_TD.dtype == torch.float32:
-        return 32  # plain fp32 products keep both operands in registers
+        return 32 if BLOCK_E <= 64 else 16  # plain fp32 products keep both operands in registers
+    same = x_TD.dtype == router_ED.dtype  # else three TF32 products, and twice the registers
     per_column = BLOCK_T * x_TD.element_size() + BLOCK_E * router_ED.element_size()
-    return next(k for k in (128, 64, 32, 16) if k == 16 or _STAGES * k * per_column <= 65536)
+    sizes = (128, 64, 32, 16) if same else (64, 32, 16)
+    return next(k for k in sizes if k == 16 or _STAGES * k * per_column <= 65536)
 
 
 def _one_hot_rows(BLOCK_E: int, most: int) -> int:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from d2m_kernels.triton_ import configs
-from d2m_kernels.triton_.common import _dot, _halves, even, precision, programs
+from d2m_kernels.triton_.common import _dot, _parts, even, precision, programs
 from d2m_kernels.triton_.launch import launch
 
 
@@ -39,12 +39,12 @@ def _store_grad(acc, out_ptr, neuron, d0, last, D, frozen, stride_on, stride_od,
     tl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "frozen"])
+@triton.jit(do_not_specialize=["T"])
 def _weight_bwd_kernel(
     left_ptr, left_shared_ptr, right_ptr, order_ptr, offsets_ptr, out_ptr,
     T, D, S, H, E, frozen, half, top_k, stride_lr, stride_ls, stride_rt, stride_on, stride_od,
     PRECISION: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """out[neuron] = sum over its group's rows r of left[r, neuron] * right[token(r)]."""
     tiles_d = tl.cdiv(D, BLOCK_N)
@@ -69,14 +69,19 @@ def _weight_bwd_kernel(
             left = tl.where(routed, left_ptr, left_shared_ptr)
             stride_l = tl.where(routed, stride_lr, stride_ls)
         column = half * width + offs_m
+        # The tokens of the next step are fetched a step ahead: a load that waits for another load
+        # would not be pipelined as deep as the rest.
+        gathered = tl.where(routed, hi, 0)
+        slot = tl.load(order_ptr + lo + offs_k, mask=lo + offs_k < gathered, other=0)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k0 in tl.range(lo, hi, BLOCK_K):
             k = k0 + offs_k
             k_ok = k < hi
+            token = tl.where(routed, slot // top_k, k)
+            ahead = k + BLOCK_K
+            slot = tl.load(order_ptr + ahead, mask=ahead < gathered, other=0)
             ptrs = left + (k.to(tl.int64) * stride_l)[:, None] + column[None, :]
             a = tl.load(ptrs, mask=k_ok[:, None] & m_ok[None, :], other=0.0)
-            slot = tl.load(order_ptr + k, mask=k < tl.where(routed, hi, 0), other=0)
-            token = tl.where(routed, slot // top_k, k)
             ptrs = right_ptr + (token.to(tl.int64) * stride_rt)[:, None] + offs_d[None, :]
             if EVEN_D:
                 b = tl.load(ptrs, mask=k_ok[:, None], other=0.0)
@@ -85,17 +90,13 @@ def _weight_bwd_kernel(
             acc = _dot(tl.trans(a), b, acc, PRECISION)
         neuron = first + offs_m
         last = first + width
-        if BLOCK_N >= 128:
-            one, two = _halves(acc)
-            _store_grad(one, out_ptr, neuron, d0, last, D, frozen, stride_on, stride_od,
-                        BLOCK_N // 2)  # fmt: skip
-            _store_grad(two, out_ptr, neuron, d0 + BLOCK_N // 2, last, D, frozen, stride_on,
-                        stride_od, BLOCK_N // 2)  # fmt: skip
-        else:
-            _store_grad(acc, out_ptr, neuron, d0, last, D, frozen, stride_on, stride_od, BLOCK_N)
+        pieces = _parts(acc, PARTS)
+        for i in tl.static_range(PARTS):
+            _store_grad(pieces[i], out_ptr, neuron, d0 + i * (BLOCK_N // PARTS), last, D, frozen,
+                        stride_on, stride_od, BLOCK_N // PARTS)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "frozen"])
+@triton.jit(do_not_specialize=["T"])
 def _bias_bwd_kernel(
     left_ptr, left_shared_ptr, offsets_ptr, out_ptr, T, S, H, frozen, half, stride_lr, stride_ls,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -143,6 +144,7 @@ def weight_grad(
             stride_ls=0 if left_shared is None else left_shared.stride(0),
             stride_rt=right.stride(0), stride_on=out_FD.stride(0), stride_od=out_FD.stride(1),
             PRECISION=precision(right.dtype), EVEN_D=even(D, config.block_n),
+            PARTS=config.parts(64),
         )  # fmt: skip
 
     config = configs.select("wgrad", right, shared if left_shared is not None else H, D)
