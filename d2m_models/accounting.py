@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from d2m_models.config import PRESETS, FluxMoEConfig, MoEConfig
+from d2m_models.config import FluxMoEConfig, MoEConfig
+from d2m_models.presets import PRESETS
 
 _TIME_CHANNELS = 256  # width of FLUX's sinusoidal timestep features
 

@@ -13,10 +13,11 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from d2m_models.adaln import AdaLNBasis, adaln_linears, sample_conditioning
-from d2m_models.config import FluxMoEConfig, MoEConfig, resolve_config
+from d2m_models.config import FluxMoEConfig, MoEConfig
 from d2m_models.flux import FluxMoETransformer2DModel
 from d2m_models.moe import ROUTER_STD, moe_layers
 from d2m_models.partition import check_order, inverse_order, permute_neurons
+from d2m_models.presets import resolve_config
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from d2m_models.blocks import (
 )
 from d2m_models.config import FluxMoEConfig
 from d2m_models.context import BlockContext, add_residual
-from d2m_models.lora import check_lora_keys, dense_order, permute_adapter
+from d2m_models.lora import DenseLoRAMixin
 from d2m_models.mob import MixtureOfBlocks
 from d2m_models.moe import set_top_k
 from d2m_models.output import FluxMoEAux, FluxMoEOutput
@@ -43,7 +43,7 @@ for _block in (FluxMoETransformerBlock, FluxMoESingleTransformerBlock):
     )
 
 
-class FluxMoETransformer2DModel(FluxTransformer2DModel):
+class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
     """`FluxTransformer2DModel` whose FFNs may be MoE layers and whose blocks may form MoB groups.
 
     Made by `convert_flux` or `from_pretrained`; the names of all dense parameters are kept.
@@ -301,28 +301,6 @@ class FluxMoETransformer2DModel(FluxTransformer2DModel):
                 f"the blocks of a MoB group; use FirstBlockCacheConfig, or a model without MoB"
             )
         super().enable_cache(config)
-
-    def load_lora_adapter(
-        self,
-        pretrained_model_name_or_path_or_dict,
-        prefix="transformer",
-        hotswap=False,
-        **kwargs,
-    ):
-        """As diffusers'; the neurons of a dense FLUX LoRA are put in this model's order."""
-        source = pretrained_model_name_or_path_or_dict
-        if self.d2m_config.adaln_dim is not None and isinstance(source, dict):
-            check_lora_keys(source)
-        before = set(getattr(self, "peft_config", {}))
-        super().load_lora_adapter(source, prefix=prefix, hotswap=hotswap, **kwargs)
-        after = set(getattr(self, "peft_config", {}))
-        for adapter in {kwargs["adapter_name"]} if hotswap else after - before:
-            permute_adapter(self, adapter)
-
-    def save_lora_adapter(self, save_directory, adapter_name="default", **kwargs):
-        """As diffusers', in the dense model's order, so that the file serves both models."""
-        with dense_order(self, adapter_name):
-            super().save_lora_adapter(save_directory, adapter_name, **kwargs)
 
     @classmethod
     def from_single_file(cls, *args, **kwargs):

@@ -58,3 +58,29 @@ def check_lora_keys(state: dict[str, torch.Tensor]) -> None:
             f"model holds in compressed form; fuse it into the dense model before converting, or "
             f"drop these keys"
         )
+
+
+class DenseLoRAMixin:
+    """Loads and saves LoRA adapters in the dense model's neuron order."""
+
+    def load_lora_adapter(
+        self,
+        pretrained_model_name_or_path_or_dict,
+        prefix="transformer",
+        hotswap=False,
+        **kwargs,
+    ):
+        """As diffusers'; the neurons of a dense FLUX LoRA are put in this model's order."""
+        source = pretrained_model_name_or_path_or_dict
+        if self.d2m_config.adaln_dim is not None and isinstance(source, dict):
+            check_lora_keys(source)
+        before = set(getattr(self, "peft_config", {}))
+        super().load_lora_adapter(source, prefix=prefix, hotswap=hotswap, **kwargs)
+        after = set(getattr(self, "peft_config", {}))
+        for adapter in {kwargs["adapter_name"]} if hotswap else after - before:
+            permute_adapter(self, adapter)
+
+    def save_lora_adapter(self, save_directory, adapter_name="default", **kwargs):
+        """As diffusers', in the dense model's order, so that the file serves both models."""
+        with dense_order(self, adapter_name):
+            super().save_lora_adapter(save_directory, adapter_name, **kwargs)

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from d2m_models.config import PRESETS, FluxMoEConfig, MoBConfig, MoEConfig, resolve_config
+from d2m_models.config import FluxMoEConfig, MoBConfig, MoEConfig
+from d2m_models.presets import PRESETS, resolve_config
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
