@@ -162,10 +162,10 @@ def train(
         _check_run(meta, run_id, model_path)
         ckpt.load_state(model, tensors, model_path)
         return read_log(log_path)
-    optimizer = make_optimizer(model, config, frozen)
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not params:
         raise TrainingError(f"{label}: nothing to train, every parameter is frozen")
+    optimizer = make_optimizer(model, config, frozen)
     average = {n: p.detach().clone() for n, p in params.items()} if config.ema else {}
     step = 0
     if state_path.exists():

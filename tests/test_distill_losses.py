@@ -84,9 +84,7 @@ def test_equal_layers_leave_both_sums():
     distill = torch.tensor(0.2)
     for reduction in ("sum", "mean"):
         with_dense = feature_loss(teacher, student, distill, reduction)
-        without = feature_loss(
-            teacher, {k: student[k] for k in ("a", "b")}, distill, reduction
-        )
+        without = feature_loss(teacher, {k: student[k] for k in ("a", "b")}, distill, reduction)
         torch.testing.assert_close(with_dense.loss, without.loss)  # L counts live layers only
     assert with_dense.weights[0] == 0
     with_dense.loss.backward()
@@ -157,7 +155,7 @@ def test_even_load_gives_one_and_collapse_gives_more():
 
 
 def test_top1_uses_the_full_softmax():
-    """With one choice the paper's g is always 1: its gradient is exactly zero and teaches nothing."""
+    """With one choice the paper's g is always 1: its gradient is exactly zero."""
     logits = torch.randn(16, 4, requires_grad=True)
     grad = {}
     for variant in ("weights", "softmax", "auto"):
@@ -206,7 +204,7 @@ def test_masked_tokens_do_not_count(top_k):
 
 
 def test_balance_is_per_layer_not_pooled():
-    """Two layers that each collapse onto different experts look even when their counts are pooled."""
+    """Two layers that collapse onto different experts look even when they are pooled."""
     gate = torch.zeros(4, 2)
     gate[:, 0] = 1
     one = balance_loss(torch.tensor([4, 0]), gate)

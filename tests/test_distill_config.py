@@ -1,0 +1,114 @@
+"""Configurations: the bundled ones load; every wrong key is named."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("yaml")
+
+from distill.config import (  # noqa: E402
+    DemoConfig,
+    DistillConfig,
+    EvalConfig,
+    TrainConfig,
+    bundled,
+    from_dict,
+    load_config,
+    to_dict,
+)
+from distill.errors import ConfigError  # noqa: E402
+
+TRAIN = {"steps": 5, "batch_size": 2, "lr": 1e-3}
+GOOD = {
+    "teacher": {"train": TRAIN},
+    "student": {"preset": "flux-moe-l"},
+    "stages": [{"stage": "shared", "train": TRAIN}],
+}
+
+
+def _without(data, *path):
+    *parents, last = path
+    copy = node = {**data}
+    for key in parents:
+        node[key] = {**node[key]}
+        node = node[key]
+    del node[last]
+    return copy
+
+
+@pytest.mark.parametrize("name", ["demo.yaml", "demo-quick.yaml"])
+def test_bundled_demo(name):
+    config = load_config(DemoConfig, bundled(name))
+    assert config.moe.train.steps > 0 and from_dict(DemoConfig, to_dict(config)) == config
+
+
+def test_bundled_digits_by_bare_name():
+    config = load_config(DistillConfig, "digits.yaml")
+    assert [s.stage for s in config.stages] == ["shared", "moe", "mob"]
+
+
+def test_defaults_and_round_trip():
+    config = from_dict(DistillConfig, GOOD)
+    assert config.stages[0].loss.feature == 1.0 and config.stages[0].loss.balance == 0.01
+    assert from_dict(DistillConfig, to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({**GOOD, "sede": 1}, "unknown key sede"),
+        (
+            {**GOOD, "stages": [{"stage": "moe", "train": {**TRAIN, "step": 1}}]},
+            r"unknown key stages\[0\].train.step",
+        ),
+        (_without(GOOD, "teacher"), "missing key teacher"),
+        (
+            {**GOOD, "stages": [{"stage": "moe", "train": _without(TRAIN, "lr")}]},
+            r"missing key stages\[0\].train.lr",
+        ),
+        ({**GOOD, "seed": "one"}, "seed is 'one'; expected int"),
+        ({**GOOD, "seed": True}, "seed is True; expected int"),
+        ({**GOOD, "stages": 3}, "stages is 3; expected a list"),
+        ({**GOOD, "stages": []}, "stages is empty"),
+        ({**GOOD, "teacher": [1]}, r"teacher is \[1\]; expected a mapping"),
+        ({**GOOD, "student": {}}, "exactly one of the keys 'preset' and 'structure'"),
+        ({**GOOD, "data": {"name": "laion"}}, "data.name is 'laion'"),
+        ({**GOOD, "stages": [{"stage": "joint", "train": TRAIN}]}, "stages.stage is 'joint'"),
+        ({**GOOD, "stages": [GOOD["stages"][0]] * 2}, "in the order"),
+        ({**GOOD, "teacher": {"train": TRAIN, "head_dim": 10}}, r"rope is \[8, 8, 8\]"),
+        (
+            {**GOOD, "teacher": {"train": TRAIN, "path": "x"}},
+            "exactly one of the keys 'path' and 'train'",
+        ),
+        ({**GOOD, "teacher": {"train": {**TRAIN, "steps": 0}}}, "steps is 0; expected at least 1"),
+        ([1, 2], "expected a mapping of keys"),
+    ],
+)
+def test_bad_key_is_named(data, message):
+    with pytest.raises(ConfigError, match=message):
+        from_dict(DistillConfig, data)
+
+
+def test_numbers():
+    # YAML reads 1e-3 as text; a whole number is a fine float, a float is no fine int
+    assert from_dict(TrainConfig, {**TRAIN, "lr": "1e-3"}).lr == 1e-3
+    assert from_dict(TrainConfig, {**TRAIN, "lr": 1}).lr == 1.0
+    with pytest.raises(ConfigError, match="lr is 'fast'"):
+        from_dict(TrainConfig, {**TRAIN, "lr": "fast"})
+    with pytest.raises(ConfigError, match="steps is 1.5"):
+        from_dict(TrainConfig, {**TRAIN, "steps": 1.5})
+    assert from_dict(TrainConfig, {**TRAIN, "ema": None}).ema is None
+    with pytest.raises(ConfigError, match="per_class is 0"):
+        from_dict(EvalConfig, {"per_class": 0})
+
+
+def test_files(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read.*none.yaml"):
+        load_config(DistillConfig, tmp_path / "none.yaml")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("a: [1")
+    with pytest.raises(ConfigError, match="bad.yaml is no valid YAML"):
+        load_config(DistillConfig, bad)
+    bad.write_text("")
+    with pytest.raises(ConfigError, match="bad.yaml: the configuration is None"):
+        load_config(DistillConfig, bad)
