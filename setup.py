@@ -19,6 +19,12 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 # PTX for compute_80, as sm_90a PTX is not forward-compatible: no later GPU would run it.
 DEFAULT_ARCHS = "80-real;90a-real;80-virtual"
+NAMED_ARCHS = {  # torch's names for groups
+    "ampere": "8.0;8.6+PTX",
+    "ada": "8.9+PTX",
+    "hopper": "9.0+PTX",
+    "blackwell": "10.0;12.0+PTX",
+}
 
 
 def cmake_archs(arch_list: str | None) -> str:
@@ -27,6 +33,7 @@ def cmake_archs(arch_list: str | None) -> str:
     entries = [e for e in entries if e]
     if not entries:
         return DEFAULT_ARCHS
+    entries = [part for e in entries for part in NAMED_ARCHS.get(e.lower(), e).split(";")]
     out: list[str] = []
     for entry in entries:
         m = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)

@@ -50,12 +50,33 @@ def cpu_available() -> str | None:
     return _load("_d2m_cpu")[1]
 
 
+@functools.cache
+def _load_cuda():
+    """`_d2m_cuda`, or without it the same kernels through NVRTC and CuPy; (module, why not)."""
+    module, reason = _load("_d2m_cuda")
+    if module is None:
+        from d2m_kernels import _nvrtc
+
+        why = _nvrtc.unavailable()
+        if why is None:
+            return _nvrtc, None
+        reason = f"{reason}, and NVRTC cannot stand in for it: {why}"
+    return module, reason
+
+
 def cuda_available() -> str | None:
-    """None if the CUDA extension can be used on this machine, else the reason why not."""
-    reason = _load("_d2m_cuda")[1]
+    """None if the CUDA kernels can be used on this machine, else the reason why not."""
+    module, reason = _load_cuda()
     if reason is None and not torch.cuda.is_available():
-        reason = "_d2m_cuda is installed, but torch sees no CUDA device"
+        return f"{module.__name__} is there, but torch sees no CUDA device"
     return reason
+
+
+def _need_cuda():
+    module, reason = _load_cuda()
+    if module is None:
+        raise RuntimeError(reason)
+    return module
 
 
 def _matrix(x: torch.Tensor | None) -> tuple[int, int, int]:
@@ -158,7 +179,7 @@ def _stream(x: torch.Tensor) -> int:
 
 
 def _cuda_route(x_TD, router_ED, top_k, mask_T, permuted):
-    m = _need("_d2m_cuda")
+    m = _need_cuda()
     (T, D), E = x_TD.shape, router_ED.shape[0]
     if router_ED.dtype not in (torch.float32, x_TD.dtype):
         router_ED = router_ED.float()
@@ -196,7 +217,7 @@ def cuda_route_permute(x_TD, router_ED, top_k: int, mask_T=None):
 
 def cuda_permute(ids_TK, num_experts: int):
     """Stable counting sort by expert -> offsets [E + 1], order [N], inverse [N], all int32."""
-    m = _need("_d2m_cuda")
+    m = _need_cuda()
     ids_N = _flat(ids_TK, torch.int32)
     N = ids_N.numel()
     offsets = (ids_N.new_empty if N else ids_N.new_zeros)(num_experts + 1)
@@ -215,7 +236,7 @@ def cuda_combine(
     y_ND, inverse_N, weights_TK, offsets, base_TD=None, bias_D=None, scale: float = 1.0
 ):
     """`cpu_combine` on the GPU."""
-    m = _need("_d2m_cuda")
+    m = _need_cuda()
     (T, K), D = _slots_per_token(inverse_N, weights_TK), y_ND.shape[1]
     out_TD = y_ND.new_empty(T, D)
     inverse_N, offsets = _flat(inverse_N, torch.int32), _flat(offsets, torch.int32)

@@ -46,8 +46,8 @@ int dispatch(const RouteCall& a) {
     if (a.E <= 4) return launch<X, W, 4, true, true>(a);
     if (a.E <= 8) return launch<X, W, 8, true, true>(a);
     if (a.E <= 12) return launch<X, W, 12, true, true>(a);
-    const int by8 = (a.E + 7) / 8 * 8, by12 = (a.E + 11) / 12 * 12;
-    return by12 <= by8 ? launch<X, W, 12, true, false>(a) : launch<X, W, 8, true, false>(a);
+    return (a.E + 7) / 8 * 8 < (a.E + 11) / 12 * 12 ? launch<X, W, 8, true, false>(a)
+                                                    : launch<X, W, 12, true, false>(a);
 }
 
 }  // namespace
