@@ -15,6 +15,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 # PTX for compute_80, as sm_90a PTX is not forward-compatible: no later GPU would run it.
@@ -80,10 +81,22 @@ def real_nvcc(nvcc: str) -> str:
     return nvcc
 
 
+class CleanBuildPy(build_py):
+    """Python files that are gone from the sources do not come back from an earlier build."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            for top in {package.split(".")[0] for package in self.packages}:
+                shutil.rmtree(Path(self.build_lib) / top, ignore_errors=True)
+        super().run()
+
+
 class CMakeBuild(build_ext):
     """One CMake build per module, so that a failing CUDA build leaves the CPU one alone."""
 
     def run(self) -> None:
+        for stale in Path(self.build_lib).glob("_d2m_*"):  # of a build with other switches
+            stale.unlink()
         mode = cuda_mode(os.environ.get("D2M_CUDA"))
         nvcc = find_nvcc(dict(os.environ)) if mode != "0" else None
         if nvcc is None:
@@ -95,10 +108,13 @@ class CMakeBuild(build_ext):
             module = ext.name.removeprefix("_d2m_")
             try:
                 self._cmake(ext, module, nvcc)
-            except (subprocess.CalledProcessError, ValueError) as err:
+            except (subprocess.CalledProcessError, ValueError) as error:
+                reason = error
+                if isinstance(error, subprocess.CalledProcessError):
+                    reason = f"cmake ended with status {error.returncode}, its output is above"
                 if module != "cuda" or mode == "1":
-                    raise RuntimeError(f"building {ext.name} failed: {err}") from err
-                self._without_cuda(f"the build with {nvcc} failed: {err}")
+                    raise RuntimeError(f"building {ext.name} failed: {reason}") from error
+                self._without_cuda(f"the build with {nvcc} failed: {reason}")
 
     def _without_cuda(self, reason: str) -> None:
         self.extensions = [e for e in self.extensions if e.name != "_d2m_cuda"]
@@ -150,5 +166,5 @@ if __name__ == "__main__":
         },
         include_package_data=False,
         ext_modules=[Extension("_d2m_cpu", sources=[]), Extension("_d2m_cuda", sources=[])],
-        cmdclass={"build_ext": CMakeBuild},
+        cmdclass={"build_ext": CMakeBuild, "build_py": CleanBuildPy},
     )

@@ -148,6 +148,15 @@ def backend(tree, call, out):
     return out / re.search(r"made (\S+)", run.stdout)[1]
 
 
+def setup_build_lib():
+    """The name of setuptools' folder for built files, below build/."""
+    from setuptools import Distribution
+
+    command = Distribution().get_command_obj("build")
+    command.ensure_finalized()
+    return Path(command.build_platlib).name
+
+
 def sources(folder, *suffixes):
     return {
         p.relative_to(ROOT).as_posix()
@@ -171,6 +180,11 @@ def test_sdist(clean_tree, tmp_path):
 
 @pytest.mark.slow
 def test_wheel(clean_tree, tmp_path):
+    # what earlier builds, with other switches or of other sources, have left does not get in
+    lib = clean_tree / "build" / setup_build_lib()
+    (lib / "d2m_kernels").mkdir(parents=True)
+    (lib / "d2m_kernels" / "gone.py").touch()
+    (lib / "_d2m_cuda.so").touch()
     made = backend(clean_tree, "build_wheel", tmp_path)
     with zipfile.ZipFile(made) as wheel:
         names = set(wheel.namelist())
@@ -181,6 +195,7 @@ def test_wheel(clean_tree, tmp_path):
     needed |= sources("d2m_models", ".py")
     needed |= {f"d2m_kernels/csrc/{p.name}" for p in (ROOT / "csrc" / "cuda").glob("*.cuh")}
     assert needed <= names, needed - names
+    assert "d2m_kernels/gone.py" not in names
     tops = {n.split("/")[0] for n in names}
     modules = {t for t in tops if t.startswith("_d2m")}
     assert len(modules) == 1 and modules.pop().startswith("_d2m_cpu")  # D2M_CUDA=0
