@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import torch
-from race import describe, race_with
-from shapes import flux
+from stages import all_shapes, record, shape_for
 
 from d2m_kernels import combine, route
 
 
-def test_combine(benchmark, device, quick):
-    shape = flux(quick)
+@all_shapes
+def test_combine(bench, name):
+    shape = shape_for(name, bench)
     T, K, D = shape.T, shape.K, shape.D
-    p = shape.tensors(device)
+    p = shape.tensors(bench.device)
     r = route(p["x"], p["router"], top_k=K)
-    y = torch.randn(T * K, D, device=device).to(shape.dtype)
+    y = torch.randn(T * K, D, device=bench.device).to(shape.dtype)
     weights = r.weights.to(shape.dtype)[..., None]
 
     def eager():
@@ -24,7 +24,7 @@ def test_combine(benchmark, device, quick):
     assert (out.float() - eager().float()).abs().max() < 0.02 * out.float().abs().max()
     functions = {"combine": lambda: combine(y, r, shared=p["x"]), "eager": eager}
     with torch.inference_mode():
-        race = race_with(benchmark, "combine", functions, 5 if quick else 15, device)
-    describe(benchmark, shape=str(shape), gflop=2e-9 * T * K * D,
-             gbyte=shape.gbyte(T * K * D, 2 * T * D), race=race, name="combine",
-             ratio_to_eager=round(race.ratio("combine", "eager"), 4))  # fmt: skip
+        race = bench.race(functions, "combine", bench.rounds(15))
+        counts = bench.count(functions["combine"])
+    gbyte = shape.gbyte(T * K * D, 2 * T * D)
+    record(bench, "combine", name, shape, race, 2e-9 * T * K * D, gbyte, counts)

@@ -1,28 +1,30 @@
-"""`grouped_gemm`, up and down, against one dense product of the same size."""
+"""`grouped_gemm`, up and down, against one dense product of the same size and torch's own."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from race import describe, race_with
-from shapes import flux
+from shapes import ROUTINGS
+from stages import all_shapes, record, shape_for
 
 from d2m_kernels import grouped_gemm, route
 
 
+@all_shapes
+@pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("side", ["up", "down"])
-def test_grouped_gemm(benchmark, device, quick, side):
-    shape = flux(quick)
+def test_grouped_gemm(bench, name, side, routing):
+    shape = shape_for(name, bench).at(routing=routing)
     S, E, H, N = shape.S, shape.E, shape.H, shape.T * shape.K
-    p = shape.tensors(device)
+    p = shape.tensors(bench.device)
     r = route(p["x"], p["router"], top_k=shape.K)
     if side == "up":
         x, gather = p["x"], r.order // shape.K
         w, bias, activation = p["w1"][S:].view(E, H, -1), p["b1"][S:].view(E, H), "gelu_tanh"
         rows = x[gather.long()]
     else:
-        x = rows = torch.randn(N, H, device=device).to(shape.dtype)
+        x = rows = torch.randn(N, H, device=bench.device).to(shape.dtype)
         w, bias = p["w2"][:, S:].unflatten(1, (E, H)).transpose(0, 1), None
         gather = activation = None
 
@@ -38,9 +40,14 @@ def test_grouped_gemm(benchmark, device, quick, side):
 
     one = w[0].contiguous()
     functions = {"grouped_gemm": ours, "one linear": lambda: F.linear(rows, one)}
+    strides_fit = all(s * w.element_size() % 16 == 0 for s in w.stride()[:2])
+    if strides_fit:
+        ends = r.offsets[1:]
+        functions["torch grouped_mm"] = lambda: F.grouped_mm(rows, w.transpose(1, 2), offs=ends)
     with torch.inference_mode():
-        race = race_with(benchmark, "grouped_gemm", functions, 5 if quick else 15, device)
-    describe(benchmark, shape=f"{side}: {shape}", gflop=shape.gflop(shape.K * H, 1),
-             gbyte=shape.gbyte(N * shape.D, N * H, E * H * shape.D), race=race,
-             name="grouped_gemm",
-             ratio_to_linear=round(race.ratio("grouped_gemm", "one linear"), 4))  # fmt: skip
+        race = bench.race(functions, "grouped_gemm", bench.rounds(15))
+        counts = bench.count(ours)
+    width = (shape.D, H) if side == "up" else (H, shape.D)
+    gbyte = shape.gbyte(N * width[0], N * width[1], E * H * shape.D)
+    gflop = shape.gflop(shape.K * H, 1)
+    record(bench, f"grouped_gemm_{side}", name, shape, race, gflop, gbyte, counts)

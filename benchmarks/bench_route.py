@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from race import describe, race_with
-from shapes import flux
+from shapes import ROUTINGS
+from stages import all_shapes, record, shape_for
 
 from d2m_kernels import permute, route
 
 
-def test_route(benchmark, device, quick):
-    shape = flux(quick)
-    p = shape.tensors(device)
-    exact = (p["x"].float() @ p["router"].T).topk(shape.K)
+def eager_route(p, shape):
+    """Router, softmax over the top-k and the permutation in plain torch."""
+    weights, ids = (p["x"].float() @ p["router"].T).topk(shape.K)
+    order = ids.reshape(-1).argsort(stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    return weights.softmax(-1), ids, order, inverse
+
+
+@all_shapes
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_route(bench, name, routing):
+    shape = shape_for(name, bench).at(routing=routing)
+    p, ids = shape.tensors(bench.device), shape.choices(bench.device)
     r = route(p["x"], p["router"], top_k=shape.K)
-    chosen = (p["x"].float() @ p["router"].T).gather(-1, r.ids.long())
-    torch.testing.assert_close(chosen, exact.values, rtol=1e-3, atol=1e-4)
+    assert torch.equal(r.ids.long().sort(1).values, ids.sort(1).values)
+    assert torch.equal(r.order.long(), r.ids.reshape(-1).argsort(stable=True))
     functions = {
         "route": lambda: route(p["x"], p["router"], top_k=shape.K),
-        "eager": lambda: (p["x"].float() @ p["router"].T).topk(shape.K).values.softmax(-1),
+        "eager": lambda: eager_route(p, shape),
     }
     with torch.inference_mode():
-        race = race_with(benchmark, "route", functions, 5 if quick else 15, device)
-    describe(benchmark, shape=str(shape), gflop=shape.gflop(shape.E, 1),
-             gbyte=shape.gbyte(shape.T * shape.D), race=race, name="route",
-             ratio_to_eager=round(race.ratio("route", "eager"), 4))  # fmt: skip
+        race = bench.race(functions, "route", bench.rounds(15))
+        counts = bench.count(functions["route"])
+    # x is read once; probs, weights, ids, order and inverse have 4 bytes an entry.
+    gbyte = shape.gbyte(shape.T * shape.D) + 4e-9 * shape.T * (shape.E + 4 * shape.K)
+    record(bench, "route", name, shape, race, shape.gflop(shape.E, 1), gbyte, counts)
 
 
-def test_permute(benchmark, device, quick):
-    shape = flux(quick)
-    ids = torch.randint(0, shape.E, (shape.T, shape.K), dtype=torch.int32, device=device)
+@all_shapes
+def test_permute(bench, name):
+    shape = shape_for(name, bench)
+    ids = shape.choices(bench.device).to(torch.int32)
     _, order, _ = permute(ids, shape.E)
     assert torch.equal(order.long(), ids.reshape(-1).argsort(stable=True))
     functions = {
         "permute": lambda: permute(ids, shape.E),
         "argsort": lambda: ids.reshape(-1).argsort(stable=True),
     }
-    race = race_with(benchmark, "permute", functions, 10 if quick else 50, device)
-    describe(benchmark, shape=str(shape), gflop=0.0, gbyte=3 * 4e-9 * shape.T * shape.K,
-             race=race, name="permute",
-             ratio_to_argsort=round(race.ratio("permute", "argsort"), 4))  # fmt: skip
+    race = bench.race(functions, "permute", bench.rounds(30, 10))
+    counts = bench.count(functions["permute"])
+    record(bench, "permute", name, shape, race, 0.0, 3 * 4e-9 * shape.T * shape.K, counts)

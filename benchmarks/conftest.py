@@ -1,68 +1,159 @@
-"""Options, environment and the summary of the benchmarks."""
+"""Options, the `bench` fixture that measures and records, and the summary."""
 
 from __future__ import annotations
 
-import os
-import platform
+import time
+from pathlib import Path
 
+import ceilings
+import counting
+import environment as env
 import pytest
 import torch
+from race import Race, race, replay
+from results import Results
+
+SIZES = ("tiny", "quick", "default", "full")
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--quick", action="store_true", help="small shapes and few rounds: under a minute"
-    )
+    group = parser.getgroup("d2m", "dense2moe benchmarks")
+    group.addoption("--quick", action="store_true", help="small shapes, few rounds: under a minute")
+    group.addoption("--full", action="store_true", help="every shape; ten minutes on two cores")
+    group.addoption("--tiny", action="store_true", help="rehearsal: the numbers mean nothing")
+    group.addoption("--results", metavar="PATH", help="JSON file, or folder for <device>.json")
+    group.addoption("--deadline", type=float, metavar="S", help="start nothing after S seconds")
+    group.addoption("--on", default=None, metavar="DEVICE", help="cpu, cuda, ... (default: best)")
+
+
+def _size(config) -> str:
+    chosen = [s for s in ("tiny", "quick", "full") if config.getoption(f"--{s}")]
+    if len(chosen) > 1:
+        raise pytest.UsageError(f"--{chosen[0]} and --{chosen[1]} exclude each other")
+    return chosen[0] if chosen else "default"
+
+
+def pytest_configure(config):
+    config._d2m_start = time.monotonic()
+    config._d2m_lines = []
+
+
+class Session:
+    """Device, size, results file and ceilings of this run."""
+
+    def __init__(self, config):
+        name = config.getoption("--on") or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(name)
+        self.size = _size(config)
+        self.environment = env.environment(self.device) | {"size": self.size}
+        path = config.getoption("--results")
+        if path is not None:
+            path = Path(path)
+            path = path if path.suffix == ".json" else path / f"{env.slug(self.device)}.json"
+        self.results = Results(path, self.environment)
+        self.ceilings = ceilings.measure(self.device, self.size)
+        self.results.set("ceilings", None, self.ceilings)
+        self.lines = config._d2m_lines
 
 
 @pytest.fixture(scope="session")
-def quick(request) -> bool:
-    return request.config.getoption("--quick")
+def session(request) -> Session:
+    return Session(request.config)
 
 
 @pytest.fixture(scope="session")
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device(session) -> torch.device:
+    return session.device
 
 
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(s.split(":")[1].strip() for s in lines if s.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+@pytest.fixture(scope="session")
+def size(session) -> str:
+    return session.size
+
+
+class Bench:
+    """One test's measurement: race the contenders, count, record, show."""
+
+    def __init__(self, benchmark, session: Session, node: str):
+        self.benchmark, self.session, self.node = benchmark, session, node
+        self.device, self.size, self.results = session.device, session.size, session.results
+
+    def rounds(self, default: int, quick: int = 5) -> int:
+        return {"tiny": 1, "quick": quick}.get(self.size, default)
+
+    def race(self, contenders, ours: str, rounds: int, budget: float | None = None) -> Race:
+        """Interleaved timing; pytest-benchmark shows the contender `ours`."""
+        result = race(contenders, rounds, self.device, budget)
+        replay(self.benchmark, result.times[ours])
+        return result
+
+    def count(self, function) -> dict:
+        """Launches, syncs, peak memory and the tiles chosen of one call."""
+        with counting.tiles_chosen() as tiles:
+            counts = counting.launches_and_syncs(function, self.device)
+        counts["peak_bytes"] = counting.peak_bytes(function, self.device)
+        return counts | ({"config": tiles} if tiles else {})
+
+    def against_ceilings(self, seconds: float, gflop: float, gbyte: float) -> dict:
+        """Rates, shares of the measured ceilings, and of the floor that they allow."""
+        top = self.session.ceilings
+        compute, traffic = gflop * 1e-3 / top["tflops"], gbyte / top["gbps"]
+        floor = max(compute, traffic)
+        return {
+            "gflop": gflop,
+            "gbyte": gbyte,
+            "tflops": gflop * 1e-3 / seconds,
+            "gbps": gbyte / seconds,
+            "share_of_ceiling": {"tflops": compute / seconds, "gbps": traffic / seconds},
+            "floor_seconds": floor,
+            "share_of_floor": floor / seconds,
+        }
+
+    def add(self, section: str, record_id: str, record: dict, line: str | None = None) -> None:
+        record = rounded(record)
+        self.results.add(section, record_id, record)
+        self.benchmark.extra_info.update({k: v for k, v in record.items() if k != "seconds"})
+        if line:
+            self.session.lines.append(line)
+
+    def note(self, line: str) -> None:
+        self.session.lines.append(line)
+
+    def skipped(self, record_id: str, why: str) -> None:
+        """A part that was not measured, and why: also a result."""
+        self.results.add("skipped", record_id, {"why": why})
+        self.session.lines.append(f"not measured: {record_id}: {why}")
+
+
+def rounded(value, digits: int = 5):
+    """Floats at `digits` significant digits, all the way down."""
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    if isinstance(value, dict):
+        return {k: rounded(v, digits) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(v, digits) for v in value]
+    return value
+
+
+@pytest.fixture
+def bench(benchmark, session, request) -> Bench:
+    limit = request.config.getoption("--deadline")
+    result = Bench(benchmark, session, request.node.name)
+    if limit is not None and time.monotonic() - request.config._d2m_start > limit:
+        why = f"the deadline of {limit:g} s had passed"
+        session.results.add("skipped", request.node.name, {"why": why})
+        pytest.skip(why)
+    return result
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    import d2m_kernels
-
-    cuda = torch.cuda.is_available()
-    machine_info["d2m"] = {
-        "version": d2m_kernels.__version__,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-        "cuda": torch.version.cuda,
-    }
+    name = config.getoption("--on") or ("cuda" if torch.cuda.is_available() else "cpu")
+    machine_info["d2m"] = env.environment(torch.device(name))
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    session = getattr(config, "_benchmarksession", None)
-    rows = [b for b in (session.benchmarks if session else []) if "shape" in b.extra_info]
-    if not rows:
-        return
-    terminalreporter.section("d2m")
-    for b in rows:
-        info = b.extra_info
-        line = f"{b.name:<44} {info['shape']:<42} {info['gflop_per_s']:>9.1f} GFLOP/s"
-        line += f" {info['gbyte_per_s']:>8.2f} GB/s"
-        terminalreporter.write_line(line)
-        for name, ratio in info.get("ratio_to_dense", {}).items():
-            low, high = info["ratio_quartiles"][name]
-            terminalreporter.write_line(
-                f"    {name:<22} {ratio:.3f} x dense  ({low:.3f}-{high:.3f})"
-            )
-        if "flop_limit" in info:
-            terminalreporter.write_line(f"    {'FLOP limit':<22} {info['flop_limit']:.3f} x dense")
+    if config._d2m_lines:
+        terminalreporter.section("dense2moe")
+        for line in config._d2m_lines:
+            terminalreporter.write_line(line)

@@ -13,18 +13,54 @@ from dataclasses import dataclass
 
 import torch
 
+# On a GPU a round is the median of several calls, each after the L2 cache was overwritten: in a
+# model the weights of one layer are long gone when it is that layer's turn again.
+FLUSH_BYTES = 256 << 20
+ENOUGH_SECONDS = 0.02
+
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    function()
-    synchronize(device)
-    return time.perf_counter() - start
+class Clock:
+    """Seconds of one call: wall clock on a CPU, events on the stream on a GPU."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.flush = None
+        if device.type == "cuda":
+            self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+
+    def once(self, function: Callable[[], object]) -> float:
+        """One call, from an idle device to an idle device."""
+        synchronize(self.device)
+        start = time.perf_counter()
+        function()
+        synchronize(self.device)
+        return time.perf_counter() - start
+
+    def several(self, function: Callable[[], object], calls: int) -> float:
+        """GPU: median of `calls` calls. The flush also gives the host time to run ahead, so that
+        the host's cost counts only where it exceeds the GPU's own."""
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        torch.cuda.synchronize(self.device)
+        for start, end in pairs:
+            self.flush.zero_()
+            start.record()
+            function()
+            end.record()
+        torch.cuda.synchronize(self.device)
+        return statistics.median(start.elapsed_time(end) for start, end in pairs) * 1e-3
+
+    def calls_for(self, seconds: float) -> int:
+        if self.device.type != "cuda":
+            return 1
+        return max(1, min(20, round(ENOUGH_SECONDS / max(seconds, 1e-6))))
+
+    def round(self, function: Callable[[], object], calls: int) -> float:
+        return self.several(function, calls) if self.device.type == "cuda" else self.once(function)
 
 
 @dataclass
@@ -36,43 +72,65 @@ class Race:
     def median(self, name: str) -> float:
         return statistics.median(self.times[name])
 
-    def ratio(self, name: str, baseline: str) -> float:
+    def ratios(self, name: str, baseline: str) -> list[float]:
         pairs = zip(self.times[name], self.times[baseline], strict=True)
-        return statistics.median(a / b for a, b in pairs)
+        return sorted(a / b for a, b in pairs)
+
+    def ratio(self, name: str, baseline: str) -> float:
+        return statistics.median(self.ratios(name, baseline))
 
     def spread(self, name: str, baseline: str) -> tuple[float, float]:
         """First and third quartile of the ratio."""
-        pairs = list(zip(self.times[name], self.times[baseline], strict=True))
-        ratios = sorted(a / b for a, b in pairs)
-        return ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]
+        return quartiles(self.ratios(name, baseline))
+
+    def to_json(self) -> dict[str, dict]:
+        return {name: summary(times) for name, times in self.times.items()}
 
 
-def race_with(benchmark, name: str, contenders: dict[str, Callable], rounds: int, device):
-    """Lets pytest-benchmark time `contenders[name]`; the others run in its setup, every round."""
-    times = {other: [] for other in contenders}
-    for contender in contenders.values():
-        seconds(contender, device)
+def quartiles(values: list[float]) -> tuple[float, float]:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4]
 
-    def others():
-        for other, contender in contenders.items():
-            if other != name:
-                times[other].append(seconds(contender, device))
 
-    def ours():
-        times[name].append(seconds(contenders[name], device))
+def summary(times: list[float]) -> dict:
+    """Median, quartiles and every round, in seconds."""
+    q1, q3 = quartiles(times)
+    rounds = [float(f"{t:.5g}") for t in times]
+    return {"median": statistics.median(rounds), "q1": float(f"{q1:.5g}"),
+            "q3": float(f"{q3:.5g}"), "rounds": rounds}  # fmt: skip
 
-    benchmark.pedantic(ours, setup=others, rounds=rounds, iterations=1)
+
+def race(
+    contenders: dict[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    budget: float | None = None,
+) -> Race:
+    """Every contender once to warm up, then `rounds` rounds of all of them in turn.
+
+    `budget`: seconds after which no further round starts (three are run in any case).
+    """
+    clock = Clock(device)
+    calls = {}
+    for name, function in contenders.items():
+        clock.once(function)
+        calls[name] = clock.calls_for(clock.once(function) if device.type == "cuda" else 1.0)
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    start = time.perf_counter()
+    for done in range(rounds):
+        if budget is not None and done >= 3 and time.perf_counter() - start > budget:
+            break
+        for name, function in contenders.items():
+            times[name].append(clock.round(function, calls[name]))
     return Race(times)
 
 
-def describe(benchmark, *, shape: str, gflop: float, gbyte: float, race: Race, name: str, **more):
-    """What the JSON of a benchmark carries beside its times."""
-    median = race.median(name)
-    benchmark.extra_info.update(
-        shape=shape,
-        gflop=round(gflop, 4),
-        gbyte=round(gbyte, 5),
-        gflop_per_s=round(gflop / median, 2),
-        gbyte_per_s=round(gbyte / median, 3),
-        **more,
-    )
+def replay(benchmark, times: list[float]) -> None:
+    """Gives measured rounds to pytest-benchmark, whose clock then shows exactly those seconds."""
+    now, waiting = [0.0], list(times)
+
+    def advance():
+        now[0] += waiting.pop(0) if waiting else 0.0
+
+    benchmark._timer = lambda: now[0]
+    benchmark.pedantic(advance, rounds=len(times), iterations=1)

@@ -1,0 +1,68 @@
+"""The results file: one JSON a machine, written after every measurement (schema: README.md here).
+
+A record replaces the one with the same id, so that a second run of a part renews that part alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+SCHEMA = "dense2moe-benchmarks/1"
+LISTS = ("stages", "layers", "blocks", "scaling", "distillation", "host", "skipped")
+
+
+class Results:
+    """An open results file; `path` None keeps everything in memory."""
+
+    def __init__(self, path: Path | None, environment: dict):
+        self.path = path
+        self.content = load(path) if path is not None and path.exists() else empty()
+        self.run = f"{environment['date']} {environment['commit']}"
+        self.content["environment"] = environment
+        self.content["runs"][self.run] = environment
+
+    def add(self, section: str, record_id: str, record: dict) -> None:
+        """A record of a list section; also takes its earlier mention out of "skipped"."""
+        rows = self.content[section]
+        rows[:] = [row for row in rows if row["id"] != record_id]
+        rows.append({"id": record_id, **record, "run": self.run})
+        if section != "skipped":
+            skipped = self.content["skipped"]
+            skipped[:] = [row for row in skipped if row["id"] != record_id]
+        self.save()
+
+    def set(self, section: str, key: str | None, record: dict) -> None:
+        """A whole section ("ceilings"), or one entry of it ("models")."""
+        record = {**record, "run": self.run}
+        if key is None:
+            self.content[section] = record
+        else:
+            self.content[section][key] = record
+        self.save()
+
+    def save(self) -> None:
+        if self.path is None:
+            return
+        used = {row.get("run") for section in LISTS for row in self.content[section]}
+        used |= {row.get("run") for row in self.content["models"].values()}
+        used |= {self.content["ceilings"].get("run"), self.run}
+        self.content["runs"] = {k: v for k, v in self.content["runs"].items() if k in used}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, self.path)
+
+
+def empty() -> dict:
+    sections = {section: [] for section in LISTS}
+    return {"schema": SCHEMA, "environment": {}, "runs": {}, "ceilings": {}, "models": {},
+            **sections}  # fmt: skip
+
+
+def load(path: Path) -> dict:
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    if content.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: schema {content.get('schema')!r}, expected {SCHEMA!r}")
+    return content
