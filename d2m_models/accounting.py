@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from d2m_models.config import FluxMoEConfig, MoEConfig
-from d2m_models.presets import PRESETS
+from d2m_models.presets import find_preset
 
 _TIME_CHANNELS = 256  # width of FLUX's sinusoidal timestep features
 
@@ -130,9 +130,7 @@ def account(
 
 def _resolve(source: Any) -> tuple[FluxMoEConfig, _Architecture]:
     if isinstance(source, str):
-        if source not in PRESETS:
-            raise ValueError(f"unknown preset {source!r}; presets are {sorted(PRESETS)}")
-        return PRESETS[source], _Architecture()
+        return find_preset(source), _Architecture()
     if isinstance(source, MoEConfig):
         return FluxMoEConfig(moe=source, dense_double_blocks=()), _Architecture()
     if isinstance(source, FluxMoEConfig):

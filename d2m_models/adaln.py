@@ -46,12 +46,16 @@ class AdaLNBasis:
             raise ValueError("adaln_calibration has values that are NaN or infinite")
         mean_D = s_nD.mean(0)
         centred_nD = s_nD - mean_D
-        # eigh of the covariance gives D orthonormal directions even from fewer than D samples.
-        variance_D, vectors_DD = torch.linalg.eigh(centred_nD.t() @ centred_nD)
-        total = variance_D.clamp(min=0).sum()
-        kept = variance_D[-dim:].clamp(min=0).sum()
-        explained = 1.0 if total == 0 else float(kept / total)
-        return cls(mean_D, vectors_DD.flip(1)[:, :dim].t().contiguous(), explained)
+        if dim < len(centred_nD) < centred_nD.shape[1]:
+            directions_AD = _directions_from_gram(centred_nD, dim)
+        else:
+            # eigh of the covariance gives D orthonormal directions even from fewer than D samples.
+            _, vectors_DD = torch.linalg.eigh(centred_nD.t() @ centred_nD)
+            directions_AD = vectors_DD.flip(1)[:, :dim].t().contiguous()
+        total = centred_nD.square().sum()
+        kept = (centred_nD @ directions_AD.t()).square().sum()
+        explained = 1.0 if total == 0 else min(1.0, float(kept / total))
+        return cls(mean_D, directions_AD, explained)
 
     def down_projection(self) -> tuple[Tensor, Tensor]:
         """Weight [A, D] and bias [A] of c = V s - V mean."""
@@ -59,23 +63,42 @@ class AdaLNBasis:
 
     def compress(self, weight_ND: Tensor, bias_N: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weight [N, A] and bias [N] that act on c as the given ones act on s, in their dtype."""
-        wide_ND = weight_ND.detach().to("cpu", torch.float64)
-        new_bias_N = wide_ND @ self.mean
+        wide_ND = weight_ND.detach().to("cpu", _exact(weight_ND))
+        new_bias_N = wide_ND @ self.mean.to(wide_ND)
         if bias_N is not None:
-            new_bias_N = new_bias_N + bias_N.detach().to("cpu", torch.float64)
-        new_NA = wide_ND @ self.directions.t()
+            new_bias_N = new_bias_N + bias_N.detach().to(wide_ND)
+        new_NA = wide_ND @ self.directions.t().to(wide_ND)
         at = {"device": weight_ND.device, "dtype": weight_ND.dtype}
         return new_NA.to(**at), new_bias_N.to(**at)
 
     def relative_error(self, temb_nD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> float:
         """||compressed - exact|| / ||exact|| of one AdaLN Linear's output over the samples."""
         s_nD = F.silu(temb_nD.detach().to("cpu", torch.float64))
-        wide_ND = weight_ND.detach().to("cpu", torch.float64)
-        exact_nN = s_nD @ wide_ND.t()
-        if bias_N is not None:
-            exact_nN = exact_nN + bias_N.detach().to("cpu", torch.float64)
         rest_nD = (s_nD - self.mean) - (s_nD - self.mean) @ self.directions.t() @ self.directions
-        return float((rest_nD @ wide_ND.t()).norm() / exact_nN.norm().clamp(min=1e-300))
+        wide_ND = weight_ND.detach().to("cpu", _exact(weight_ND))
+        exact_nN = s_nD.to(wide_ND) @ wide_ND.t()
+        if bias_N is not None:
+            exact_nN = exact_nN + bias_N.detach().to(wide_ND)
+        error_nN = rest_nD.to(wide_ND) @ wide_ND.t()
+        return float(error_nN.norm() / exact_nN.norm().clamp(min=1e-30))
+
+
+def _exact(weight: Tensor) -> torch.dtype:
+    """The dtype to compute in: fp32 is exact enough for half precision, and twice as fast."""
+    return torch.float32 if weight.dtype.itemsize == 2 else torch.float64
+
+
+def _directions_from_gram(centred_nD: Tensor, dim: int) -> Tensor:
+    """The first principal directions from n < D samples, through the small matrix [n, n].
+
+    Full size, n = 1024 and D = 3072, this takes 2 s in place of 40. Directions of almost no
+    variance come out inexact; QR makes them orthonormal again.
+    """
+    variance_n, vectors_nn = torch.linalg.eigh(centred_nD @ centred_nD.t())
+    scaled = vectors_nn.flip(1)[:, :dim] / variance_n.flip(0)[:dim].clamp(min=1e-300).sqrt()
+    q_DA, r_AA = torch.linalg.qr(centred_nD.t() @ scaled)
+    sign_A = torch.where(r_AA.diagonal() < 0, -1.0, 1.0).to(q_DA)
+    return (q_DA * sign_A).t().contiguous()
 
 
 def adaln_linears(model: nn.Module) -> dict[str, nn.Linear]:

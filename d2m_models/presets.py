@@ -35,6 +35,17 @@ PRESETS: dict[str, FluxMoEConfig] = {
 }
 
 
+def find_preset(name: str) -> FluxMoEConfig:
+    """The preset of that name; "hyper-flux-moe-l" is "flux-moe-l" made of another teacher."""
+    known = name.removeprefix("hyper-")
+    if known not in PRESETS or (known != name and PRESETS[known].moe is None):
+        raise ValueError(
+            f"unknown preset {name!r}; presets are {sorted(PRESETS)}, and hyper-flux-moe-* for the "
+            f"same structures from a teacher with a few-step LoRA"
+        )
+    return PRESETS[known]
+
+
 def resolve_config(
     config: FluxMoEConfig | MoEConfig | str, num_layers: int, num_single_layers: int
 ) -> FluxMoEConfig:
@@ -44,9 +55,7 @@ def resolve_config(
     AdaLN compression. A depth that differs from the configuration's is an error.
     """
     if isinstance(config, str):
-        if config not in PRESETS:
-            raise ValueError(f"unknown preset {config!r}; presets are {sorted(PRESETS)}")
-        config = PRESETS[config]
+        config = find_preset(config)
     if isinstance(config, MoEConfig):
         config = FluxMoEConfig(
             moe=config,

@@ -1,0 +1,188 @@
+"""safetensors files read and written tensor by tensor, without mapping them into memory.
+
+A mapped 5 GB shard counts as 5 GB of resident memory; plain reads of one tensor at a time do not.
+
+    file = | header length, 8 bytes LE | JSON header, padded to 8 | tensors back to back |
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and shape of a tensor that is to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StoredTensor(TensorSpec):
+    """A tensor in a safetensors file, at byte `begin` of it."""
+
+    path: Path
+    begin: int
+
+    def read(self) -> Tensor:
+        raw = torch.empty(self.nbytes, dtype=torch.uint8)
+        view = memoryview(raw.numpy())
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.begin)
+            done = 0
+            while done < self.nbytes:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise ValueError(f"{self.path} ends within the tensor {self.name}")
+                done += count
+        return raw.view(self.dtype).view(self.shape)
+
+
+def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of one file by name, in file order, and its metadata; no tensor is read.
+
+    Raises:
+        ValueError: the file is truncated, no safetensors, or of a dtype torch does not have.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > size - 8:
+            raise ValueError(f"{path} is truncated or no safetensors file")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise ValueError(f"{path} is no safetensors file (its header is no JSON)") from None
+    metadata = header.pop("__metadata__", {})
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{path}: {name} has dtype {entry['dtype']}, which is not supported")
+        spec = StoredTensor(
+            name, DTYPES[entry["dtype"]], tuple(entry["shape"]), path, 8 + length + begin
+        )
+        if spec.nbytes != end - begin:
+            raise ValueError(f"{path}: the size of {name} does not match its shape")
+        if 8 + length + end > size:
+            missing = 8 + length + end - size
+            raise ValueError(
+                f"{path} is truncated: at least {missing:,} bytes are missing; download it again"
+            )
+        tensors[name] = spec
+    return dict(sorted(tensors.items(), key=lambda item: item[1].begin)), metadata
+
+
+def write_file(
+    path: Path,
+    specs: Sequence[TensorSpec],
+    tensors: Iterable[Tensor],
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Writes the tensors as they come, flushes them to disk and only then names the file `path`.
+
+    Whoever looks sees the whole file or none, whenever the process is killed.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for spec in specs:
+        begin, end = end, end + spec.nbytes
+        header[spec.name] = {
+            "dtype": CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end],
+        }  # fmt: skip
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    tmp = path.with_name(path.name + ".tmp")
+    with open(tmp, "wb", buffering=0) as file:
+        _write(file, struct.pack("<Q", len(text)) + text)
+        for spec, tensor in zip(specs, tensors, strict=True):
+            if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
+                raise RuntimeError(f"{spec} was planned, got {tensor.dtype} {tensor.shape}")
+            raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
+            _write(file, memoryview(raw.numpy()))
+        os.fsync(file.fileno())
+    os.replace(tmp, path)
+    sync_folder(path.parent)
+
+
+def _write(file, data) -> None:
+    view = memoryview(data)
+    while len(view):
+        view = view[file.write(view) :]
+
+
+def write_json(path: Path, data: object) -> None:
+    """Indented JSON, complete or not there at all."""
+    tmp = path.with_name(path.name + ".tmp")
+    with open(tmp, "w", encoding="utf-8") as file:
+        file.write(json.dumps(data, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(tmp, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder durable, where the system can."""
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+
+
+def pack(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
+    """Specs in order, cut into files of at most `limit` bytes (a larger tensor gets its own)."""
+    files: list[list[TensorSpec]] = []
+    room = -1
+    for spec in specs:
+        if spec.nbytes > room:
+            files.append([])
+            room = limit
+        files[-1].append(spec)
+        room -= spec.nbytes
+    return files
+
+
+def shard_names(count: int) -> list[str]:
+    """File names as diffusers gives them."""
+    if count == 1:
+        return ["diffusion_pytorch_model.safetensors"]
+    return [f"diffusion_pytorch_model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+
+
+def write_index(folder: Path, files: dict[str, Sequence[TensorSpec]]) -> None:
+    """The index that diffusers reads for a checkpoint of several files."""
+    total = sum(spec.nbytes for specs in files.values() for spec in specs)
+    names = {spec.name: file for file, specs in files.items() for spec in specs}
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": names})
