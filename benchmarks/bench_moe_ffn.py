@@ -2,83 +2,167 @@
 
 from __future__ import annotations
 
+import peer_libraries
 import peers
 import pytest
 import torch
-from race import describe, race_with
-from shapes import dit_xl, flux
+from peers import Contender
+from shapes import ROUTINGS, FFNShape
+from stages import all_shapes, shape_for
 
 from d2m_kernels import backends, moe_ffn
 
+# Beyond these on a CPU, time goes to --full: seconds add up there, and nothing new is learned.
+_CPU_DEFAULT = {
+    "forward": {("flux-4608", "balanced"), ("flux-1536", "zipf"), ("dit-xl-8", "balanced")},
+    "forward_backward": {("flux-1536", "balanced")},
+}
+_CPU_QUICK = {
+    "forward": {("flux-4608", "balanced"), ("flux-4608", "zipf"), ("dit-xl-8", "balanced")},
+    "forward_backward": {("flux-4608", "balanced")},
+}
 
-def ours(p, shape):
-    return moe_ffn(p["x"], p["router"], p["w1"], p["w2"], p["b1"], p["b2"], top_k=shape.K,
-                   shared=shape.S)  # fmt: skip
+
+def wanted(bench, kind: str, name: str, routing: str) -> None:
+    table = {"quick": _CPU_QUICK, "default": _CPU_DEFAULT}.get(bench.size)
+    if bench.device.type == "cpu" and table and (name, routing) not in table[kind]:
+        pytest.skip(f"not in the {bench.size} set on a CPU")
 
 
-def contenders(p, shape, hidream=True) -> dict:
-    functions = {
-        "moe_ffn": lambda: ours(p, shape),
-        "dense": lambda: peers.dense(p, shape),
-        "torch grouped_mm": lambda: peers.grouped_mm(p, shape),
-        "expert loop": lambda: peers.expert_loop(p, shape),
+def contenders(bench, p, shape: FFNShape) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Ours first, dense, then every peer that gives the right result; why the others are out."""
+    leaves = list(p.values())
+
+    def ours():
+        return moe_ffn(p["x"], p["router"], p["w1"], p["w2"], p["b1"], p["b2"], top_k=shape.K,
+                       shared=shape.S)  # fmt: skip
+
+    found = {
+        "moe_ffn": Contender(ours, leaves=leaves),
+        "dense": Contender(lambda: peers.dense(p, shape), same="other", leaves=leaves),
     }
-    layer = peers.hidream(p, shape) if hidream else None
-    if layer is not None:
-        layer.eval()
-        functions["diffusers HiDream"] = lambda: layer(p["x"][None])
-    return functions
+    libraries, missing = peer_libraries.installed(p, shape)
+    if bench.device.type == "cuda" or bench.size == "full":
+        libraries["dense compiled"] = peers.compiled_dense(p, shape)
+        libraries["dense compiled"].same = "other"
+    found |= peers.plain(p, shape) | libraries
+    right = {}
+    with torch.no_grad():
+        truth = {kind: peers.expert_loop(p, shape, kind == "bias").float()
+                 for kind in ("bias", "no bias")}  # fmt: skip
+        for name, contender in found.items():
+            problem = check(contender, truth)
+            if problem and name in ("moe_ffn", "torch grouped_mm"):
+                raise AssertionError(f"{name}: {problem}")
+            if problem:
+                missing[name] = problem
+            else:
+                right[name] = contender
+    return right, missing
 
 
-def check(p, shape):
-    """Timings of a wrong result are worth nothing: ours and the peers agree within bf16."""
-    got, loop, mm = (f(p, shape).float() for f in (ours, peers.expert_loop, peers.grouped_mm))
-    rms = loop.square().mean().sqrt()
-    assert (got - loop).square().mean().sqrt() < 0.02 * rms
-    assert (mm - loop).square().mean().sqrt() < 0.02 * rms
+def check(contender: Contender, truth: dict) -> str | None:
+    """What is wrong with a contender's result: timings of a wrong result are worth nothing."""
+    try:
+        got = contender.run().float()
+    except Exception as error:  # noqa: BLE001 (a library's failure is an answer)
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if contender.same == "other":
+        return None if got.isfinite().all() else "its result is not finite"
+    exact = truth[contender.same]
+    error = ((got - exact).square().mean() / exact.square().mean()).sqrt().item()
+    return None if error < 0.02 else f"its result is off by {error:.2g} of the RMS"
 
 
-def report(benchmark, race, shape, name, passes):
-    """Ratios to dense of every contender; bytes: each weight, x and y once (forward)."""
-    activated = shape.activated
-    others = [n for n in race.times if n != "dense"]
-    describe(
-        benchmark, shape=str(shape), gflop=shape.gflop(activated) * passes,
-        gbyte=shape.gbyte(2 * shape.D * shape.F, 2 * shape.T * shape.D) * passes,
-        race=race, name=name,
-        backend=backends.resolve(None, "cuda" if torch.cuda.is_available() else "cpu", shape.dtype),
-        ratio_to_dense={n: round(race.ratio(n, "dense"), 4) for n in others},
-        ratio_quartiles={n: [round(q, 4) for q in race.spread(n, "dense")] for n in others},
-        median_seconds={n: race.median(n) for n in race.times},
-        flop_limit=round(activated / shape.F, 4),
-    )  # fmt: skip
+def record(bench, kind, name, shape, race, found, missing, counts, peak):
+    """One entry of "layers": ratios to dense, the faster of eager and compiled."""
+    baseline = min((n for n in ("dense", "dense compiled") if n in race.times), key=race.median)
+    passes = 1 if kind == "forward" else 3
+    weights = 2 * shape.D * shape.F + 2 * shape.T * shape.D
+    rates = bench.against_ceilings(
+        race.median("moe_ffn"), shape.gflop(shape.activated) * passes, shape.gbyte(weights) * passes
+    )
+    others = [n for n in race.times if n != baseline]
+    limit = shape.activated / shape.F
+    bench.add(
+        "layers",
+        f"moe_ffn/{kind}/{name}/{shape.routing}",
+        {
+            "name": name,
+            "shape": shape.to_json(),
+            "pass": kind,
+            "seconds": race.to_json(),
+            "baseline": baseline,
+            "ratio_to_dense": {n: race.ratio(n, baseline) for n in others},
+            "ratio_quartiles": {n: race.spread(n, baseline) for n in others},
+            "flop_limit": limit,
+            "dense_tflops": shape.gflop(shape.F) * passes * 1e-3 / race.median(baseline),
+            **rates,
+            **counts,
+            "peak_bytes_of": peak,
+            "notes": {n: c.note for n, c in found.items() if c.note},
+            "unavailable": missing,
+            "backend": backends.resolve(None, bench.device.type, shape.dtype),
+        },
+    )
+    bench.note(f"moe_ffn {kind} {name} {shape.routing}: {shape}; limit {limit:.3f} x {baseline}")
+    for n in sorted(others, key=race.median):
+        low, high = race.spread(n, baseline)
+        ratio = race.ratio(n, baseline)
+        bench.note(f"    {n:<24} {ratio:.3f} x dense  ({low:.3f}-{high:.3f})  "
+                   f"{race.median(n) * 1e3:9.3f} ms")  # fmt: skip
 
 
-@pytest.mark.parametrize("make", [flux, dit_xl])
-def test_forward(benchmark, device, quick, make):
-    shape = make(quick)
-    p = shape.tensors(device)
+@all_shapes
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_forward(bench, name, routing):
+    wanted(bench, "forward", name, routing)
+    shape = shape_for(name, bench).at(routing=routing)
+    p = shape.tensors(bench.device)
     with torch.inference_mode():
-        check(p, shape)
-        race = race_with(benchmark, "moe_ffn", contenders(p, shape), 5 if quick else 15, device)
-    report(benchmark, race, shape, "moe_ffn", 1)
+        found, missing = contenders(bench, p, shape)
+        runs = {n: c.run for n, c in found.items()}
+        race = bench.race(runs, "moe_ffn", bench.rounds(9), budget=20)
+        counts = bench.count(runs["moe_ffn"])
+        peak = peaks(bench, runs)
+    record(bench, "forward", name, shape, race, found, missing, counts, peak)
 
 
-def test_forward_backward(benchmark, device, quick):
-    shape = flux(quick)
-    p = shape.tensors(device, grad=True)
+@all_shapes
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_forward_backward(bench, name, routing):
+    wanted(bench, "forward_backward", name, routing)
+    shape = shape_for(name, bench).at(routing=routing)
+    p = shape.tensors(bench.device, grad=True)
     dy = torch.randn_like(p["x"])
+    found, missing = contenders(bench, p, shape)
 
-    def step(function):
+    def step(contender):
         def run():
-            for t in p.values():
+            for t in contender.leaves:
                 t.grad = None
-            function().backward(dy)
+            contender.run().backward(dy)
 
         return run
 
-    forward = contenders(p, shape, hidream=False)  # its training path repeats every token
-    race = race_with(
-        benchmark, "moe_ffn", {n: step(f) for n, f in forward.items()}, 3 if quick else 5, device
-    )
-    report(benchmark, race, shape, "moe_ffn", 3)
+    runs = {n: step(c) for n, c in found.items()}
+    for name_, run in list(runs.items()):
+        try:
+            run()
+        except Exception as error:  # noqa: BLE001 (a library's failure is an answer)
+            if name_ in ("moe_ffn", "dense"):
+                raise
+            missing[name_] = f"backward: {' '.join(str(error).split())[:200]}"
+            del runs[name_]
+    race = bench.race(runs, "moe_ffn", bench.rounds(7, 3), budget=20)
+    counts = bench.count(runs["moe_ffn"])
+    peak = peaks(bench, runs)
+    record(bench, "forward_backward", name, shape, race, found, missing, counts, peak)
+
+
+def peaks(bench, runs) -> dict:
+    """Peak bytes of every contender (on a CPU of ours and dense: the profiler is slow there)."""
+    import counting
+
+    names = runs if bench.device.type == "cuda" else ("moe_ffn", "dense")
+    return {n: counting.peak_bytes(runs[n], bench.device) for n in names}

@@ -100,7 +100,7 @@ class FFNShape:
 def flux(size: str, T: int = 4608) -> FFNShape:
     """The FFN of FLUX.1 (T = 4608 at 1024x1024); quick: fewer tokens, a third of the width."""
     if size == "tiny":
-        return FFNShape(T=48, D=64, S=64, H=16)
+        return FFNShape(T=48, D=96, S=96, H=24)
     if size == "quick":
         return FFNShape(T=T // 8, D=1024, S=1536, H=384)
     return FFNShape(T=T)
@@ -109,7 +109,7 @@ def flux(size: str, T: int = 4608) -> FFNShape:
 def dit_xl(size: str, batch: int = 8) -> FFNShape:
     """The FFN of DiT-XL/2 at 256x256."""
     if size == "tiny":
-        return FFNShape(T=32, D=72, S=72, H=18)
+        return FFNShape(T=32, D=96, S=96, H=24)
     return FFNShape(T=256 if size == "quick" else 256 * batch, D=1152, S=1152, H=288)
 
 
