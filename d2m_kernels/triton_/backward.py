@@ -18,10 +18,10 @@ from d2m_kernels.triton_.common import (
     _grouped,
     _matmul,
     _parts,
+    _rounded,
     even,
     pointwise_name,
     precision,
-    programs,
 )  # fmt: skip
 from d2m_kernels.triton_.ffn import finish
 from d2m_kernels.triton_.grouped_gemm import grouped_matmul
@@ -49,20 +49,20 @@ def _differentiate(acc, z_ptr, dz_ptr, h_ptr, factor, r, row_hi, n0, width, h_wi
         h = up * active
         if dz_ptr is not None:
             dtype = dz_ptr.dtype.element_ty
-            tl.store(dz_ptr + ptrs, (weighted * active).to(dtype), mask=mask)
+            tl.store(dz_ptr + ptrs, _rounded(weighted * active, dtype), mask=mask)
             d_gate = weighted * up * _act_grad(gate, ACT)
-            tl.store(dz_ptr + ptrs + width, d_gate.to(dtype), mask=mask)
+            tl.store(dz_ptr + ptrs + width, _rounded(d_gate, dtype), mask=mask)
     else:
         ptrs = (r_long * width)[:, None] + offs_n[None, :]
         z = tl.load(z_ptr + ptrs, mask=mask, other=0.0).to(tl.float32)
         h = _act(z, ACT)
         if dz_ptr is not None:
             dz = weighted * _act_grad(z, ACT)
-            tl.store(dz_ptr + ptrs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+            tl.store(dz_ptr + ptrs, _rounded(dz, dz_ptr.dtype.element_ty), mask=mask)
     if h_ptr is not None:
         h_mask = (r < row_hi)[:, None] & (offs_n < h_width)[None, :]
         h_ptrs = h_ptr + (r_long * width)[:, None] + offs_n[None, :]
-        tl.store(h_ptrs, (h * factor[:, None]).to(h_ptr.dtype.element_ty), mask=h_mask)
+        tl.store(h_ptrs, _rounded(h * factor[:, None], h_ptr.dtype.element_ty), mask=h_mask)
     return tl.sum(tl.where(mask, acc * h, 0.0), axis=1)
 
 
@@ -154,8 +154,7 @@ def _activations(
 
     rows, width = (T, shared) if z_shared is not None else (order_N.shape[0] / E, H)
     config = configs.select("act_bwd", dy, rows, width)
-    grid = lambda c: (programs(dy.device, c.per_sm),)  # noqa: E731
-    launch(_down_bwd_kernel, "act_bwd", config, grid, arguments)
+    launch(_down_bwd_kernel, "act_bwd", config, dy.device, arguments)
 
 
 def ffn_bwd(

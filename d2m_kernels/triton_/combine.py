@@ -8,6 +8,7 @@ launch serves `combine` itself and layers without a shared expert.
 import triton
 import triton.language as tl
 
+from d2m_kernels.triton_.common import _rounded
 from d2m_kernels.triton_.launch import power_of_two
 
 
@@ -51,7 +52,7 @@ def _combine_fwd_kernel(
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_d, mask=d_ok, other=0.0).to(tl.float32)[None, :]
     out_ptrs = out_ptr + (t.to(tl.int64) * D)[:, None] + offs_d[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptrs, _rounded(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
 def combine(y_ND, inverse_TK, weights_TK, offsets, base_TD=None, bias_D=None, scale: float = 1.0):

@@ -4,7 +4,6 @@ Shapes: T tokens, D model, F hidden, E experts, N = T*K slots; BLOCK_* are tile 
 inlined into the kernels; nothing here is launched by itself.
 """
 
-import functools
 import os
 
 import torch
@@ -14,24 +13,6 @@ import triton.language as tl
 from d2m_kernels.activations import GATED
 
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
-
-# Programs that the interpreter runs one after another: more than one, so that the persistent
-# loops are walked as on a GPU, and few, because each costs Python time.
-_INTERPRETER_PROGRAMS = 3
-
-
-@functools.cache
-def _multiprocessors(device_index: int) -> int:
-    return torch.cuda.get_device_properties(device_index).multi_processor_count
-
-
-def programs(device: torch.device, per_multiprocessor: int) -> int:
-    """Grid of a persistent launch."""
-    if INTERPRET:
-        return _INTERPRETER_PROGRAMS
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _multiprocessors(index) * per_multiprocessor
-
 
 def precision(dtype: torch.dtype) -> str:
     """How tl.dot multiplies fp32: exactly, unless torch itself was told that TF32 will do."""
@@ -57,6 +38,17 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
     if INTERPRET:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _rounded(x, DTYPE: tl.constexpr):
+    """fp32 x in the dtype it is stored in."""
+    # The interpreter cuts bf16 off where hardware rounds to nearest even: twice the error.
+    if INTERPRET and DTYPE == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
+    return x.to(DTYPE)
 
 
 @triton.jit

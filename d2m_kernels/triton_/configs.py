@@ -83,12 +83,21 @@ _SM90 = {
     "wgrad": (Rule(Config(128, 256, 64, warps=8, stages=3)),),
 }
 
-# sm_80: 163 KB, mma.sync, everything by cp.async. Four warps of 128x128 leave two programs an SM.
+# sm_80: 163 KB, mma.sync, everything by cp.async. Four warps of 128x128 leave two programs an SM;
+# the backward's epilogues and masks need eight warps to stay out of local memory.
 _SM80_PAIR = Config(128, 128, 32, warps=4, stages=4, per_sm=2)
+_SM80_EIGHT = Config(128, 128, 32, warps=8, stages=4)
 _SM80_SHORT = Config(64, 128, 32, warps=4, stages=4, per_sm=2)
-_SM80_RULES = (Rule(_SM80_SHORT, max_rows=128), Rule(_SM80_PAIR))
-_SM80 = {stage: _SM80_RULES for stage in STAGES} | {
+_SM80_FORWARD = (Rule(_SM80_SHORT, max_rows=128), Rule(_SM80_PAIR))
+_SM80_BACKWARD = (Rule(_SM80_SHORT, max_rows=128), Rule(_SM80_EIGHT))
+_SM80 = {
+    "up": _SM80_FORWARD,
     "up_gated": (Rule(_SM80_SHORT),),
+    "down": _SM80_FORWARD,
+    "down_combine": _SM80_FORWARD,
+    "act_bwd": _SM80_BACKWARD,
+    "dx": _SM80_BACKWARD,
+    "dx_combine": _SM80_BACKWARD,
     "wgrad": (Rule(_SM80_PAIR),),
 }
 TABLE = {"sm90": _SM90, "sm80": _SM80}
@@ -116,8 +125,9 @@ def arch_of(device_type: str, device_index: int | None) -> str:
 
 
 @functools.cache
-def _known() -> dict[str, Config]:
-    named = {"small": SMALL, "fp32": FP32}
+def by_name() -> dict[str, Config]:
+    """Every config that ENV may name."""
+    named = {"small": SMALL, "fp32": FP32, FP32.name: FP32}
     for arch in TABLE:
         for stage in STAGES:
             named.update((config.name, config) for config in candidates(stage, arch))
@@ -130,11 +140,11 @@ def _pinned(spec: str) -> dict[str, Config]:
     pins = {}
     for entry in filter(None, (part.strip() for part in spec.split(","))):
         stage, _, name = entry.rpartition("=")
-        config = _known().get(name)
+        config = by_name().get(name)
         if config is None or stage not in ("", *STAGES):
             warnings.warn(
                 f"{ENV}: ignored {entry!r}; expected NAME or STAGE=NAME with a stage of "
-                f"{', '.join(STAGES)} and a name of {', '.join(_known())}",
+                f"{', '.join(STAGES)} and a name of {', '.join(by_name())}",
                 stacklevel=2,
             )
             continue

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from d2m_kernels.triton_ import configs
 from d2m_kernels.triton_.combine import _add_routed
-from d2m_kernels.triton_.common import _grouped, _matmul, _parts, even, precision, programs
+from d2m_kernels.triton_.common import _grouped, _matmul, _parts, _rounded, even, precision
 from d2m_kernels.triton_.launch import launch, rows_descriptor
 from d2m_kernels.triton_.weights import Weights
 
@@ -40,7 +40,7 @@ def _add_and_store(
         ptrs = residual_ptr + (t_long * stride_rt)[:, None] + offs_n[None, :]
         acc += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
     out_ptrs = out_ptr + (t_long * D)[:, None] + offs_n[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptrs, _rounded(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -110,5 +110,4 @@ def down_shared(
         )  # fmt: skip
 
     config = configs.select(stage, h, T, D)
-    grid = lambda c: (programs(h.device, c.per_sm),)  # noqa: E731
-    launch(_down_fwd_kernel, stage, config, grid, arguments)
+    launch(_down_fwd_kernel, stage, config, h.device, arguments)

@@ -19,10 +19,10 @@ from d2m_kernels.triton_.common import (
     _load_w,
     _matmul,
     _parts,
+    _rounded,
     even,
     pointwise_name,
     precision,
-    programs,
 )  # fmt: skip
 from d2m_kernels.triton_.launch import launch, power_of_two, rows_descriptor
 from d2m_kernels.triton_.weights import Weights, stacked
@@ -141,17 +141,17 @@ def _finish(acc, acc_gate, out_ptr, z_ptr, bias_ptr, bias_gate_ptr, bias_off, r,
         dtype = z_ptr.dtype.element_ty
         if GATED:
             z_ptrs = z_ptr + (r_long * (2 * width))[:, None] + offs_n[None, :]
-            tl.store(z_ptrs, acc.to(dtype), mask=mask)
-            tl.store(z_ptrs + width, acc_gate.to(dtype), mask=mask)
+            tl.store(z_ptrs, _rounded(acc, dtype), mask=mask)
+            tl.store(z_ptrs + width, _rounded(acc_gate, dtype), mask=mask)
         else:
             z_ptrs = z_ptr + (r_long * width)[:, None] + offs_n[None, :]
-            tl.store(z_ptrs, acc.to(dtype), mask=mask)
+            tl.store(z_ptrs, _rounded(acc, dtype), mask=mask)
     if GATED:
         acc = acc * _act(acc_gate, ACT)
     else:
         acc = _act(acc, ACT)
     out_ptrs = out_ptr + (r_long * width)[:, None] + offs_n[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptrs, _rounded(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
 def grouped_matmul(
@@ -186,8 +186,7 @@ def grouped_matmul(
         )  # fmt: skip
 
     config = configs.select(stage, x, rows, width)
-    grid = lambda c: (programs(x.device, c.per_sm),)  # noqa: E731
-    launch(_grouped_gemm_fwd_kernel, stage, config, grid, arguments)
+    launch(_grouped_gemm_fwd_kernel, stage, config, x.device, arguments)
 
 
 def grouped_gemm(

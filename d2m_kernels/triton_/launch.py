@@ -9,20 +9,38 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from d2m_kernels.triton_ import configs
+from d2m_kernels.triton_.common import INTERPRET
+
+# Programs that the interpreter runs one after another: more than one, so that the persistent
+# loops are walked as on a GPU, and few, because each costs Python time.
+_INTERPRETER_PROGRAMS = 3
 
 
-def launch(kernel, stage: str, config: configs.Config, grid, arguments) -> None:
-    """Runs kernel[grid(config)](**arguments(config)); a tile that does not fit becomes SMALL.
+@functools.cache
+def _multiprocessors(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+def programs(device: torch.device, per_multiprocessor: int) -> int:
+    """Grid of a persistent launch."""
+    if INTERPRET:
+        return _INTERPRETER_PROGRAMS
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _multiprocessors(index) * per_multiprocessor
+
+
+def launch(kernel, stage: str, config: configs.Config, device, arguments) -> None:
+    """Runs a persistent kernel over the device; a tile that does not fit it becomes SMALL.
 
     `arguments` is a function because descriptors and evenness flags depend on the tile.
     """
     try:
-        kernel[grid(config)](**arguments(config), **config.meta())
+        kernel[(programs(device, config.per_sm),)](**arguments(config), **config.meta())
     except OutOfResources as error:
         if config == configs.SMALL:
             raise
         _warn_once(f"{stage}: {config.name} does not fit here ({error}); using the small tile")
-        launch(kernel, stage, configs.SMALL, grid, arguments)
+        launch(kernel, stage, configs.SMALL, device, arguments)
 
 
 @functools.cache

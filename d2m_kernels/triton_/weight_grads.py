@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from d2m_kernels.triton_ import configs
-from d2m_kernels.triton_.common import _dot, _parts, even, precision, programs
+from d2m_kernels.triton_.common import _dot, _parts, _rounded, even, precision
 from d2m_kernels.triton_.launch import launch
 
 
@@ -36,7 +36,7 @@ def _store_grad(acc, out_ptr, neuron, d0, last, D, frozen, stride_on, stride_od,
         offs_d.to(tl.int64)[None, :] * stride_od
     )  # fmt: skip
     acc = tl.where((neuron < frozen)[:, None], 0.0, acc)
-    tl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(ptrs, _rounded(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -123,7 +123,7 @@ def _bias_bwd_kernel(
         acc += tl.load(ptrs, mask=(r < hi)[:, None] & c_ok[None, :], other=0.0).to(tl.float32)
     neuron = first + offs_c
     total = tl.where(neuron < frozen, 0.0, tl.sum(acc, axis=0))
-    tl.store(out_ptr + neuron, total.to(out_ptr.dtype.element_ty), mask=c_ok)
+    tl.store(out_ptr + neuron, _rounded(total, out_ptr.dtype.element_ty), mask=c_ok)
 
 
 def weight_grad(
@@ -148,8 +148,7 @@ def weight_grad(
         )  # fmt: skip
 
     config = configs.select("wgrad", right, shared if left_shared is not None else H, D)
-    grid = lambda c: (programs(right.device, c.per_sm),)  # noqa: E731
-    launch(_weight_bwd_kernel, "wgrad", config, grid, arguments)
+    launch(_weight_bwd_kernel, "wgrad", config, right.device, arguments)
 
 
 def bias_grad(out_F, left_shared, left_routed, offsets, *, shared, H, frozen, half, top_k):

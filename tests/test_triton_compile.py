@@ -1,0 +1,304 @@
+"""Every Triton kernel, with every tile the table can choose, compiled for sm_80 and sm_90.
+
+Needs no GPU: the launchers run on meta tensors of FLUX's shapes, and what they would launch is only
+compiled (with the divisibility that the JIT derives from those very arguments). Checked in each
+cubin: no spills, shared memory within the device's limit, tensor-core instructions in the GEMMs,
+and as many programs on an SM as the grid counts on. The table of registers and shared memory goes
+to $D2M_ARTIFACTS/triton_resources.md, or into pytest's temporary folder.
+
+The compiling happens in worker processes (this file run as a script), so that nothing of it leaks
+into other tests; Triton's own cache makes a second run quick.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ARCHS = (90, 80)
+SHARED_LIMIT = {90: 227 * 1024, 80: 163 * 1024}
+REGISTERS = 65536
+GEMMS = ("_grouped_gemm_fwd", "_down_fwd", "_down_bwd", "_weight_bwd")
+OTHERS = ("_route_fwd", "_count_fwd", "_permute_fwd", "_combine_fwd", "_bias_bwd")
+# (T, D, F, shared, E, K): FLUX.1-MoE-L's FFN, and a DiT-XL/2 whose experts no tile divides.
+SHAPES = {"flux": (4608, 3072, 12288, 3072, 12, 2), "dit-xl": (1000, 1152, 4608, 1152, 8, 2)}
+
+
+# -------------------------------------------------------------------------------------- the worker
+
+
+class CompileOnlyDriver:
+    """Stands in for the CUDA driver: names a target, launches nothing."""
+
+    def __init__(self, arch):
+        self.arch = arch
+
+    def is_active(self):
+        return True
+
+    def get_current_device(self):
+        return self.arch
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def cases(arch: int):
+    """(label, {stage: config}, function) of everything to compile for one architecture."""
+    from d2m_kernels.triton_ import configs
+
+    table = f"sm{arch}"
+    tiles = {stage: configs.candidates(stage, table) for stage in configs.STAGES}
+    for i in range(max(len(c) for c in tiles.values())):
+        pins = {stage: c[min(i, len(c) - 1)] for stage, c in tiles.items()}
+        for activation in ("gelu_tanh", "geglu"):
+            for shape in SHAPES:
+                yield f"{shape} {activation}", pins, lambda a=activation, s=shape: layer(s, a)
+    fp32 = dict.fromkeys(configs.STAGES, configs.FP32)
+    for activation in ("gelu_tanh", "geglu"):
+        for tf32 in (False, True)[: 2 if activation == "gelu_tanh" else 1]:
+            label = f"flux {activation} {'tf32' if tf32 else 'fp32'}"
+            yield label, fp32, lambda a=activation, t=tf32: layer("flux", a, "float32", t)
+    half = {stage: c[0] for stage, c in tiles.items()}
+    yield "flux gelu fp16", half, lambda: layer("flux", "gelu", "float16")
+    for experts in (12, 64, 256):
+        for x, router in (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32",) * 2):
+            label = f"E={experts} {x} {router}"
+            yield label, {}, lambda e=experts, x=x, r=router: small_stages(e, x, r)
+
+
+def layer(shape: str, activation: str, dtype: str = "bfloat16", tf32: bool = False):
+    """Forward (inference and training) and backward of the layer, on meta tensors."""
+    import torch
+
+    from d2m_kernels import reference, triton_
+    from d2m_kernels.activations import is_gated
+
+    T, D, F, S, E, K = SHAPES[shape]
+    H, N, gated = (F - S) // E, T * K, is_gated(activation)
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+
+    def new(*size, dtype=dtype):
+        return torch.empty(*size, dtype=getattr(torch, dtype), device="meta")
+
+    def ints(*size):
+        return new(*size, dtype="int32")
+
+    up, gate, w2 = new(F, D), new(F, D) if gated else None, new(D, F)
+    b_up, b_gate, b2 = new(F), new(F) if gated else None, new(D)
+    weights, routing = new(T, K, dtype="float32"), (ints(E + 1), ints(N), ints(N))
+    for save in (False, True):
+        triton_.ffn_fwd(
+            new(T, D), up, gate, w2, b_up, b_gate, b2, weights, *routing, S, activation, 1.0, save
+        )
+    grads = reference.FFNGrads(new(T, D), up, gate, w2, b_up, b_gate, b2, weights)
+    z_shared, z_routed = new(T, S * (1 + gated)), new(N, H * (1 + gated))
+    triton_.ffn_bwd(
+        new(T, D), new(T, D), up, gate, w2, weights, *routing, z_shared, z_routed, S, activation,
+        1.0, 0, grads,
+    )  # fmt: skip
+
+
+def small_stages(experts: int, x_dtype: str, router_dtype: str):
+    import torch
+
+    from d2m_kernels import triton_
+
+    T, D, *_, K = SHAPES["flux"]
+    x = torch.empty(T, D, dtype=getattr(torch, x_dtype), device="meta")
+    router = torch.empty(experts, D, dtype=getattr(torch, router_dtype), device="meta")
+    mask = torch.empty(T, dtype=torch.bool, device="meta")
+    _, weights, ids, offsets, _, inverse = triton_.route(x, router, K, mask)
+    triton_.permute(ids, experts)
+    triton_.combine(x.new_empty(T * K, D), inverse.view(T, K), weights, offsets, x, x[0])
+
+
+def resources(kernel) -> dict:
+    """Registers, stack and shared memory of a cubin, and which instructions its PTX has."""
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [str(cuobjdump), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    ptx = kernel.asm["ptx"]
+    return dict(
+        registers=int(registers), stack=int(stack), shared=kernel.metadata.shared,
+        local="ld.local" in ptx or "st.local" in ptx, wgmma="wgmma.mma_async" in ptx,
+        mma="mma.sync" in ptx, tma="cp.async.bulk.tensor" in ptx,
+        wide_stores="st.global.v4" in ptx or "st.global.v8" in ptx,
+    )  # fmt: skip
+
+
+def compile_all(arch: int) -> list[dict]:
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from d2m_kernels.triton_ import configs, launch
+
+    driver.set_active(CompileOnlyDriver(arch))
+    seen, rows, current = set(), [], {}
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            names = dict(kernel=self.__name__.removesuffix("_kernel"), arch=arch)
+            config = current.get("config") if self.__name__ in _GEMM_NAMES else None
+            about = dict(label=current["label"], config=config, warps=kernel.metadata.num_warps)
+            rows.append(names | about | resources(kernel))
+        return kernel
+
+    JITFunction.run = compile_only
+    configs.arch_of = lambda *_: f"sm{arch}"
+    for label, pins, function in cases(arch):
+
+        def select(stage, *_, pins=pins):
+            current["config"] = pins[stage].name
+            return pins[stage]
+
+        configs.select, current["label"] = select, label
+        launch.programs = lambda *_: 1
+        function()
+    return rows
+
+
+_GEMM_NAMES = tuple(f"{name}_kernel" for name in GEMMS)
+
+
+# --------------------------------------------------------------------------------------- the tests
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    pytest.importorskip("triton")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(arch)], env=env, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )
+        for arch in ARCHS
+    ]  # fmt: skip
+    found = []
+    for worker in workers:
+        out, err = worker.communicate()
+        assert worker.returncode == 0, err[-4000:]
+        found += json.loads(out.splitlines()[-1])
+    folder = Path(os.environ.get("D2M_ARTIFACTS") or tmp_path_factory.mktemp("triton"))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "triton_resources.md"
+    path.write_text(as_table(found))
+    print(f"\nregisters and shared memory of {len(found)} kernels: {path}")
+    return found
+
+
+def as_table(found) -> str:
+    head = "| kernel | arch | config | case | registers | stack | shared KB | instructions |"
+    lines = [head, "|---" * 8 + "|"]
+    for r in found:
+        used = " ".join(name for name in ("wgmma", "mma", "tma") if r[name])
+        lines.append(
+            f"| {r['kernel']} | sm_{r['arch']} | {r['config'] or ''} | {r['label']} "
+            f"| {r['registers']} | {r['stack']} | {r['shared'] / 1024:.1f} | {used} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def described(found):
+    return "\n" + as_table(found)
+
+
+@pytest.mark.slow
+def test_every_kernel_and_config_was_compiled(rows):
+    from d2m_kernels.triton_ import configs
+
+    for arch in ARCHS:
+        kernels = {r["kernel"] for r in rows if r["arch"] == arch}
+        assert kernels == {*GEMMS, *OTHERS}
+        tiles = {c.name for s in configs.STAGES for c in configs.candidates(s, f"sm{arch}")}
+        compiled = {r["config"] for r in rows if r["arch"] == arch and r["config"]}
+        assert compiled == tiles | {configs.FP32.name}
+
+
+@pytest.mark.slow
+def test_nothing_spills(rows):
+    spilled = [r for r in rows if r["stack"] or r["local"]]
+    assert not spilled, described(spilled)
+
+
+@pytest.mark.slow
+def test_shared_memory_fits(rows):
+    from d2m_kernels.triton_ import configs
+
+    over = [r for r in rows if r["shared"] > SHARED_LIMIT[r["arch"]]]
+    last_resort = (configs.SMALL.name, configs.FP32.name, None)
+    limit = configs.SHARED_LIMIT["small"]
+    over += [r for r in rows if r["config"] in last_resort and r["shared"] > limit]
+    assert not over, described(over)
+
+
+@pytest.mark.slow
+def test_products_run_on_tensor_cores(rows):
+    def expected(r):
+        if r["label"].endswith("fp32"):
+            return not (r["mma"] or r["wgmma"])  # exact fp32 products: no tensor cores
+        if r["arch"] == 90 and "tf32" not in r["label"]:
+            return r["wgmma"]
+        return r["mma"] or r["wgmma"]
+
+    gemms = [r for r in rows if r["kernel"] in GEMMS]
+    wrong = [r for r in gemms if not expected(r)]
+    assert not wrong, described(wrong)
+
+
+@pytest.mark.slow
+def test_tma_is_used_where_the_table_says_so(rows):
+    aligned = [r for r in rows if r["label"].startswith("flux") and r["kernel"] in GEMMS]
+    wrong = [r for r in aligned if r["tma"] != r["config"].endswith("tma")]
+    assert not wrong, described(wrong)
+
+
+@pytest.mark.slow
+def test_stores_are_16_bytes_wide(rows):
+    gemms = [r for r in rows if r["kernel"] in GEMMS and r["label"].startswith("flux")]
+    # dW2 is stored transposed: its rows are the sum's columns
+    narrow = [r for r in gemms if not r["wide_stores"] and r["kernel"] != "_weight_bwd"]
+    assert not narrow, described(narrow)
+
+
+@pytest.mark.slow
+def test_the_grid_counts_on_programs_that_fit(rows):
+    from d2m_kernels.triton_ import configs
+
+    wrong = []
+    for r in rows:
+        config = configs.by_name().get(r["config"])
+        if config is None or not r["label"].startswith("flux"):
+            continue
+        threads = 32 * r["warps"]
+        registers = -(-r["registers"] // 8) * 8 * threads * config.per_sm
+        shared = (r["shared"] + 1024) * config.per_sm
+        if registers > REGISTERS or shared > SHARED_LIMIT[r["arch"]] + 1024:
+            wrong.append(r)
+    assert not wrong, described(wrong)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    print(json.dumps(compile_all(int(sys.argv[1]))))

@@ -1,0 +1,498 @@
+"""The Triton kernels run under Triton's interpreter and compared with the reference.
+
+The interpreter has to be chosen before Triton is imported and changes every kernel of a process, so
+this file runs itself in a process of its own: collected as usual it holds one test, which starts
+pytest on this same file with TRITON_INTERPRET=1; there the tests below exist.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytest.importorskip("triton")
+
+if not INTERPRETED:
+
+    @pytest.mark.slow
+    def test_kernels_under_the_interpreter():
+        env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+        done = subprocess.run(
+            command, env=env, capture_output=True, text=True, cwd=Path(__file__).parent.parent
+        )
+        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+if INTERPRETED:
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis import strategies as st
+    from moe_cases import Case, assert_as_good_as_torch, call, compare
+
+    from d2m_kernels import combine, moe_ffn, reference, triton_
+    from d2m_kernels.reference import FFNGrads
+    from d2m_kernels.triton_ import configs
+
+    pytestmark = [
+        pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # numpy, about the NaN rows
+        pytest.mark.filterwarnings("ignore:.*All-NaN.*:RuntimeWarning"),
+    ]
+
+TMA = "64x128x64w4s4p2tma"  # the smallest tile that goes through descriptors
+PINS = ("small", TMA, "up=64x64x64w4s4p2tma,up_gated=64x64x64w4s4p2tma")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Fresh memory holds NaN, or numbers that are far out of any range."""
+    plain_empty, plain_like = torch.Tensor.new_empty, torch.empty_like
+
+    def poison(t):
+        return t.fill_(float("nan") if t.is_floating_point() else 0x7EADBEEF) if t.numel() else t
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(plain_empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(plain_like(*a, **k)))
+
+
+def randn(*size, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed + sum(size))
+    return torch.randn(*size, generator=g, dtype=torch.float64).to(dtype)
+
+
+def random_ids(T, E, K, seed=0, masked=0.0):
+    """[T, K] distinct ids, skewed toward expert 0; a share of the tokens masked."""
+    g = torch.Generator().manual_seed(seed)
+    score = torch.rand(T, E, generator=g) + (torch.arange(E) == 0) * 0.5
+    ids = score.argsort(-1, descending=True)[:, :K]
+    off = torch.rand(T, generator=g) < masked
+    return ids.masked_fill(off[:, None], -1).to(torch.int32)
+
+
+def equal_integers(actual, expected, names):
+    for name, a, e in zip(names, actual, expected, strict=True):
+        assert a.dtype == torch.int32 and torch.equal(a, e), name
+
+
+def interpreted(function):
+    """Defines a test only in the process that has the interpreter."""
+    return function if INTERPRETED else None
+
+
+# --------------------------------------------------------------------------------- route, permute
+
+
+@interpreted
+@pytest.mark.parametrize("T", [0, 1, 127, 129])
+@pytest.mark.parametrize(
+    "D,E,K", [(1, 1, 1), (5, 2, 2), (33, 3, 0), (100, 7, 2), (130, 12, 12), (33, 14, 3), (5, 64, 2)]
+)
+def test_route_equals_the_reference_on_exact_numbers(T, D, E, K):
+    """Small integers make every sum exact, so that ids must agree to the last tie."""
+    g = torch.Generator().manual_seed(T + D)
+    x = torch.randint(-2, 3, (T, D), generator=g).to(torch.bfloat16)
+    router = torch.randint(-1, 2, (E, D), generator=g).to(torch.bfloat16)
+    mask = torch.rand(T, generator=g) < 0.7
+    for mask_T, dtype in ((None, torch.bfloat16), (mask, torch.float32)):
+        actual = triton_.route(x, router.to(dtype), K, mask_T)
+        expected = reference.route(x, router, K, mask_T)
+        equal_integers(actual[2:], expected[2:], ("ids", "offsets", "order", "inverse"))
+        for a, e in zip(actual[:2], expected[:2], strict=True):
+            torch.testing.assert_close(a, e, rtol=2e-6, atol=2e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("router_dtype", [None, torch.float32])
+def test_route_on_random_numbers(dtype, router_dtype):
+    T, D, E, K = 129, 100, 12, 2
+    x, router = randn(T, 2 * D, dtype=dtype)[:, 4 : 4 + D], randn(E, D, dtype=router_dtype or dtype)
+    probs, weights, ids, offsets, order, inverse = triton_.route(x, router, K)
+    logits = x.double() @ router.double().T
+    torch.testing.assert_close(probs, logits.softmax(-1).float(), rtol=1e-4, atol=1e-6)
+    chosen = logits.gather(-1, ids.long())
+    torch.testing.assert_close(weights, chosen.softmax(-1).float(), rtol=1e-4, atol=1e-6)
+    best = logits.sort(-1, descending=True).values
+    clear = (best[:, :K] - best[:, 1 : K + 1]).amin(-1) > 1e-5
+    assert clear.sum() > T // 2
+    assert torch.equal(ids[clear].long(), reference.select(logits, K)[clear])
+    equal_integers((offsets, order, inverse), reference.permute(ids, E), "oni")
+
+
+@interpreted
+def test_route_keeps_bad_rows_to_themselves():
+    T, D, E, K = 70, 33, 7, 3
+    x, router = randn(T, D), randn(E, D)
+    clean = triton_.route(x, router, K)
+    bad = x.clone()
+    bad[3], bad[40, 5], bad[41] = float("nan"), float("inf"), 1e38
+    broken = triton_.route(bad, router, K)
+    rest = torch.ones(T, dtype=torch.bool)
+    rest[[3, 40, 41]] = False
+    for a, b in zip(clean[:3], broken[:3], strict=True):
+        assert torch.equal(a[rest], b[rest])
+    ids = broken[2]
+    assert ids.min() >= 0 and ids.max() < E
+    assert all(len(set(row)) == K for row in ids.tolist())
+    expected = reference.route(bad, router, K)
+    assert torch.equal(ids[3], expected[2][3])  # all NaN: the lowest ids
+    equal_integers(broken[3:], reference.permute(ids, E), ("offsets", "order", "inverse"))
+
+
+@interpreted
+def test_ties_zeros_and_nan_logits_are_ordered_as_in_the_reference():
+    D = E = 9
+    x = torch.eye(D)[:1].repeat(6, 1)
+    router = torch.zeros(E, D)
+    router[:, 0] = torch.tensor([0.0, -0.0, 2.0, float("nan"), 2.0, -1.0, float("-inf"), 0.0, 2.0])
+    x[:, 1:] = 0
+    router[:, 1:] = 0
+    for K in (1, 4, 9):
+        actual, expected = triton_.route(x, router, K), reference.route(x, router, K)
+        equal_integers(actual[2:], expected[2:], ("ids", "offsets", "order", "inverse"))
+
+
+@interpreted
+@pytest.mark.parametrize("T", [0, 1, 127, 300])
+@pytest.mark.parametrize("E,K", [(1, 1), (2, 1), (3, 3), (12, 2), (64, 5), (256, 4)])
+def test_permute(T, E, K):
+    for masked in (0.0, 0.3, 1.0):
+        ids = random_ids(T, E, K, seed=T + E, masked=masked)
+        names = ("offsets", "order", "inverse")
+        equal_integers(triton_.permute(ids, E), reference.permute(ids, E), names)
+
+
+# -------------------------------------------------------------------------- grouped GEMM, combine
+
+
+def own_grouped_gemm(x, w, offsets, w_gate, gather, bias, bias_gate, activation):
+    """torch's own arithmetic in x's dtype, an expert at a time."""
+    x = x if gather is None else x[gather.long()]
+    out = x.new_zeros(x.shape[0], w.shape[1])
+    for e, lo, hi in reference.spans(offsets):
+        z = torch.nn.functional.linear(x[lo:hi], w[e], None if bias is None else bias[e])
+        if w_gate is not None:
+            b = None if bias_gate is None else bias_gate[e]
+            gate = torch.nn.functional.linear(x[lo:hi], w_gate[e], b)
+            out[lo:hi] = z * reference.pointwise(activation, gate)
+        else:
+            out[lo:hi] = z if activation is None else reference.pointwise(activation, z)
+    return out
+
+
+@interpreted
+@pytest.mark.parametrize("pin", PINS[:2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "M,K,N,E,activation,bias,gathered,view",
+    [
+        (129, 33, 100, 7, None, True, False, None),
+        (127, 128, 130, 3, "gelu_tanh", False, True, "rows"),
+        (70, 64, 64, 2, "swiglu", True, True, None),
+        (200, 64, 33, 12, "geglu", False, False, "columns"),
+        (1, 5, 1, 1, "relu", True, False, None),
+        (0, 5, 4, 3, "silu", True, False, None),
+        (64, 1, 5, 3, "gelu", True, True, "padded"),
+    ],
+)
+def test_grouped_gemm(pin, dtype, M, K, N, E, activation, bias, gathered, view, monkeypatch):
+    monkeypatch.setenv(configs.ENV, pin)
+    gated = activation in ("swiglu", "geglu")
+
+    def weights(seed):
+        if view == "rows":  # E x N neurons inside a larger matrix
+            return randn(E * N + 8, K, dtype=dtype, seed=seed)[8:].view(E, N, K)
+        if view == "columns":  # expert e's K columns of one [N, E*K + 8] matrix
+            w = randn(N, E * K + 8, dtype=dtype, seed=seed)
+            return w[:, 8:].unflatten(1, (E, K)).transpose(0, 1)
+        if view == "padded":
+            return randn(E, N + 3, K + 5, dtype=dtype, seed=seed)[:, 1 : N + 1, 2 : K + 2]
+        return randn(E, N, K, dtype=dtype, seed=seed)
+
+    g = torch.Generator().manual_seed(M)
+    x = randn(M, 2 * K, dtype=dtype)[:, :K]
+    gather = torch.randint(0, M, (M + 3,), generator=g, dtype=torch.int32) if gathered else None
+    R = M + 3 if gathered else M
+    cuts = torch.randint(0, max(R - 2, 1), (E,), generator=g).sort().values  # the last rows: a tail
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), cuts]).to(torch.int32)
+    w, w_gate = weights(1), weights(2) if gated else None
+    b = randn(E, N, dtype=dtype, seed=3) if bias else None
+    b_gate = randn(E, N, dtype=dtype, seed=4) if bias and gated else None
+    out = triton_.grouped_gemm(x, w, offsets, w_gate, gather, b, b_gate, activation)
+    assert out.dtype == dtype and not out[int(offsets[-1]) :].any()
+    wide = [None if t is None else t.double() for t in (x, w, w_gate, b, b_gate)]
+    x64, w64, *rest = wide
+    exact = reference.grouped_gemm(x64, w64, offsets, rest[0], gather, *rest[1:], activation)
+    own = own_grouped_gemm(x, w, offsets, w_gate, gather, b, b_gate, activation)
+    assert_as_good_as_torch(out, exact, own, "grouped_gemm")
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T,D,E,K", [(129, 100, 7, 2), (1, 1, 1, 1), (0, 5, 3, 2), (9, 1030, 3, 3)])
+def test_combine(dtype, T, D, E, K):
+    ids = random_ids(T, E, K, masked=0.3)
+    offsets, _, inverse = reference.permute(ids, E)
+    y = randn(T * K, D + 3, dtype=dtype)[:, 1 : D + 1]
+    y[int(offsets[-1]) :] = float("nan")  # rows of masked tokens must not be read into the sum
+    weights, base, bias = randn(T, K).softmax(-1), randn(T, D, dtype=dtype), randn(D, dtype=dtype)
+    inverse = inverse.view(T, K)
+    for w, base_TD, bias_D in ((weights, base, bias), (None, None, None), (weights, None, bias)):
+        out = triton_.combine(y, inverse, w, offsets, base_TD, bias_D, 1.7)
+        wide = [None if t is None else t.double() for t in (y, w, base_TD, bias_D)]
+        exact = reference.combine(wide[0], inverse, wide[1], offsets, *wide[2:], 1.7)
+        own = reference.combine(y, inverse, w, offsets, base_TD, bias_D, 1.7)
+        assert_as_good_as_torch(out, exact, own, "combine")
+
+
+# -------------------------------------------------------------------------------------- the layer
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "pin,dtype",
+    [*((PINS[0], d) for d in DTYPES), *((TMA, d) for d in DTYPES[:2]), (PINS[2], torch.bfloat16)],
+)
+@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+def test_layer_and_gradients_with_every_kind_of_tile(pin, dtype, activation, monkeypatch):
+    monkeypatch.setenv(configs.ENV, pin)
+    # 130 tokens and 72 neurons leave ragged tiles; D = 64 and aligned rows let TMA in
+    case = Case(T=130, D=64, S=64, H=72, E=3, k=2, activation=activation, dtype=dtype, scale=1.3)
+    compare(case, "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("k", [0, 1, 2, "E", "dense"])
+@pytest.mark.parametrize("activation", ["gelu", "silu", "relu", "geglu"])
+def test_layer_for_every_top_k(k, activation):
+    case = Case(T=37, D=33, S=5, H=8, E=4, k=4 if k == "E" else k, activation=activation)
+    compare(case, "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("T", [0, 1, 127, 129])
+@pytest.mark.parametrize(
+    "D,S,H,E,k",
+    [(1, 1, 1, 1, 1), (5, 0, 1, 7, 2), (33, 5, 3, 3, 3), (100, 33, 5, 12, 2), (130, 64, 4, 14, 2)],
+)
+def test_layer_on_odd_shapes(T, D, S, H, E, k):
+    # sums over one neuron are too few numbers to compare two bf16 errors by
+    dtype = torch.float32 if H == 1 else torch.bfloat16
+    compare(Case(T=T, D=D, S=S, H=H, E=E, k=k, dtype=dtype, seed=T + D), "triton")
+
+
+@interpreted
+def test_many_experts_and_all_tokens_to_one():
+    compare(Case(T=90, D=16, S=0, H=2, E=64, k=3), "triton")
+    skew = Case(T=90, D=16, S=8, H=8, E=5, k=1)
+    router = skew.build()["router"].detach().double()
+    x = skew.build()["x"].detach().double()
+    x[:, 0], router[:, 0] = 1.0, torch.tensor([0.0, 0.0, 90.0, 0.0, 0.0])
+    skew.tensors = {"x": x, "router": router}
+    compare(skew, "triton")
+
+
+def layer_arguments(T=70, D=33, S=20, H=9, E=4, K=2, masked=0.3, activation="swiglu", seed=0):
+    """Inputs of ffn_bwd in fp32, with saved pre-activations drawn at random."""
+    gated = activation in ("geglu", "swiglu")
+    F = S + E * H
+    ids = random_ids(T, E, K, seed, masked)
+    offsets, order, inverse = reference.permute(ids, E)
+    weights = randn(T, K, seed=seed).softmax(-1).masked_fill(ids < 0, 0)
+    return dict(
+        dy_TD=randn(T, D, seed=seed + 1), x_TD=randn(T, D, seed=seed + 2),
+        up_FD=randn(F, D, seed=seed + 3), gate_FD=randn(F, D, seed=seed + 4) if gated else None,
+        w2_DF=randn(D, F, seed=seed + 5), weights_TK=weights, offsets=offsets, order_N=order,
+        inverse_N=inverse, z_shared=randn(T, S * (1 + gated), seed=seed + 6),
+        z_routed=randn(T * K, H * (1 + gated), seed=seed + 7), shared=S, activation=activation,
+        scale=1.3,
+    )  # fmt: skip
+
+
+def gradients(back_end, arguments, frozen, skip=()):
+    a = arguments
+    F = a["up_FD"].shape[0]
+    sizes = dict(
+        x=a["x_TD"].shape, up=a["up_FD"].shape, gate=a["up_FD"].shape, w2=a["w2_DF"].shape,
+        b_up=(F,), b_gate=(F,), b2=(a["x_TD"].shape[1],), weights=a["weights_TK"].shape,
+    )  # fmt: skip
+    absent = {*skip} | ({"gate", "b_gate"} if a["gate_FD"] is None else set())
+    grads = FFNGrads(**{
+        name: None if name in absent else torch.full(size, float("nan"))
+        for name, size in sizes.items()
+    })  # fmt: skip
+    back_end.ffn_bwd(**a, frozen=frozen, grads=grads)
+    return {name: g for name, g in vars(grads).items() if g is not None}
+
+
+@interpreted
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("frozen", [0, 7, 20])
+@pytest.mark.parametrize("masked", [0.3, 1.0])
+def test_backward_fills_every_buffer(activation, frozen, masked):
+    """Frozen neurons, masked tokens, experts without tokens: written as zero, never left out."""
+    arguments = layer_arguments(activation=activation, masked=masked)
+    actual = gradients(triton_, arguments, frozen)
+    expected = gradients(reference, arguments, frozen)
+    for name, grad in expected.items():
+        torch.testing.assert_close(actual[name], grad, rtol=1e-4, atol=1e-4, msg=name)
+    assert not actual["up"][:frozen].any() and not actual["w2"][:, :frozen].any()
+    if masked == 1.0:
+        assert not actual["up"][20:].any() and not actual["weights"].any()
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "skip",
+    [("x",), ("up", "gate", "b_up", "b_gate"), ("w2",), ("weights",),
+     ("x", "up", "gate", "b_up", "b_gate", "w2"), ("x", "up", "gate", "w2", "weights")],
+)  # fmt: skip
+def test_backward_of_a_part(skip):
+    arguments = layer_arguments()
+    expected = gradients(reference, arguments, 20)
+    for name, grad in gradients(triton_, arguments, 20, skip).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+@interpreted
+def test_incoming_gradient_of_any_strides():
+    arguments = layer_arguments()
+    expected = gradients(triton_, arguments | dict(dy_TD=torch.ones(70, 33)), 0)
+    one, row, flipped = torch.ones(1), torch.ones(1, 33), torch.ones(33, 70)
+    for dy in (one.expand(70, 33), row.expand(70, 33), flipped.T):
+        for name, grad in gradients(triton_, arguments | dict(dy_TD=dy), 0).items():
+            assert torch.equal(grad, expected[name]), name
+
+
+@interpreted
+def test_two_runs_are_bitwise_equal():
+    case = Case(T=90, D=33, S=20, H=9, E=4, k=2, activation="swiglu", dtype=torch.bfloat16)
+    first, second = (call(case, "triton")(case.build(grad=False)) for _ in range(2))
+    assert torch.equal(first, second)
+    arguments = layer_arguments()
+    first, second = (gradients(triton_, arguments, 0) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@interpreted
+def test_a_bad_row_stays_that_rows_problem():
+    case = Case(T=70, D=33, S=20, H=9, E=4, k=2)
+    p = case.build(grad=False)
+    clean = call(case, "triton")(p)
+    p["x"][11], p["x"][50, 3] = float("nan"), float("inf")
+    broken = call(case, "triton")(p)
+    rest = torch.ones(70, dtype=torch.bool)
+    rest[[11, 50]] = False
+    torch.testing.assert_close(broken[rest], clean[rest], rtol=1e-5, atol=1e-5)
+    assert not broken[11].isfinite().any()
+
+
+@interpreted
+def test_masked_tokens_get_the_shared_expert_only():
+    case = Case(T=40, D=16, S=8, H=8, E=4, k=2)
+    p = case.build(grad=False)
+    mask = torch.arange(40) % 3 != 0
+    y = call(case, "triton", token_mask=mask)(p)
+    shared = call(case, "triton", top_k=0)(p)
+    torch.testing.assert_close(y[~mask], shared[~mask], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y, call(case, "reference", token_mask=mask)(p), rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+def test_dense_equals_the_dense_ffn_and_slices_of_stacked_weights():
+    case = Case(T=40, D=32, S=16, H=8, E=4, k="dense")
+    p = case.build(grad=False)
+    p["w1"] = torch.cat([randn(3, 32), p["w1"]])[3:]
+    p["w2"] = torch.cat([randn(32, 5), p["w2"]], dim=1)[:, 5:]  # as in proj_out: [attention | mlp]
+    hidden = reference.pointwise("gelu_tanh", p["x"] @ p["w1"].T + p["b1"])
+    expected = hidden @ p["w2"].T + p["b2"]
+    torch.testing.assert_close(call(case, "triton")(p), expected, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+def test_public_combine_and_its_gradient():
+    case = Case(T=20, D=16, S=0, H=8, E=4, k=2)
+    p = case.build(grad=False)
+    _, routing = moe_ffn(**p, **case.kwargs(), backend="triton", return_routing=True)
+    y = randn(40, 16).requires_grad_()
+    for back_end in ("triton", "reference"):
+        out = combine(y, routing, backend=back_end)
+        (grad,) = torch.autograd.grad(out.square().sum(), y)
+        if back_end == "triton":
+            first = out, grad
+    torch.testing.assert_close(first, (out, grad), rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------- the table of tiles
+
+
+@interpreted
+def test_pinning_understands_stages_and_ignores_nonsense(monkeypatch):
+    x = torch.zeros(1, dtype=torch.bfloat16)
+    monkeypatch.setenv(configs.ENV, f"up={TMA},wgrad=small")
+    assert configs.select("up", x, 1e6, 64).name == TMA
+    assert configs.select("wgrad", x, 1e6, 64) is configs.SMALL
+    monkeypatch.setenv(configs.ENV, "up=nothing")
+    with pytest.warns(UserWarning, match="ignored 'up=nothing'; expected"):
+        assert configs.select("up", x, 1e6, 64) is configs.SMALL  # the CPU's only tile
+    monkeypatch.setenv(configs.ENV, TMA)
+    assert {configs.select(stage, x, 1, 1).name for stage in configs.STAGES} == {TMA}
+
+
+@interpreted
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+def test_every_stage_has_a_rule_for_any_size(arch, monkeypatch):
+    monkeypatch.setattr(configs, "arch_of", lambda *_: arch)
+    x = torch.zeros(1, dtype=torch.bfloat16)
+    for stage in configs.STAGES:
+        chosen = {configs.select(stage, x, r, w) for r in (1, 200, 1e5) for w in (1, 3072)}
+        assert chosen <= set(configs.candidates(stage, arch)) - {configs.SMALL}
+
+
+@interpreted
+def test_a_tile_that_does_not_fit_falls_back(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    from d2m_kernels.triton_ import launch
+
+    used = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def run(**meta):
+                used.append(meta["BLOCK_N"])
+                if meta["BLOCK_N"] > 64:
+                    raise OutOfResources(250_000, 232_448, "shared memory")
+
+            return run
+
+    big = configs.by_name()[TMA]
+    with pytest.warns(RuntimeWarning, match="does not fit here"):
+        launch.launch(Kernel(), "up", big, torch.device("cpu"), lambda c: {})
+    assert used == [128, 64]
+
+
+# ------------------------------------------------------------------------------- any shape at all
+
+
+if INTERPRETED:
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(
+        T=st.integers(0, 140), D=st.integers(1, 70), S=st.integers(0, 70), H=st.integers(1, 40),
+        E=st.integers(1, 9), k=st.integers(0, 9), seed=st.integers(0, 99),
+        activation=st.sampled_from(["gelu_tanh", "relu", "geglu"]), pin=st.sampled_from(PINS),
+    )  # fmt: skip
+    def test_any_shape(T, D, S, H, E, k, seed, activation, pin):
+        os.environ[configs.ENV] = pin
+        try:
+            case = Case(T=T, D=D, S=S, H=H, E=E, k=min(k, E), activation=activation, seed=seed)
+            compare(case, "triton")
+        finally:
+            del os.environ[configs.ENV]
