@@ -7,9 +7,11 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from d2m_models.commands import add_commands
 from distill.errors import UserError
 
 
@@ -34,23 +36,6 @@ def parser() -> argparse.ArgumentParser:
     _device(demo)
     demo.set_defaults(run=run_demo)
 
-    convert = commands.add_parser("convert", help="convert a saved FLUX transformer to MoE / MoB")
-    convert.add_argument(
-        "source", metavar="SRC", help="folder or hub name of a FLUX transformer or pipeline"
-    )
-    convert.add_argument("target", metavar="DST", help="new folder")
-    structure = convert.add_mutually_exclusive_group(required=True)
-    structure.add_argument("--preset", help="flux-moe-l, flux-moe-m, flux-moe-s, flux-moe-xs, ...")
-    structure.add_argument("--structure", help="YAML or JSON file with the fields of FluxMoEConfig")
-    convert.add_argument(
-        "--subfolder", help="folder within SRC (a pipeline's 'transformer' is found itself)"
-    )
-    convert.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: as saved"
-    )
-    convert.add_argument("--seed", type=int, default=0, help="of the new routers (default: 0)")
-    convert.set_defaults(run=run_convert)
-
     distil = commands.add_parser("distill", help="distil a student as a YAML file says; resumable")
     distil.add_argument("config", metavar="CONFIG.yaml", help="e.g. digits.yaml, which is built in")
     distil.add_argument("--out", help="output folder instead of the configuration's")
@@ -70,13 +55,7 @@ def parser() -> argparse.ArgumentParser:
     _device(sample)
     sample.set_defaults(run=run_sample)
 
-    inspect = commands.add_parser("inspect", help="parameters and FLOPs of a model or a preset")
-    inspect.add_argument(
-        "model", metavar="MODEL_OR_PRESET", help="folder of a saved model, or a preset name"
-    )
-    inspect.add_argument("--size", type=int, default=1024, help="image height and width in pixels")
-    inspect.add_argument("--text-tokens", type=int, default=512)
-    inspect.set_defaults(run=run_inspect)
+    add_commands(commands)  # convert, inspect, diff
 
     report = commands.add_parser("report", help="render a demo's pictures and page again")
     report.add_argument("out", metavar="OUT", help="output folder of `d2m demo`")
@@ -120,44 +99,6 @@ def run_demo(args: argparse.Namespace) -> None:
     print(f"\nreport: {page.resolve()}")
 
 
-def run_convert(args: argparse.Namespace) -> None:
-    structure = _structure(args)
-    import torch
-
-    from d2m_models import convert_flux
-    from distill.checkpoint import make_folder, write_folder
-    from distill.teacher import load_flux
-
-    make_folder(Path(args.target).parent)
-    dense = load_flux(args.source, args.subfolder)
-    if args.dtype:
-        dense = dense.to(getattr(torch, args.dtype))
-    with _library_errors():
-        model = convert_flux(dense, structure, generator=torch.Generator().manual_seed(args.seed))
-    write_folder(args.target, model.save_pretrained)
-    print(f"wrote {args.target}: {_counts(model)}")
-
-
-def _structure(args: argparse.Namespace) -> Any:
-    """--preset's or --structure's FluxMoEConfig."""
-    from d2m_models import PRESETS, FluxMoEConfig
-
-    if args.preset is not None:
-        if args.preset not in PRESETS:
-            raise UserError(f"unknown preset {args.preset!r}; presets are {sorted(PRESETS)}")
-        return PRESETS[args.preset]
-    import yaml
-
-    try:
-        data = yaml.safe_load(Path(args.structure).read_text(encoding="utf-8"))
-    except OSError as err:
-        raise UserError(f"cannot read {args.structure}: {err.strerror or err}") from err
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise UserError(f"{args.structure} is no valid YAML: {' '.join(str(err).split())}") from err
-    with _library_errors():
-        return FluxMoEConfig.from_dict(data)
-
-
 def run_distill(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
@@ -196,49 +137,10 @@ def run_sample(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}; the classifier reads {accuracy:.1%} as their prompt")
 
 
-def run_inspect(args: argparse.Namespace) -> None:
-    from d2m_models import PRESETS, account
-
-    source: Any = args.model
-    if args.model not in PRESETS:
-        if not Path(args.model).exists():
-            raise UserError(
-                f"{args.model!r} is neither a folder nor a preset; presets are {sorted(PRESETS)}"
-            )
-        from distill.pipeline import load_model
-
-        source = load_model(args.model)
-    with _library_errors():
-        counts = account(source, height=args.size, width=args.size, text_tokens=args.text_tokens)
-    print(f"{args.model} at {args.size} x {args.size} with {args.text_tokens} text tokens")
-    rows = [("part", "total", "activated", "GFLOP")]
-    for name, part in counts.parts.items():
-        flops = part.flops + part.attention_flops
-        rows.append((name, f"{part.total:,}", f"{round(part.activated):,}", f"{flops / 1e9:,.2f}"))
-    rows.append(
-        (
-            "all",
-            f"{counts.total_params:,}",
-            f"{counts.activated_params:,}",
-            f"{counts.flops / 1e9:,.2f}",
-        )
-    )
-    for row in rows:
-        print(f"{row[0]:14}{row[1]:>18}{row[2]:>18}{row[3]:>14}")
-    print(f"activated by the paper's convention: {counts.activated_params_paper:,}")
-
-
 def run_report(args: argparse.Namespace) -> None:
     from distill.report import render
 
     print(f"wrote {render(args.out)}")
-
-
-def _counts(model: Any) -> str:
-    from d2m_models import account
-
-    counts = account(model)
-    return f"{counts.total_params:,} parameters, {counts.activated_params:,} of them activated"
 
 
 class _library_errors:
@@ -272,7 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError:  # not in the main thread
         previous = None
     try:
-        args.run(args)
+        with _library_errors() if args.run.__module__.startswith("d2m_models") else nullcontext():
+            args.run(args)
     except UserError as err:
         print(f"d2m: error: {err}", file=sys.stderr)
         return 2

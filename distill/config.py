@@ -121,14 +121,20 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stage of section 3.2: "shared" (a), "moe" (b) or "mob" (c)."""
+    """One stage of section 3.2: "shared" (a), "moe" (b) or "mob" (c).
+
+    train_isolated: in stage (c), also train the blocks outside groups, which the paper freezes.
+    """
 
     stage: str
     train: TrainConfig
     loss: LossConfig = LossConfig()
+    train_isolated: bool = False
 
     def __post_init__(self):
         _check_choice("stages", "stage", self.stage, ("shared", "moe", "mob"))
+        if self.train_isolated and self.stage != "mob":
+            raise ConfigError(f"stages.train_isolated is for stage 'mob', not {self.stage!r}")
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,7 @@ def loss_png(path: Path, curves: Mapping[str, Sequence[tuple[str, np.ndarray]]])
     boundaries: dict[float, str] = {}
     for colour, (model, stages) in zip(COLOURS, curves.items(), strict=False):
         start, xs, ys, balance = 0.0, [], [], []
+        pruned = model.startswith(("prune", "lite"))
         for stage, table in stages:
             if len(table) == 0:
                 continue
@@ -111,11 +112,10 @@ def loss_png(path: Path, curves: Mapping[str, Sequence[tuple[str, np.ndarray]]])
                 boundaries.setdefault(start, stage)
             xs.extend(start + table[:, 0])
             ys.extend(table[:, 1])
-            if np.any(table[:, 2] > 0):
+            if not pruned and np.any(table[:, 2] > 0):
                 balance.append((start + table[:, 0], table[:, 2]))
             start += table[-1, 0]
-        dashed = model.startswith(("prune", "lite"))
-        style = {"color": colour, "linestyle": "--" if dashed else "-", "linewidth": 1.6}
+        style = {"color": colour, "linestyle": "--" if pruned else "-", "linewidth": 1.6}
         left.plot(xs, ys, label=model, **style)
         for i, (x, y) in enumerate(balance):
             right.plot(x, y, label=model if i == 0 else None, **style)
@@ -188,8 +188,7 @@ def experts_png(
             even = 1 / table.shape[1]
             picture = _heatmap(axis, table, f"{caption}: by {kind}", ylabel, even)
             axis.set_xlabel("expert")
-            if kind == "prompt":
-                axis.set_yticks(range(0, table.shape[0], 3))
+            axis.set_yticks(range(0, table.shape[0], 3 if table.shape[0] <= 12 else 4))
             if kind == "token" and table.shape[0] > 16:
                 axis.axhline(text_tokens - 0.5, color="white", linewidth=1.2)
                 axis.text(

@@ -118,7 +118,7 @@ def ffn_slices(model: nn.Module, part: str) -> list[FrozenSlice]:
     return slices
 
 
-def prepare_stage(model: nn.Module, stage: str) -> list[FrozenSlice]:
+def prepare_stage(model: nn.Module, stage: str, train_isolated: bool = False) -> list[FrozenSlice]:
     """Set what runs and learns in a stage; returns the parts of parameters that must not move."""
     from d2m_models import moe_layers, set_top_k
     from d2m_models.output import group_names
@@ -135,10 +135,11 @@ def prepare_stage(model: nn.Module, stage: str) -> list[FrozenSlice]:
         return ffn_slices(model, "experts")
     if stage == "moe":
         return ffn_slices(model, "shared")
-    grouped = [name for names in group_names(structure).values() for name in names]
-    model.requires_grad_(False)
-    for name in (*grouped, "mob_routers"):
-        model.get_submodule(name).requires_grad_(True)
+    # Isolated blocks are frozen; embedders, the AdaLN projection and the output head are no blocks.
+    grouped = {name for names in group_names(structure).values() for name in names}
+    for prefix in ("transformer_blocks", "single_transformer_blocks"):
+        for i, block in enumerate(getattr(model, prefix)):
+            block.requires_grad_(train_isolated or f"{prefix}.{i}" in grouped)
     return []
 
 
@@ -227,7 +228,7 @@ def run_stage(
     """Train one stage in place (or load its result) and return its fingerprint, the next stage's
     parent.
     """
-    frozen = prepare_stage(model, config.stage)
+    frozen = prepare_stage(model, config.stage, config.train_isolated)
     features = None
     if config.stage == "mob":
         from d2m_models.output import group_names

@@ -241,14 +241,22 @@ def test_optimizer_starts_fresh_at_each_stage(student, teacher, digits, tmp_path
     assert all(torch.equal(old[k], new[k]) for k in old)
 
 
-def test_mob_stage_trains_groups_only(student, teacher, digits, tmp_path):
+def test_mob_stage_freezes_isolated_blocks(student, teacher, digits, tmp_path):
     model = group_blocks(student, MOB, 0)
     before = _snapshot(model)
     _run(model, teacher, digits, tmp_path, "mob")
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
-    inside = ("single_transformer_blocks.1.", "single_transformer_blocks.2.", "mob_routers.")
-    assert changed and all(k.startswith(inside) for k in changed)
+    isolated = (
+        "transformer_blocks.",
+        "single_transformer_blocks.0.",
+        "single_transformer_blocks.3.",
+    )
+    assert not [k for k in changed if k.startswith(isolated)]
+    for trained in ("single_transformer_blocks.1.", "single_transformer_blocks.2.", "x_embedder."):
+        assert any(k.startswith(trained) for k in changed), trained
     assert any(k.startswith("mob_routers.single_groups.0.token_gate") for k in changed)
+    prepare_stage(model, "mob", train_isolated=True)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_mob_objective_compares_groups_with_their_last_block(student, teacher, digits):
