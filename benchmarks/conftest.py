@@ -23,6 +23,7 @@ def pytest_addoption(parser):
     group.addoption("--tiny", action="store_true", help="rehearsal: the numbers mean nothing")
     group.addoption("--results", metavar="PATH", help="JSON file, or folder for <device>.json")
     group.addoption("--deadline", type=float, metavar="S", help="start nothing after S seconds")
+    group.addoption("--attention", help="diffusers attention back-end of the whole models")
     group.addoption("--on", default=None, metavar="DEVICE", help="cpu, cuda, ... (default: best)")
 
 
@@ -35,7 +36,7 @@ def _size(config) -> str:
 
 def pytest_configure(config):
     config._d2m_start = time.monotonic()
-    config._d2m_lines = []
+    config._d2m_lines, config._d2m_models = [], {}
 
 
 class Session:
@@ -53,7 +54,8 @@ class Session:
         self.results = Results(path, self.environment)
         self.ceilings = ceilings.measure(self.device, self.size)
         self.results.set("ceilings", None, self.ceilings)
-        self.lines = config._d2m_lines
+        self.attention = config.getoption("--attention")
+        self.lines, self.models = config._d2m_lines, config._d2m_models
 
 
 @pytest.fixture(scope="session")
@@ -81,11 +83,16 @@ class Bench:
     def rounds(self, default: int, quick: int = 5) -> int:
         return {"tiny": 1, "quick": quick}.get(self.size, default)
 
-    def race(self, contenders, ours: str, rounds: int, budget: float | None = None) -> Race:
+    def race(self, contenders, ours: str | None, rounds: int, budget: float | None = None) -> Race:
         """Interleaved timing; pytest-benchmark shows the contender `ours`."""
         result = race(contenders, rounds, self.device, budget)
-        replay(self.benchmark, result.times[ours])
+        if ours is not None:
+            self.show(result, ours)
         return result
+
+    def show(self, result: Race, ours: str) -> None:
+        """Once a test: hands the rounds of `ours` to pytest-benchmark."""
+        replay(self.benchmark, result.times[ours])
 
     def count(self, function) -> dict:
         """Launches, syncs, peak memory and the tiles chosen of one call."""
@@ -115,6 +122,20 @@ class Bench:
         self.benchmark.extra_info.update({k: v for k, v in record.items() if k != "seconds"})
         if line:
             self.session.lines.append(line)
+
+    def model(self, name: str, record: dict) -> None:
+        """An entry of "models"."""
+        self.results.set("models", name, rounded(record))
+
+    def model_line(self, name: str, record: dict) -> None:
+        """The summary's line of a model; a later one replaces it."""
+        if "latency_over_flops" not in record:
+            return
+        self.session.models[name] = (
+            f"{name:<12} {record['mode']:<9} {record['latency_ratio']:.3f} x dense, FLOPs "
+            f"{record['flops_ratio']:.3f}, latency/FLOPs {record['latency_over_flops']:.3f}, "
+            f"latency/ideal {record['latency_over_ideal']:.3f}"
+        )
 
     def note(self, line: str) -> None:
         self.session.lines.append(line)
@@ -153,7 +174,8 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if config._d2m_lines:
+    lines = [*config._d2m_lines, *config._d2m_models.values()]
+    if lines:
         terminalreporter.section("dense2moe")
-        for line in config._d2m_lines:
+        for line in lines:
             terminalreporter.write_line(line)

@@ -1,4 +1,4 @@
-"""The FFN shapes that are measured, their data with the routing forced, and what they cost at least.
+"""The FFN shapes that are measured, and their data with the routing forced.
 
 T tokens, D model, F hidden = S shared + E * H, E experts, K top-k.
 """

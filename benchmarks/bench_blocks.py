@@ -1,0 +1,137 @@
+"""One FLUX double and one single block at full width, dense and MoE; on a CPU also the models.
+
+A CPU does not hold twelve billion parameters in a useful time, but a model is its blocks:
+
+    dense = 19 double + 38 single        L = 3 dense double + 16 MoE double + 38 MoE single
+    M, S, XS: one MoE block and one block router in place of each group
+
+The embedders (0.1% of the FLOPs) are left out on both sides; L's three dense blocks count with
+their full AdaLN.
+"""
+
+from __future__ import annotations
+
+import flux
+import torch
+from counting import peak_bytes
+from parts import split
+
+from d2m_kernels import backends
+from d2m_models.mob import MixtureOfBlocks
+from distill.roofline import MODELS, PARTS, account_of, config_of, ideal, work
+
+TOKENS = {"tiny": (16, 8), "quick": (64, 64), "default": (1024, 512), "full": (4096, 512)}
+KINDS = ("double", "single")
+
+
+def test_blocks(bench):
+    image, text = TOKENS["full" if bench.device.type == "cuda" and bench.size == "default"
+                         else bench.size]  # fmt: skip
+    kwargs, wide, narrow = flux.block_inputs(bench.size, image, text, bench.device)
+    blocks, runs = {}, {}
+    for kind in KINDS:
+        dense, moe = flux.block_pair(kind, bench.size, bench.device)
+        check(moe, kwargs, narrow)
+        for form, block, temb in (("dense", dense, wide), ("moe", moe, narrow)):
+            blocks[f"{kind} {form}"] = block
+            runs[f"{kind} {form}"] = lambda block=block, temb=temb: block(temb=temb, **kwargs)
+    dim = wide.shape[-1]
+    router = MixtureOfBlocks(dim, 3).to(bench.device)
+    runs["block router"] = lambda: router(
+        kwargs["hidden_states"], kwargs["encoder_hidden_states"], wide,
+        run=lambda place, x, c, rows: (x, c),
+    )  # fmt: skip
+    with torch.inference_mode():
+        race = bench.race(runs, "double moe", bench.rounds(7, 3), budget=30)
+        parts = {kind: split(runs[f"{kind} dense"], race.median(f"{kind} dense"), bench.device, dim)
+                 for kind in KINDS}  # fmt: skip
+        peaks = {name: peak_bytes(run, bench.device) for name, run in runs.items()}
+    for kind in KINDS:
+        ratio = race.ratio(f"{kind} moe", f"{kind} dense")
+        names = [f"{kind} {form}" for form in ("dense", "moe")]
+        bench.add(
+            "blocks",
+            f"{kind}/{image}+{text}",
+            {
+                "kind": kind,
+                "image_tokens": image,
+                "text_tokens": text,
+                "dim": dim,
+                "seconds": {n.split()[1]: v for n, v in race.to_json().items() if n in names},
+                "ratio_to_dense": ratio,
+                "dense_parts": parts[kind],
+                "peak_bytes": {n.split()[1]: peaks[n] for n in names},
+                "parameters": {n.split()[1]: sum(p.numel() for p in blocks[n].parameters())
+                               for n in names},
+                "backend": backends.resolve(None, bench.device.type, torch.bfloat16),
+            },
+            line=f"{kind} block, {image} + {text} tokens: {ratio:.3f} x dense "
+            f"({race.median(f'{kind} moe') * 1e3:.1f} ms)",
+        )  # fmt: skip
+    if bench.device.type == "cpu" and bench.size != "tiny":
+        compose(bench, race, parts, image, text)
+
+
+def check(moe, kwargs, temb) -> None:
+    """Routing costs nothing in value: k = E with equal gates is not dense, but "dense" is exact."""
+    layers = [m for m in moe.modules() if getattr(m, "num_experts", 0)]
+    with torch.inference_mode():
+        out = moe(temb=temb, **kwargs)
+        assert all(part.isfinite().all() for part in out)
+        for layer in layers:
+            layer.backend = "reference"
+        exact = moe(temb=temb, **kwargs)
+        for layer in layers:
+            layer.backend = None
+    for got, want in zip(out, exact, strict=True):
+        error = (got.float() - want.float()).square().mean().sqrt()
+        assert error < 0.02 * want.float().square().mean().sqrt()
+
+
+def composed(name: str, times: dict[str, float]) -> float:
+    """Seconds of a step from the medians of the blocks and of a block router."""
+    config = config_of(name)
+    grouped = {"double": [], "single": []}
+    if config.mob is not None:
+        grouped = {"double": config.mob.double_groups, "single": config.mob.single_groups}
+    total = 0.0
+    for kind, count in (("double", config.num_layers), ("single", config.num_single_layers)):
+        dense = len(getattr(config, f"dense_{kind}_blocks")) if config.moe else count
+        inside, groups = sum(map(len, grouped[kind])), len(grouped[kind])
+        active = 0 if config.mob is None else config.mob.active
+        total += dense * times[f"{kind} dense"]
+        total += (count - dense - inside + active * groups) * times[f"{kind} moe"]
+        total += groups * times["block router"]
+    return total
+
+
+def compose(bench, race, parts, image: int, text: int) -> None:
+    """Entries of "models" for a CPU: composed, never run as a whole."""
+    times = {name: race.median(name) for name in race.times}
+    depth = {"double": 19, "single": 38}
+    dense_parts = {p: sum(depth[k] * parts[k][p] for k in KINDS) for p in PARTS}
+    dense, dense_work = composed("flux-dense", times), work("flux-dense", image, text)
+    flops = account_of("flux-dense", image, text).flops
+    for name in MODELS:
+        seconds = composed(name, times)
+        counts = account_of(name, image, text)
+        best = ideal(dense_parts, dense_work, work(name, image, text))
+        ratio, flops_ratio = seconds / dense, counts.flops / flops
+        record = {
+            "mode": "composed",
+            "image_tokens": image,
+            "text_tokens": text,
+            "step_seconds": seconds,
+            "latency_ratio": ratio,
+            "flops": counts.flops,
+            "flops_ratio": flops_ratio,
+            "latency_over_flops": ratio / flops_ratio,
+            "ideal_seconds": best,
+            "latency_over_ideal": seconds / best,
+            "total_params": counts.total_params,
+            "activated_params": counts.activated_params,
+        }
+        if name == "flux-dense":
+            record["parts"] = dense_parts
+        bench.model(name, record)
+        bench.model_line(name, record)
