@@ -23,7 +23,7 @@ from d2m_models.tasks import DenseReader
 logger = logging.getLogger(__name__)
 
 BASIS = "adaln_basis.safetensors"
-_ERROR_SAMPLES = 64
+_ERROR_SAMPLES = 16  # an error over N >= 6144 outputs each, steady enough
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:

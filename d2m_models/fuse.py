@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,11 +149,3 @@ def fuse_lora(model, lora: LoRAFile) -> Any:
         changed = lora.apply(name, parameter.data.cpu())
         parameter.data.copy_(changed)
     return model
-
-
-def changed_names(lora: LoRAFile) -> Iterable[str]:
-    """Parameters the LoRA changes."""
-    for linear, delta in lora.deltas.items():
-        yield f"{linear}.weight"
-        if "b_bias" in delta:
-            yield f"{linear}.bias"

@@ -48,8 +48,10 @@ class StoredTensor(TensorSpec):
     path: Path
     begin: int
 
-    def read(self) -> Tensor:
-        raw = torch.empty(self.nbytes, dtype=torch.uint8)
+    def read(self, buffer: Tensor | None = None) -> Tensor:
+        """The tensor, in memory of its own or in the first bytes of `buffer` (uint8)."""
+        raw = torch.empty(self.nbytes, dtype=torch.uint8) if buffer is None else buffer
+        raw = raw[: self.nbytes]
         view = memoryview(raw.numpy())
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.begin)

@@ -70,19 +70,18 @@ def convert_checkpoint(
     opened = open_source(source, subfolder, variant)
     dense = check_dense_source(opened)
     out_dtype = check_dtypes(opened, dtype)
-    hyper = isinstance(config, str) and config.startswith("hyper-")
     structure = resolve_config(
         config, len(dense.transformer_blocks), len(dense.single_transformer_blocks)
     )
-    if hyper and lora is None:
+    if _is_hyper(config) and lora is None:
         raise ValueError(
             f"{config} is {config.removeprefix('hyper-')} from a teacher into which a few-step "
             f"LoRA is fused: pass --lora FILE (Hyper-SD's 8-step LoRA for FLUX.1 [dev])"
         )
     if lora is None and lora_scale is not None:
         raise ValueError("lora_scale is given without a lora")
-    scale = (0.125 if hyper else 1.0) if lora_scale is None else lora_scale
-    reader = DenseReader(opened, out_dtype, None if lora is None else read_lora(lora, scale))
+    fused = None if lora is None else read_lora(lora, default_lora_scale(config, lora_scale))
+    reader = DenseReader(opened, out_dtype, fused)
     student = meta_student(dense, structure)
     orders = load_orders(neuron_order, student)
     compress = structure.adaln_dim is not None
@@ -124,6 +123,17 @@ def convert_checkpoint(
     result = {**record, "adaln_error": job.report}
     run_job(job, Path(target).expanduser(), progress)
     return result
+
+
+def _is_hyper(config: Any) -> bool:
+    return isinstance(config, str) and config.startswith("hyper-")
+
+
+def default_lora_scale(config: Any, scale: float | None) -> float:
+    """The given scale, or 1, or for "hyper-..." the 0.125 that Hyper-SD's LoRA is made for."""
+    if scale is not None:
+        return scale
+    return 0.125 if _is_hyper(config) else 1.0
 
 
 def meta_student(dense: nn.Module, structure: FluxMoEConfig) -> FluxMoETransformer2DModel:
