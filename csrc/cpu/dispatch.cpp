@@ -39,7 +39,7 @@ const Kernels& kernels() {
 namespace {
 
 // Calls fn(part, begin, end) for contiguous parts of 0..n, multiples of `grain` long. One
-// std::thread per part and call: starting one costs about 15 us, against a millisecond of work
+// std::thread per part and call: starting one costs tens of us, against a millisecond of work
 // where more than one is used, and a pool that does not exist needs no care at fork(). fn must not
 // throw; scratch is allocated by the caller.
 template <class F>

@@ -5,7 +5,7 @@ namespace d2m {
 
 // offsets[e] = first row of expert e; order = slots in expert order, stable; inverse[order[r]] = r.
 // Slots with an id outside 0..E-1 (masked tokens carry -1) come last, in slot order. Two passes
-// over N ints, 0.02 ms at N = 9216: not worth a thread.
+// over N ints, 0.012 ms at N = 9216: not worth a thread.
 void permute(const int32_t* ids_N, int64_t N, int64_t E, int32_t* offsets, int32_t* order,
              int32_t* inverse) {
     for (int64_t e = 0; e <= E; ++e) offsets[e] = 0;

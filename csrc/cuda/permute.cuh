@@ -3,11 +3,11 @@
 //
 // Every block owns a contiguous span of slots. counts[e, b] is how many of block b's slots go to
 // expert e (row E: masked slots, id -1). A slot's row is
-//     first row of its expert + slots of that expert in earlier blocks + slots of that expert
-//     before it in its block.
-// The scan over blocks is not a launch of its own: every block sums the counts it needs, (E + 1) x
-// G ints from L2 (6.5 KB at E = 12, G = 128), about 1 us against the 2-3 us that one more dependent
-// launch would cost.
+//     first row of its expert
+//   + slots of that expert in earlier blocks
+//   + slots of that expert before it in its block.
+// The scan over blocks is no launch of its own: every block sums the counts it needs, (E + 1) x G
+// ints from L2 (6.5 KB at E = 12, G = 128), which should cost less than one more dependent launch.
 #pragma once
 
 #include "common.cuh"

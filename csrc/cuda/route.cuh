@@ -1,28 +1,28 @@
 // Gate of eqs. 2-3: logits, softmax, top-k, weights, and the counts that the counting sort starts
 // from. Shapes: T tokens, D model width, E experts, K top-k, N = T*K slots, G blocks.
 //
-// The numbers behind the tile (T = 4608, D = 3072, E = 12, bf16, 132 SMs at 1.75 GHz):
-//  - x is 28 MB: 6.6 us at 4.3 TB/s, if it is read once.
-//  - 170 M multiply-adds on CUDA cores (fp32, exact with an fp32 router): 5.8 us at 128 a clock and
-//  SM.
-//  - Every token needs E x D router values. From shared memory at 128 bytes a clock and SM, one
-//  read per multiply-add
-//    lane would take 4x as long as the arithmetic; each value read is used for kTokens = 9 tokens
-//    held in registers: 12 x 8 columns cost 96 clocks of shared memory under 216 clocks of
-//    arithmetic.
-//  - 9 x 12 sums a lane, 36 registers of x in flight and 36 unpacked: 8 warps of at most 255
-//  registers an SM (12 warps
-//    of 168 with 6 tokens each spill). The 108 sums are independent, so two warps keep a scheduler
-//    busy; they have 8 x 9 x 512 B = 36 KB of x in flight an SM, more than the 23 KB that 4.3 TB/s
-//    at 0.7 us ask for.
-//  - 36 tokens a block make 128 blocks: one wave on 132 SMs, each reading the router once (128 x
-//  147 KB = 19 MB of L2).
-//  - The router is staged by cp.async into two buffers of 24 KB, one barrier for every 512 columns.
-// More than 12 experts: blockIdx.y takes them in groups, logits go through probs_TE,
+// The arithmetic behind the tile (T = 4608, D = 3072, E = 12, bf16, 132 SMs at 1.75 GHz); what the
+// compiler says is checked in tests/test_cuda_compile.py, the times are for a GPU to measure:
+//
+// - x is 28 MB: 6.6 us at 4.3 TB/s, if it is read once.
+// - 170 M multiply-adds in fp32 (exact with an fp32 router): 5.8 us at 128 a clock and SM.
+// - Every token needs E x D router values. Shared memory gives 128 bytes a clock and SM: with one
+//   read for every multiply-add that would take 4x as long as the arithmetic. So each value read is
+//   used for kTokens = 9 tokens held in registers: 12 experts x 8 columns are 96 clocks of shared
+//   memory under 216 clocks of arithmetic.
+// - 9 x 12 sums a lane beside 36 registers of x in flight and 36 unpacked: 8 warps of up to 255
+//   registers an SM (12 warps of 168 with 6 tokens each spilled). The sums are independent, so two
+//   warps keep a scheduler busy. 8 x 9 x 512 B = 36 KB of x are in flight an SM, more than the
+//   23 KB that 4.3 TB/s at 0.7 us ask for.
+// - 36 tokens a block make 128 blocks, one wave, each reading the router once (19 MB from L2).
+// - The router is staged by cp.async into two buffers of 24 KB, a barrier for every 512 columns.
+//
+// More than 12 experts: blockIdx.y takes them in groups, the logits go through probs_TE, and
 // route_select_kernel does the rest.
 #pragma once
 
 #include "common.cuh"
+#include "select.cuh"
 
 namespace d2m {
 
@@ -33,8 +33,6 @@ constexpr int kRouteThreads = 32 * kTokenWarps * kDepthWarps;
 constexpr int kTile = kTokens * kTokenWarps;  // 36 tokens a block at a time
 constexpr int kStep = 256;                    // columns a warp takes at a time: 8 a lane
 constexpr int kChunk = kStep * kDepthWarps;   // columns a router buffer holds
-
-constexpr int kSelectWarps = 8;
 
 template <class W, int EG>
 struct RouteShared {  // dynamic shared memory: the router's two buffers, later the partial logits
@@ -165,62 +163,6 @@ struct Scatter<N, 0> {
     static D2M_DEV void run(float*, int, int&, int&) {}
 };
 
-// Larger first; -0 equals +0; NaN below -Inf. Ties are broken by the id.
-D2M_DEV unsigned sort_key(float logit) {
-    if (logit != logit) return 0u;
-    const unsigned u = float_to_bits(logit + 0.0f);
-    return u & 0x80000000u ? ~u : u | 0x80000000u;
-}
-
-// One token by one warp: row[0 .. E) are its logits. An expert's rank is the number of experts
-// before it, which needs no sorting and gives K distinct ids in range whatever the logits are. Adds
-// to `count`, by expert.
-template <int MINE>  // experts a lane: E <= 32 * MINE
-D2M_DEV void select_token(const float* row, int E, int K, bool masked, float* probs_E,
-                          float* weights_K, int* ids_K, int* count) {
-    const int lane = threadIdx.x % 32;
-    float ex[MINE];
-    int rank[MINE];
-    float top = bits_to_float(0xff800000u);  // -Inf
-#pragma unroll
-    for (int i = 0; i < MINE; ++i)
-        if (lane + 32 * i < E) top = fmaxf(top, row[lane + 32 * i]);
-    top = warp_max(top);
-    float sum = 0.0f, sum_k = 0.0f;
-#pragma unroll
-    for (int i = 0; i < MINE; ++i) {
-        const int e = lane + 32 * i;
-        ex[i] = 0.0f;
-        rank[i] = K;
-        if (e < E) {
-            const unsigned own = sort_key(row[e]);
-            int before = 0;
-            for (int f = 0; f < E; ++f) {
-                const unsigned other = sort_key(row[f]);
-                before += other > own || (other == own && f < e) ? 1 : 0;
-            }
-            rank[i] = before;
-            ex[i] = expf(row[e] - top);
-            sum += ex[i];
-            if (before < K) sum_k += ex[i];
-        }
-    }
-    sum = warp_sum(sum);
-    sum_k = warp_sum(sum_k);
-#pragma unroll
-    for (int i = 0; i < MINE; ++i) {
-        const int e = lane + 32 * i;
-        if (e < E) {
-            probs_E[e] = masked ? 0.0f : ex[i] / sum;
-            if (rank[i] < K) {
-                weights_K[rank[i]] = masked ? 0.0f : ex[i] / sum_k;
-                ids_K[rank[i]] = masked ? -1 : e;
-                atomicAdd(&count[masked ? E : e], 1);  // an integer sum: any order gives the same
-            }
-        }
-    }
-}
-
 // FUSED: E <= EG, everything in this launch, counts_EG included. Else logits go to probs_TE.
 template <class X, class W, int EG, bool VEC, bool FUSED>
 __global__ void __launch_bounds__(kRouteThreads, 1)
@@ -320,29 +262,6 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
         for (int e = threadIdx.x; e <= E; e += kRouteThreads)
             counts_EG[(long long)e * gridDim.x + blockIdx.x] = count[e];
     }
-}
-
-// logits in probs_TE -> probs, weights, ids and counts, a warp a token; each block `span` tokens.
-__global__ void __launch_bounds__(32 * kSelectWarps)
-    route_select_kernel(const unsigned char* mask_T, int T, int E, int K, int span, float* probs_TE,
-                        float* weights_TK, int* ids_TK, int* counts_EG) {
-    __shared__ float rows[kSelectWarps][kMaxExperts];
-    __shared__ int count[kBuckets];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int e = threadIdx.x; e <= E; e += 32 * kSelectWarps) count[e] = 0;
-    __syncthreads();
-    const long long begin = (long long)blockIdx.x * span;
-    const long long end = begin + span < T ? begin + span : T;
-    for (long long t = begin + warp; t < end; t += kSelectWarps) {
-        __syncwarp();
-        for (int e = lane; e < E; e += 32) rows[warp][e] = probs_TE[t * E + e];
-        __syncwarp();
-        select_token<kMaxExperts / 32>(rows[warp], E, K, mask_T != nullptr && mask_T[t] == 0,
-                                       probs_TE + t * E, weights_TK + t * K, ids_TK + t * K, count);
-    }
-    __syncthreads();
-    for (int e = threadIdx.x; e <= E; e += 32 * kSelectWarps)
-        counts_EG[(long long)e * gridDim.x + blockIdx.x] = count[e];
 }
 
 }  // namespace d2m
