@@ -33,8 +33,7 @@ def _products():
 
 
 def route(x_TD, router_ED, top_k, mask_T=None):
-    probs_TE, weights_TK, ids_TK = _ext.cuda_route(x_TD, router_ED, top_k, mask_T)
-    return probs_TE, weights_TK, ids_TK, *permute(ids_TK, router_ED.shape[0])
+    return _ext.cuda_route_permute(x_TD, router_ED, top_k, mask_T)
 
 
 def permute(ids_TK, num_experts: int):
@@ -50,8 +49,11 @@ def grouped_gemm(*args):
 
 
 def ffn_fwd(*args):
-    return _products().ffn_fwd(*args)
+    products = _products()
+    # Triton combines in its last product's epilogue; after grouped_mm it is a stage of its own.
+    return products.ffn_fwd(*args, **({"combine": combine} if products is torch_ else {}))
 
 
 def ffn_bwd(*args):
-    return _products().ffn_bwd(*args)
+    products = _products()
+    return products.ffn_bwd(*args, **({"combine": combine} if products is torch_ else {}))

@@ -162,7 +162,7 @@ def _experts(t, shared: int, num_experts: int, dim: int = 0):
 
 def ffn_fwd(
     x_TD, up_FD, gate_FD, w2_DF, b_up_F, b_gate_F, b2_D, weights_TK, offsets, order_N, inverse_N,
-    shared, activation, scale, save,
+    shared, activation, scale, save, combine=combine,
 ):  # fmt: skip
     E, (T, K) = offsets.shape[0] - 1, weights_TK.shape
     halves = ((up_FD, b_up_F),) if gate_FD is None else ((up_FD, b_up_F), (gate_FD, b_gate_F))
@@ -186,7 +186,7 @@ def ffn_fwd(
 
 def ffn_bwd(
     dy_TD, x_TD, up_FD, gate_FD, w2_DF, weights_TK, offsets, order_N, inverse_N, z_shared, z_routed,
-    shared, activation, scale, frozen, grads: FFNGrads,
+    shared, activation, scale, frozen, grads: FFNGrads, combine=combine,
 ):  # fmt: skip
     E, (T, K) = offsets.shape[0] - 1, weights_TK.shape
     w1 = ((up_FD, grads.up, grads.b_up), (gate_FD, grads.gate, grads.b_gate))
