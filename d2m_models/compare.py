@@ -24,6 +24,7 @@ from d2m_models.context import BlockContext
 from d2m_models.flux import KINDS, FluxMoETransformer2DModel
 from d2m_models.moe import set_top_k
 from d2m_models.output import block_features, group_names
+from d2m_models.source import check_dtypes, open_source
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,9 @@ def diff_checkpoints(
     for cls, path in ((FluxTransformer2DModel, teacher), (FluxMoETransformer2DModel, student)):
         if not Path(path).expanduser().is_dir():
             raise ValueError(f"{path} does not exist; expected the folder of a saved model")
+        dtype = check_dtypes(open_source(path), None)
         try:
-            models.append(cls.from_pretrained(path, torch_dtype="auto").eval())
+            models.append(cls.from_pretrained(path, torch_dtype=dtype).eval())
         except Exception as error:  # diffusers and safetensors raise many kinds
             raise ValueError(f"cannot load {path}: {' '.join(str(error).split())}") from error
     if top_k is not None:
