@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2m_models.shards import TensorSpec, sync_folder, write_file, write_json
+from d2m_models.shards import TensorSpec, commit_file, sync_folder, write_file, write_json
 
 _SPARE = 64 << 20  # for indices, configs and the file system
 _DEPTH = 3  # tensors between reader and writer
@@ -128,16 +128,28 @@ def _run(job: Job, folder: Path, progress: bool) -> None:
         for files in (job.files, todo)
     )
     with progress_bar(total, total - left, progress) as advance:
-        for name, tasks in todo.items():
-            specs = [spec for task in tasks for spec in task.outputs]
-            write_file(folder / name, specs, made_tensors(tasks, advance))
-            state["done"][name] = (folder / name).stat().st_size
-            state["report"] = dict(job.report)
-            write_json(state_path, state)
+        with ThreadPoolExecutor(1) as background:
+            pending: Future | None = None
+            for name, tasks in todo.items():
+                specs = [spec for task in tasks for spec in task.outputs]
+                write_file(folder / name, specs, made_tensors(tasks, advance), False)
+                if pending is not None:
+                    pending.result()
+                report = dict(job.report)
+                pending = background.submit(_complete, folder, name, state, report)
+            if pending is not None:
+                pending.result()
     job.finish(folder)
     state_path.unlink()
     (folder / ".lock").unlink(missing_ok=True)
     sync_folder(folder)
+
+
+def _complete(folder: Path, name: str, state: dict[str, Any], report: dict[str, Any]) -> None:
+    commit_file(folder / name)
+    state["done"][name] = (folder / name).stat().st_size
+    state["report"] = report
+    write_json(folder / "progress.json", state)
 
 
 def _difference(old: Any, new: Any) -> str:

@@ -25,6 +25,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+_WRITEBACK = 256 << 20
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
 
@@ -104,13 +105,14 @@ def write_file(
     path: Path,
     specs: Sequence[TensorSpec],
     tensors: Iterable[Tensor],
-    metadata: dict[str, str] | None = None,
+    commit: bool = True,
 ) -> None:
     """Writes the tensors as they come, flushes them to disk and only then names the file `path`.
 
-    Whoever looks sees the whole file or none, whenever the process is killed.
+    Whoever looks sees the whole file or none, whenever the process is killed. With commit=False
+    the flushing and naming is left to `commit_file`, so that it can overlap with the next file.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for spec in specs:
         begin, end = end, end + spec.nbytes
@@ -120,6 +122,7 @@ def write_file(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     tmp = path.with_name(path.name + ".tmp")
+    waiting = 0
     with open(tmp, "wb", buffering=0) as file:
         _write(file, struct.pack("<Q", len(text)) + text)
         for spec, tensor in zip(specs, tensors, strict=True):
@@ -127,6 +130,19 @@ def write_file(
                 raise RuntimeError(f"{spec} was planned, got {tensor.dtype} {tensor.shape}")
             raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
             _write(file, memoryview(raw.numpy()))
+            waiting += spec.nbytes
+            if waiting > _WRITEBACK and hasattr(os, "posix_fadvise"):
+                # The disk gets to work now, not all at once at the end.
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                waiting = 0
+    if commit:
+        commit_file(path)
+
+
+def commit_file(path: Path) -> None:
+    """Flushes what `write_file(path, ..., commit=False)` wrote, and names it `path`."""
+    tmp = path.with_name(path.name + ".tmp")
+    with open(tmp, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(tmp, path)
     sync_folder(path.parent)
