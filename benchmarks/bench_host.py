@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from race import summary
 from shapes import FFNShape
 
 from d2m_kernels import backends, moe_ffn
 
 SHAPE = FFNShape(T=16, D=64, S=64, H=16)
+CALLS = 100  # a round is this many calls: one alone is near the clock's resolution
 
 
 @pytest.fixture
@@ -25,15 +27,23 @@ def call(p, backend):
                    shared=SHAPE.S, backend=backend)  # fmt: skip
 
 
-def test_host_inference(benchmark, noop, quick):
+def record(bench, kind: str, function) -> None:
+    rounds = bench.rounds(30, 10)
+    bench.benchmark.pedantic(function, rounds=rounds, iterations=CALLS, warmup_rounds=1)
+    data = list(bench.benchmark.stats.stats.data)
+    host_us = 1e6 * bench.benchmark.stats.stats.median
+    bench.add("host", kind, {"pass": kind, "host_us": host_us, "seconds": {"call": summary(data)}},
+              line=f"host cost of a call, {kind}: {host_us:.1f} us")  # fmt: skip
+
+
+def test_host_inference(bench, noop):
     p = SHAPE.tensors("cpu")
     with torch.inference_mode():
         assert call(p, noop).shape == p["x"].shape
-        benchmark.pedantic(call, (p, noop), rounds=200 if quick else 2000, warmup_rounds=50)
-    benchmark.extra_info["host_us"] = round(benchmark.stats.stats.median * 1e6, 2)
+        record(bench, "forward", lambda: call(p, noop))
 
 
-def test_host_training(benchmark, noop, quick):
+def test_host_training(bench, noop):
     p = SHAPE.tensors("cpu", grad=True)
     dy = torch.ones_like(p["x"])
 
@@ -42,5 +52,4 @@ def test_host_training(benchmark, noop, quick):
             t.grad = None
         call(p, noop).backward(dy)
 
-    benchmark.pedantic(step, rounds=100 if quick else 1000, warmup_rounds=20)
-    benchmark.extra_info["host_us"] = round(benchmark.stats.stats.median * 1e6, 2)
+    record(bench, "forward_backward", step)
