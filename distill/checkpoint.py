@@ -53,14 +53,26 @@ def _sync_folder(folder: Path) -> None:
             os.close(fd)
 
 
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _settle(file: Path, mode: int) -> None:
+    """Flush a new file to disk; usual permissions (safetensors makes private files)."""
+    file.chmod(mode & ~_umask())
+    with open(file, "rb+") as handle:
+        os.fsync(handle.fileno())
+
+
 def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
     """`write(temporary path)`, flush to disk, rename to `path`; on failure nothing remains."""
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(tmp)
-        with open(tmp, "rb+") as file:
-            os.fsync(file.fileno())
+        _settle(tmp, 0o666)
         os.replace(tmp, path)
         _sync_folder(path.parent)
     except OSError as err:
@@ -88,9 +100,8 @@ def write_folder(path: Path | str, write: Callable[[Path], None]) -> None:
         write(tmp)
         for file in tmp.rglob("*"):
             if file.is_file():
-                with open(file, "rb+") as handle:
-                    os.fsync(handle.fileno())
-        tmp.chmod(0o755)  # mkdtemp makes private folders
+                _settle(file, 0o666)
+        tmp.chmod(0o777 & ~_umask())  # mkdtemp makes private folders
         if path.exists():
             path.rmdir()
         os.replace(tmp, path)

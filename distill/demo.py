@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -211,6 +212,9 @@ def run_demo(
         run = start(config, s, device, out / "stages" / f"seed{s}-{tag}", progress)
         outcomes[s] = measure(run, train_all(run, full))
     first = outcomes[seed]
+    for name in ("moe-l", "mob-s"):
+        shutil.rmtree(out / "models" / name, ignore_errors=True)  # of an earlier run
+        ckpt.write_folder(out / "models" / name, first.models[name].save_pretrained)
     ckpt.save_tensors(out / "report.safetensors", first.tensors, first.meta)
     report.write_results(out, seed, environment(device), first.rows)
     if full:
