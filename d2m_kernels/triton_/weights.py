@@ -28,9 +28,12 @@ class Weights:
     col_step: int = 0
 
     def describe(self, config: Config, N: int, K: int, trans: bool):
-        """Its descriptor, unless a K tile would reach past the group into other numbers."""
+        """Its descriptor, where TMA can serve: each expert's first column 16-byte aligned, and no
+        K tile reaching past the group into other numbers."""
         whole = self.rows == K if trans else self.cols == K
-        if not config.tma or (K % config.block_k and not whole):
+        size = self.matrix.element_size()
+        aligned = self.col * size % 16 == 0 and self.col_step * size % 16 == 0
+        if not config.tma or not aligned or (K % config.block_k and not whole):
             return None
         block = [config.block_k, config.block_n] if trans else [config.block_n, config.block_k]
         return descriptor(self.matrix, self.rows, self.cols, self.stride, block)
