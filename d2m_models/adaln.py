@@ -63,39 +63,46 @@ class AdaLNBasis:
 
     def compress(self, weight_ND: Tensor, bias_N: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weight [N, A] and bias [N] that act on c as the given ones act on s, in their dtype."""
-        new_NA, shift_N = _products(weight_ND, self.directions, self.mean[None])
-        new_bias_N = shift_N[:, 0]
-        if bias_N is not None:
-            new_bias_N = new_bias_N + bias_N.detach().to(new_bias_N)
+        return self.compress_measured(weight_ND, bias_N)[:2]
+
+    def compress_measured(
+        self, weight_ND: Tensor, bias_N: Tensor | None, temb_nD: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, float | None]:
+        """`compress` and `relative_error` in one product, which reads the weight once."""
+        coarse_D = self.mean.bfloat16().double()  # in two parts, so that bf16 products keep it
+        rows = [self.directions, torch.stack([coarse_D, self.mean - coarse_D])]
+        if temb_nD is not None:
+            s_nD = F.silu(temb_nD.detach().to("cpu", torch.float64))
+            centred_nD = s_nD - self.mean
+            rows += [s_nD, centred_nD - centred_nD @ self.directions.t() @ self.directions]
+        new_NA, shift_N2, *outputs = _products(weight_ND, *rows)
+        bias = torch.zeros(()) if bias_N is None else bias_N.detach().cpu()
+        new_bias_N = shift_N2.sum(1) + bias.to(shift_N2)
+        error = None
+        if temb_nD is not None:
+            exact_Nn, error_Nn = outputs
+            exact_Nn = exact_Nn + bias.to(exact_Nn).reshape(-1, 1)
+            error = float(error_Nn.norm() / exact_Nn.norm().clamp(min=1e-30))
         at = {"device": weight_ND.device, "dtype": weight_ND.dtype}
-        return new_NA.to(**at), new_bias_N.to(**at)
+        return new_NA.to(**at), new_bias_N.to(**at), error
 
     def relative_error(self, temb_nD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> float:
         """||compressed - exact|| / ||exact|| of one AdaLN Linear's output over the samples."""
-        s_nD = F.silu(temb_nD.detach().to("cpu", torch.float64))
-        rest_nD = (s_nD - self.mean) - (s_nD - self.mean) @ self.directions.t() @ self.directions
-        exact_Nn, error_Nn = _products(weight_ND, s_nD, rest_nD)
-        if bias_N is not None:
-            exact_Nn = exact_Nn + bias_N.detach().to(exact_Nn)[:, None]
-        return float(error_Nn.norm() / exact_Nn.norm().clamp(min=1e-30))
+        return self.compress_measured(weight_ND, bias_N, temb_nD)[2]
 
 
 def _products(weight_ND: Tensor, *rows_kD: Tensor) -> list[Tensor]:
     """weight @ rows^T for each, [N, k]: in fp64, and for half precision weights in fp32.
 
-    bf16 weights are multiplied in bf16 where the CPU can, six times as fast: each row as the sum of
-    two bf16 rows, so that only the products are rounded, as the result will be.
+    bf16 weights are multiplied in bf16 where the CPU can, six times as fast; the directions are
+    then rounded as they are in the model.
     """
     weight_ND = weight_ND.detach().cpu()
-    counts = [len(rows) for rows in rows_kD]
-    rows_kD = torch.cat([rows.double() for rows in rows_kD])
-    if weight_ND.dtype == torch.bfloat16 and _fast_bf16():
-        high_kD = rows_kD.bfloat16()
-        both = torch.cat([high_kD, (rows_kD - high_kD.double()).bfloat16()])
-        high_Nk, low_Nk = (weight_ND @ both.t()).float().chunk(2, dim=1)
-        return list((high_Nk + low_Nk).split(counts, dim=1))
     exact = torch.float32 if weight_ND.dtype.itemsize == 2 else torch.float64
-    return list((weight_ND.to(exact) @ rows_kD.to(exact).t()).split(counts, dim=1))
+    fast = weight_ND.dtype == torch.bfloat16 and _fast_bf16()
+    at = weight_ND.dtype if fast else exact
+    all_Nk = weight_ND.to(at) @ torch.cat(rows_kD).to(at).t()
+    return list(all_Nk.to(exact).split([len(rows) for rows in rows_kD], dim=1))
 
 
 def _fast_bf16() -> bool:

@@ -181,7 +181,7 @@ class FluxMoESingleTransformerBlock(FluxSingleTransformerBlock, ExpertLayer):
                 first_column=width,
                 routing=_reuse(self, "", saved_routing, normed, mask),
                 token_mask=mask,
-                also=lambda weight: F.linear(attn, weight[:, :width]),
+                also=lambda _w1, _b1, weight: F.linear(attn, weight[:, :width]),
             )
         else:
             out = self.proj_out(torch.cat([attn, self.act_mlp(self.proj_mlp(normed))], dim=2))

@@ -188,8 +188,7 @@ def _compress_adaln(dense, width: int, temb_nD, state: dict[str, Tensor]) -> dic
     basis = AdaLNBasis.from_samples(temb_nD, width)
     report = {}
     for name, linear in adaln_linears(dense).items():
-        report[name] = basis.relative_error(temb_nD, linear.weight, linear.bias)
-        weight, bias = basis.compress(linear.weight, linear.bias)
+        weight, bias, report[name] = basis.compress_measured(linear.weight, linear.bias, temb_nD)
         state[f"{name}.weight"], state[f"{name}.bias"] = weight, bias
     at = {"device": dense.device, "dtype": dense.norm_out.linear.weight.dtype}
     weight, bias = basis.down_projection()

@@ -1,37 +1,26 @@
 """Turns the FFNs of a model it has never seen into MoE layers, in place.
 
-Shapes: D width, F neurons. An FFN is found by its form, two Linears D -> F (or 2F, gated) and
-F -> D in one module, and accepted only if that module, with random weights, computes
-
-    down(act(up(x)))     or, gated,     down(u * act(g)),  [u, g] = up(x)
-
-with one of the activations `moe_ffn` knows; what computes anything else is named and left alone.
+Shapes: D width, F neurons. FFNs are found by their form, see `forms`; those of FLUX.2's
+single-stream blocks, which are fused with attention, by their class, see `parallel`. What cannot be
+converted is named and left alone.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from d2m_models.config import MoEConfig
-from d2m_models.moe import MoEFeedForward, moe_layers
+from d2m_models.forms import NotConvertible, candidates, converted
+from d2m_models.moe import ExpertLayer, moe_layers
+from d2m_models.parallel import convert_parallel, parallel_attentions
 from d2m_models.partition import check_order, permute_neurons
 
 logger = logging.getLogger(__name__)
-
-_POINTWISE = {
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "relu": F.relu,
-}
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # they have no forward of their own
-_GATED = {"geglu": F.gelu, "swiglu": F.silu}
 
 
 @torch.no_grad()
@@ -55,133 +44,84 @@ def convert(
     """
     if not isinstance(config, MoEConfig):
         raise TypeError(f"config must be a MoEConfig, got {type(config).__name__}")
-    if hasattr(model, "single_transformer_blocks") and type(model).__name__.startswith("Flux"):
+    if hasattr(model, "single_transformer_blocks") and hasattr(model, "time_text_embed"):
         raise TypeError(f"{type(model).__name__} has fused single-stream FFNs; use convert_flux")
     if moe_layers(model):
         raise ValueError("model is already converted")
-    found: dict[str, MoEFeedForward] = {}
+    found: dict[str, ExpertLayer] = {}
     skipped: dict[str, str] = {}
     orders = dict(neuron_order or {})
-    for name, ffn in _candidates(model):
+    for name, ffn in candidates(model):
         try:
-            found[name] = _converted(ffn, name, config, orders.get(name))
-        except _NotConvertible as reason:
+            found[name] = converted(ffn, config)
+        except NotConvertible as reason:
             skipped[name] = str(reason)
-    unknown = sorted(set(orders) - set(found))
+    fused: dict[str, nn.Module] = {}
+    for name, attention in parallel_attentions(model):
+        try:
+            config.sizes(attention.query_dim, attention.mlp_hidden_dim)
+            fused[name] = attention
+        except ValueError as reason:
+            skipped[name] = str(reason)
+    names = [*found, *fused]
+    unknown = sorted(set(orders) - set(names))
     if unknown:
-        raise ValueError(
-            f"neuron_order names no convertible FFN: {unknown}; there are {list(found)}"
-        )
-    if not found:
+        raise ValueError(f"neuron_order names no convertible FFN: {unknown}; there are {names}")
+    if not names:
         raise ValueError(
             f"{type(model).__name__} has no FFN that can be converted; skipped: {skipped}"
         )
+    widths = {name: layer.neuron_order.numel() for name, layer in found.items()}
+    widths |= {name: attention.mlp_hidden_dim for name, attention in fused.items()}
+    checked = {
+        name: check_order(order, widths[name], f"neuron_order[{name!r}]")
+        for name, order in orders.items()
+    }
+    # From here on nothing fails, so a model is never left half converted.
     for name, layer in found.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
-        _permute(layer)
+    for name, attention in fused.items():
+        found[name] = convert_parallel(attention, config)
+    for name, order_F in checked.items():
+        _permute(found[name], order_F)
     for name, reason in skipped.items():
         logger.warning("left %s untouched: %s", name, reason)
-    model.d2m_report = {"converted": list(found), "skipped": skipped}
+    model.d2m_report = {"converted": names, "skipped": skipped}
     return model
 
 
-class _NotConvertible(Exception):
-    pass
+class ParameterCount(NamedTuple):
+    """Parameters held, and those that one token meets."""
+
+    total: int
+    activated: int
 
 
-def _linears(module: nn.Module) -> list[tuple[str, nn.Linear]]:
-    return [(name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear)]
-
-
-def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Innermost modules with the Linears of an FFN: up and down, or two ups (a gate) and down."""
-    found = []
-    for name, module in model.named_modules():
-        linears = _linears(module)
-        if not name or len(linears) not in (2, 3) or isinstance(module, _CONTAINERS):
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Of any converted model: all, and all but the neurons of experts a token does not use."""
+    total = sum(p.numel() for p in model.parameters())
+    idle = 0
+    for layer in moe_layers(model).values():
+        if layer.top_k == "dense":
             continue
-        inner = [m for m in module.modules() if m is not module and not isinstance(m, _CONTAINERS)]
-        if any(len(_linears(m)) == len(linears) for m in inner):
-            continue
-        *ups, down = sorted((m for _, m in linears), key=lambda m: m.in_features)
-        width, hidden = down.out_features, down.in_features
-        if all(m.in_features == width for m in ups) and hidden > width:
-            outs = {m.out_features for m in ups}
-            if outs <= ({hidden, 2 * hidden} if len(ups) == 1 else {hidden}):
-                found.append((name, module))
-    return found
+        up, down = layer.linears()
+        neurons = (layer.num_experts - layer.top_k) * layer.expert
+        rows = 2 if layer.activation in ("geglu", "swiglu") else 1
+        idle += neurons * (rows * up.in_features + down.out_features)
+        idle += neurons * rows * (up.bias is not None)
+    return ParameterCount(total, total - idle)
 
 
-def _converted(
-    ffn: nn.Module, name: str, config: MoEConfig, order_F: Tensor | None
-) -> MoEFeedForward:
-    """The MoE layer for one FFN, its neurons not permuted yet."""
-    linears = _linears(ffn)
-    if len(linears) == 3:
-        raise _NotConvertible("its gate is a Linear of its own")
-    (up, up_linear), (down, down_linear) = linears
-    if up_linear.in_features > down_linear.in_features:
-        (up, up_linear), (down, down_linear) = (down, down_linear), (up, up_linear)
-    dim, hidden = up_linear.in_features, down_linear.in_features
-    busy = [n for n, m in ffn.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
-    if busy:
-        raise _NotConvertible(f"it has dropout > 0 in {busy}; set it to 0")
-    try:
-        config.sizes(dim, hidden)
-    except ValueError as error:
-        raise _NotConvertible(str(error)) from None
-    activation, gate_first = _recognise(ffn, up, down)
-    if order_F is not None:
-        order_F = check_order(order_F, hidden, f"neuron_order[{name!r}]")
-    layer = MoEFeedForward(ffn, config, activation, up, down, gate_first)
-    layer.train(ffn.training).to(up_linear.weight.device)
-    if order_F is not None:
-        layer.neuron_order.copy_(order_F)
-    return layer
-
-
-def _recognise(ffn: nn.Module, up: str, down: str) -> tuple[str, bool]:
-    """(activation, gate_first) of an FFN, found by running a copy of it with random weights."""
-    probe = copy.deepcopy(ffn).to("cpu", torch.float32).eval()
-    generator = torch.Generator().manual_seed(0)
-    for _, linear in _linears(probe):
-        linear.weight.normal_(std=linear.in_features**-0.5, generator=generator)
-        if linear.bias is not None:
-            linear.bias.normal_(std=0.1, generator=generator)
-    up_linear, down_linear = probe.get_submodule(up), probe.get_submodule(down)
-    x = 2 * torch.randn(2, 8, up_linear.in_features, generator=generator)
-    try:
-        y = probe(x)
-    except Exception as error:
-        raise _NotConvertible(f"it does not run on tokens alone ({error})") from None
-    z = up_linear(x)
-    hidden = down_linear.in_features
-    candidates = {}
-    if z.shape[-1] == hidden:
-        candidates = {(name, False): act(z) for name, act in _POINTWISE.items()}
-    else:
-        a, b = z.split(hidden, dim=-1)
-        for name, act in _GATED.items():
-            candidates[name, False] = a * act(b)
-            candidates[name, True] = b * act(a)
-    for key, h in candidates.items():
-        # fp32 rounding stays below 1e-5; gelu and its tanh form differ by more than 1e-4
-        expected = down_linear(h)
-        if isinstance(y, Tensor) and y.shape == expected.shape:
-            if (y - expected).norm() <= 2e-5 * expected.norm():
-                return key
-    known = [*_POINTWISE, *_GATED]
-    raise _NotConvertible(f"it does not compute down(act(up(x))) with act in {known}")
-
-
-def _permute(layer: MoEFeedForward) -> None:
-    """Puts the neurons of a fresh layer in its order."""
-    order_F = layer.neuron_order.long().cpu()
-    if torch.equal(order_F, torch.arange(order_F.numel())):
-        return
-    up, down = layer.linears()
-    stacks = up.out_features // order_F.numel()
-    for tensor, dim, copies in ((up.weight, 0, stacks), (up.bias, 0, stacks), (down.weight, 1, 1)):
-        if tensor is not None:
-            tensor.copy_(permute_neurons(tensor, order_F, dim, stacks=copies))
+def _permute(layer: ExpertLayer, order_F: Tensor) -> None:
+    """Puts the neurons of a fresh layer in the given order."""
+    layer.neuron_order.copy_(order_F)
+    (up, down), gate = layer.linears(), layer.gate_linear()
+    hidden, columns = order_F.numel(), down.in_features - order_F.numel()
+    stacks = 2 if gate is None and layer.activation in ("geglu", "swiglu") else 1
+    for linear in (up, gate):
+        for tensor in () if linear is None else (linear.weight, linear.bias):
+            if tensor is not None:
+                first = tensor.shape[0] - stacks * hidden  # fused: q, k and v come first
+                tensor.copy_(permute_neurons(tensor, order_F, 0, first, stacks))
+    down.weight.copy_(permute_neurons(down.weight, order_F, 1, columns))

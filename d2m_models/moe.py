@@ -61,6 +61,10 @@ class ExpertLayer(nn.Module):
         """The up and the down Linear, as they are now: peft puts wrappers in their place."""
         raise NotImplementedError
 
+    def gate_linear(self) -> nn.Module | None:
+        """The gate's Linear, where a gated FFN has one of its own."""
+        return None
+
     def run_experts(
         self,
         x: Tensor,
@@ -70,18 +74,25 @@ class ExpertLayer(nn.Module):
         routing: Routing | None = None,
         token_mask: Tensor | None = None,
         also: Any = None,
+        first_row: int = 0,
     ) -> tuple[Tensor, Routing]:
         """shared(x) + routed_scale * sum_k weight * expert(x) + b2 (eqs. 2-3).
 
         Args:
-            x: [..., D]. up: Linear w1 [F, D]. down: Linear whose weight holds w2 [D, F] in the
-                columns from `first_column` on.
+            x: [..., D]. up: Linear whose weight holds w1 [F, D] in the rows from `first_row` on.
+                down: Linear whose weight holds w2 [D, F] in the columns from `first_column` on.
             routing: ids of an earlier call; weights are computed afresh.
             token_mask: [...] bool; False tokens get the shared neurons only.
-            also: called with down's weight, its result is added: the rest of a fused Linear.
+            also: called with up's weight and bias and down's weight, its result is added: the rest
+                of fused Linears.
         """
 
-        def run(w1_FD, b1_F, w2_DX, b2_D, router_ED):
+        def run(w1_XD, b1_X, w2_DX, b2_D, router_ED, gate_FD=None, b_gate_F=None):
+            w1_FD, b1_F = w1_XD, b1_X
+            if first_row:
+                w1_FD, b1_F = w1_XD[first_row:], None if b1_X is None else b1_X[first_row:]
+            if gate_FD is not None:
+                w1_FD, b1_F = (w1_FD, gate_FD), None if b1_F is None else (b1_F, b_gate_F)
             y, new_routing = moe_ffn(
                 x,
                 router_ED,
@@ -100,16 +111,24 @@ class ExpertLayer(nn.Module):
                 backend=self.backend,
                 return_routing=True,
             )
-            return (y if also is None else y + also(w2_DX)), new_routing
+            return (y if also is None else y + also(w1_XD, b1_X, w2_DX)), new_routing
 
-        # Nested, so that all three weights are in place (onloaded, cast) while they are used.
+        def with_up_and_down(router_ED, *gate):
+            return effective_weight(
+                up,
+                lambda w1_XD, b1_X: effective_weight(
+                    down, lambda w2_DX, b2_D: run(w1_XD, b1_X, w2_DX, b2_D, router_ED, *gate)
+                ),
+            )
+
+        # Nested, so that all weights are in place (onloaded, cast) while they are used.
+        gate = self.gate_linear()
+        if gate is None:
+            return effective_weight(self.router, lambda router_ED, _: with_up_and_down(router_ED))
         return effective_weight(
             self.router,
             lambda router_ED, _: effective_weight(
-                up,
-                lambda w1_FD, b1_F: effective_weight(
-                    down, lambda w2_DX, b2_D: run(w1_FD, b1_F, w2_DX, b2_D, router_ED)
-                ),
+                gate, lambda gate_FD, b_gate_F: with_up_and_down(router_ED, gate_FD, b_gate_F)
             ),
         )
 
@@ -136,6 +155,7 @@ class MoEFeedForward(ExpertLayer):
         activation: name as in `moe_ffn`.
         config: the experts.
         gate_first: for gated activations, w1 is [gate; up] rather than [up; gate].
+        gate: path of the gate's own Linear, if it has one.
     """
 
     def __init__(
@@ -146,17 +166,22 @@ class MoEFeedForward(ExpertLayer):
         up: str = "net.0.proj",
         down: str = "net.2",
         gate_first: bool = False,
+        gate: str | None = None,
     ):
         super().__init__()
         for name, child in ffn.named_children():
             self.add_module(name, child)
         self._paths = (up, down)
+        self._gate_path = gate
         dim, hidden = ffn.get_submodule(up).in_features, ffn.get_submodule(down).in_features
         self.add_experts(dim, hidden, config, activation, gate_first)
 
     def linears(self) -> tuple[nn.Module, nn.Module]:
         up, down = self._paths
         return self.get_submodule(up), self.get_submodule(down)
+
+    def gate_linear(self) -> nn.Module | None:
+        return None if self._gate_path is None else self.get_submodule(self._gate_path)
 
     def forward(
         self,

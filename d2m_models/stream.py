@@ -183,8 +183,8 @@ def _narrow_task(reader: DenseReader, linear: str, ours, box: dict[str, Any]) ->
     def make(tensors: list[Tensor]) -> list[Tensor]:
         weight, bias = (reader.finish(n, t) for n, t in zip(names, tensors, strict=True))
         basis: AdaLNBasis = box["basis"]
-        box["errors"][linear] = basis.relative_error(box["samples"], weight, bias)
-        return list(basis.compress(weight, bias))
+        *made, box["errors"][linear] = basis.compress_measured(weight, bias, box["samples"])
+        return made
 
     specs = tuple(TensorSpec(n, reader.dtype, ours[n]) for n in names)
     return Task(specs, tuple(reader.source.tensors[n] for n in names), make)

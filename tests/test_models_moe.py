@@ -123,13 +123,16 @@ class TimmMlp(nn.Module):
 
 
 class LlamaMlp(nn.Module):
-    def __init__(self, dim):
+    """A gate of its own, as in Z-Image and Lumina 2."""
+
+    def __init__(self, dim, act=F.silu):
         super().__init__()
+        self.act = act
         self.w1, self.w3 = nn.Linear(dim, 4 * dim), nn.Linear(dim, 4 * dim)
         self.w2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(self.act(self.w1(x)) * self.w3(x))
 
 
 class Block(nn.Module):
@@ -165,6 +168,8 @@ MLPS = {
         nn.Linear(DIM, 4 * DIM), nn.ReLU(), nn.Linear(4 * DIM, DIM)
     ),
     "diffusers-geglu": lambda: diffusers_ffn(activation_fn="geglu"),
+    "two-linear-swiglu": lambda: LlamaMlp(DIM),
+    "two-linear-geglu": lambda: LlamaMlp(DIM, F.gelu),
     "diffusers-swiglu": lambda: diffusers_ffn(activation_fn="swiglu"),
 }
 
@@ -210,7 +215,7 @@ def test_what_cannot_be_converted_is_named_and_untouched():
     gelu = nn.GELU(approximate="tanh")
     model = SmallDiT(
         TimmMlp(DIM, gelu), TimmMlp(DIM, gelu, twist=True), TimmMlp(DIM, gelu, drop=0.1),
-        TimmMlp(DIM, nn.Tanh()), LlamaMlp(DIM),
+        TimmMlp(DIM, nn.Tanh()), LlamaMlp(DIM, torch.tanh),
     ).eval()  # fmt: skip
     before = copy.deepcopy(model.state_dict())
     convert(model, CONFIG)
@@ -218,7 +223,7 @@ def test_what_cannot_be_converted_is_named_and_untouched():
     assert model.d2m_report["converted"] == ["blocks.0.mlp"]
     assert set(skipped) == {f"blocks.{i}.mlp" for i in (1, 2, 3, 4)}
     assert "does not compute" in skipped["blocks.1.mlp"] and "dropout" in skipped["blocks.2.mlp"]
-    assert "act in" in skipped["blocks.3.mlp"] and "gate" in skipped["blocks.4.mlp"]
+    assert "act in" in skipped["blocks.3.mlp"] and "'geglu', 'swiglu'" in skipped["blocks.4.mlp"]
     assert [type(b.mlp) for b in model.blocks[1:4]] == [TimmMlp] * 3
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
