@@ -1,4 +1,4 @@
-"""Distillation: samples a second and peak memory of each stage, on digits and on a FLUX-sized block.
+"""Distillation: samples a second and peak memory of each stage, on digits and on a FLUX block.
 
 The digits teacher is untrained here: its weights change neither the work nor the memory.
 """

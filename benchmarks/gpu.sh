@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# Everything on a GPU in one go, offline, in under nine minutes:
+#
+#   benchmarks/gpu.sh OUT [--only PART...] [--budget SECONDS] [--wheels DIR] [--rehearse]
+#
+# Parts, in order of importance; a run cut short keeps what it has measured:
+#   build tests layers stages models skewed blocks distill host scaling     (--only adds: sweep)
+# OUT gets <gpu>.json (see README.md here; renewed after every measurement), gpu.log with the output
+# of all parts, and with `--only sweep` sweep.json. `d2m report OUT` makes the report of it, on any
+# machine. D2M_COMMIT names the commit where the tree came without its history.
+#
+# The machine needs: nvcc, cmake, ninja, pybind11, setuptools, wheel, torch >= 2.11, triton, numpy,
+# pytest, hypothesis. What it lacks beside them travels as wheels, made where there is a network:
+#   pip download --no-deps -d wheels diffusers==0.42.1 requests pytest-benchmark py-cpuinfo
+#   (add safetensors, huggingface-hub, transformers, accelerate where they are missing; torchao for
+#   the fp8 peer; scattermoe, megablocks, sonic-moe, triton_kernels as further peers)
+# and --wheels wheels installs them, without looking for anything else, for this run only.
+# --rehearse: the same on a CPU with tiny sizes; its numbers mean nothing.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+usage() { sed -n '2,22p' "benchmarks/gpu.sh" | sed 's/^# \{0,1\}//'; exit "${1:-2}"; }
+
+all="build tests layers stages models skewed blocks distill host scaling"
+out="" only="" budget=530 wheels="" rehearse=0
+while [ $# -gt 0 ]; do
+  case $1 in
+    --only) shift; while [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; do only="$only $1"; shift; done; continue ;;
+    --budget) budget=${2:?--budget needs seconds}; shift ;;
+    --wheels) wheels=${2:?--wheels needs a folder}; shift ;;
+    --rehearse) rehearse=1 ;;
+    -h | --help) usage 0 ;;
+    -*) echo "unknown option $1" >&2; usage ;;
+    *) [ -z "$out" ] || usage; out=$1 ;;
+  esac
+  shift
+done
+[ -n "$out" ] || usage
+for part in $only; do
+  case " $all sweep " in *" $part "*) ;; *) echo "unknown part $part; parts: $all sweep" >&2; exit 2 ;; esac
+done
+python=$(command -v python3)
+[ "$rehearse" = 0 ] || python=${PYTHON:-$python}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+log=$out/gpu.log
+: >"$log"
+site=$PWD/build/gpu-site
+export PYTHONPATH="$site:$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+size=() sweep=()
+if [ "$rehearse" = 1 ]; then size=(--tiny --on cpu) sweep=(--rehearse --tiles 2); fi
+
+status=0
+wanted() { [ -z "$only" ] && [ "$1" != sweep ] || [[ " $only " == *" $1 "* ]]; }
+left() { echo $((budget - SECONDS)); }
+part() { # part NAME SECONDS COMMAND...: within what is left of the budget; its verdict on a line
+  local name=$1 limit=$2 rc
+  shift 2
+  wanted "$name" || return 0
+  [ "$limit" -lt "$(left)" ] || limit=$(left)
+  if [ "$limit" -lt 5 ]; then
+    echo "$name: not started, the budget of $budget s is used up"
+    return 0
+  fi
+  local start=$SECONDS
+  echo "== $name: $*" >>"$log"
+  timeout --kill-after=10 "$limit" "$@" >>"$log" 2>&1
+  rc=$?
+  [ $rc -eq 0 ] || status=1
+  printf '%-8s rc=%-3s %4s s  %s\n' "$name" $rc $((SECONDS - start)) "$(tail -n 1 "$log" | cut -c1-110)"
+}
+bench() { # bench NAME SECONDS FILE [PYTEST_ARGUMENTS...]: starts no test after 80% of its time
+  local name=$1 limit=$2
+  shift 2
+  local most=$limit
+  [ "$most" -lt "$(left)" ] || most=$(left)
+  part "$name" "$limit" "$python" -m pytest "$@" --benchmark-only -q -p no:cacheprovider \
+    --results "$out/" --deadline $((most * 8 / 10)) "${size[@]}"
+}
+
+if [ -n "$wheels" ]; then
+  "$python" -m pip install -q --no-index --no-deps --upgrade --target "$site" "$wheels"/*.whl >>"$log" 2>&1 ||
+    { echo "the wheels in $wheels could not be installed, see $log"; exit 1; }
+fi
+cuda=1
+[ "$rehearse" = 0 ] || cuda=0
+part build 150 env D2M_CUDA=$cuda TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-9.0a}" \
+  "$python" -m pip install --no-build-isolation --no-deps --target "$site" --upgrade .
+# The clone shadows the installed packages, so that this tree is what runs; only the compiled
+# modules come from the site folder.
+part tests 120 "$python" -m pytest -q -x -p no:cacheprovider tests/gpu
+bench layers 110 benchmarks/bench_moe_ffn.py -k balanced
+bench stages 60 benchmarks/bench_route.py benchmarks/bench_grouped_gemm.py benchmarks/bench_combine.py -k "4608 or 1536"
+bench models 240 benchmarks/bench_flux.py
+bench skewed 45 benchmarks/bench_moe_ffn.py -k zipf
+bench blocks 40 benchmarks/bench_blocks.py
+bench distill 40 benchmarks/bench_distill.py
+bench host 20 benchmarks/bench_host.py
+bench scaling 60 benchmarks/bench_scaling.py
+part sweep "$budget" "$python" benchmarks/sweep_triton.py "$out/sweep.json" --budget "$(left)" "${sweep[@]}"
+echo "results in $out after $SECONDS s"
+exit $status
