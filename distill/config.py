@@ -205,7 +205,7 @@ class DemoConfig:
 
     structure: fields of `FluxMoEConfig` without depth and mob. groups: "s" (and "m", "xs" for
     --full) -> fields of `MoBConfig`. lite: double blocks the FLUX.1-Lite-like comparator keeps.
-    pruned_lr: learning rate of the pruned comparators, which train as many steps as the students.
+    pruned_lr: learning rate of prune-mlp and lite; prune-depth has that of stage (c).
     """
 
     teacher: TeacherConfig

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distill import checkpoint as ckpt
 from distill import evaluate as ev
-from distill.config import DemoConfig, StageConfig, to_dict
+from distill.config import DemoConfig, StageConfig, TrainConfig, to_dict
 from distill.data import Digits
 from distill.stages import (
     VERSION,
@@ -150,7 +150,8 @@ def train_prune_mlp(run: Run) -> nn.Module:
         if ".".join(name.split(".")[:2]) not in whole
     }
     steps = run.config.shared.train.steps + run.config.moe.train.steps
-    return _train_pruned(run, prune_mlp(dense, keep), "prune-mlp", run.config.moe, steps, 0)
+    config = replace(run.config.moe.train, steps=steps, lr=run.config.pruned_lr)
+    return _train_pruned(run, prune_mlp(dense, keep), "prune-mlp", config, 0)
 
 
 def train_prune_depth(run: Run, moe: nn.Module, parent: str) -> nn.Module:
@@ -166,8 +167,8 @@ def train_prune_depth(run: Run, moe: nn.Module, parent: str) -> nn.Module:
 
     model = prune_depth(moe, kept["double"], kept["single"])
     first = run.config.shared.train.steps + run.config.moe.train.steps
-    steps = run.config.mob.train.steps
-    return _train_pruned(run, model, "prune-depth", run.config.mob, steps, first, aliases, parent)
+    # stage (c)'s schedule; what is balanced here are experts, as in stage (b)
+    return _train_pruned(run, model, "prune-depth", run.config.mob.train, first, aliases, parent)
 
 
 def choose_blocks(
@@ -218,27 +219,26 @@ def train_lite(run: Run) -> nn.Module:
     ends = [*(b - 1 for b in run.config.lite[1:]), counts[0] - 1]
     aliases = {f"transformer_blocks.{i}": f"transformer_blocks.{end}" for i, end in enumerate(ends)}
     steps = sum(stage.train.steps for stage in stages)
-    return _train_pruned(run, model, "lite", run.config.moe, steps, 0, aliases)
+    config = replace(run.config.moe.train, steps=steps, lr=run.config.pruned_lr)
+    return _train_pruned(run, model, "lite", config, 0, aliases)
 
 
 def _train_pruned(
     run: Run,
     model: nn.Module,
     name: str,
-    like: StageConfig,
-    steps: int,
+    config: TrainConfig,
     first: int,
     aliases: dict[str, str] | None = None,
     parent: str = "",
 ) -> nn.Module:
-    """Distil all weights of a pruned model (eqs. 7-9) for `steps` in one schedule."""
-    config = replace(like.train, steps=steps, lr=run.config.pruned_lr)
+    """Distil all weights of a pruned model (eqs. 7-9), in one schedule."""
     model.train().requires_grad_(True)
     objective = Distillation(
         run.teacher,
         model,
         run.digits,
-        like.loss,
+        run.config.moe.loss,
         config.batch_size,
         run.seed,
         first,
