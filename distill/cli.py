@@ -57,8 +57,23 @@ def parser() -> argparse.ArgumentParser:
 
     add_commands(commands)  # convert, inspect, diff
 
-    report = commands.add_parser("report", help="render a demo's pictures and page again")
-    report.add_argument("out", metavar="OUT", help="output folder of `d2m demo`")
+    report = commands.add_parser("report", help="pictures, page and tables from a run's results")
+    report.add_argument(
+        "out",
+        metavar="OUT",
+        nargs="?",
+        default="benchmarks/results",
+        help="folder of `d2m demo`, or of benchmark results (default: %(default)s)",
+    )
+    report.add_argument(
+        "--readme",
+        metavar="FILE",
+        nargs="?",
+        const="README.md",
+        help="instead of a page: the benchmark tables between FILE's markers "
+        "<!-- begin:NAME --> and <!-- end:NAME --> (default: README.md)",
+    )
+    report.add_argument("--check", action="store_true", help="with --readme: fail if it is stale")
     report.set_defaults(run=run_report)
     return top
 
@@ -138,9 +153,20 @@ def run_sample(args: argparse.Namespace) -> None:
 
 
 def run_report(args: argparse.Namespace) -> None:
-    from distill.report import render
+    if args.readme is not None:
+        from distill.bench_report import update_readme
 
-    print(f"wrote {render(args.out)}")
+        stale = update_readme(args.readme, args.out, check=args.check)
+        if stale and args.check:
+            raise UserError(f"{args.readme} is stale: run `d2m report --readme {args.readme}`")
+        print(f"{'wrote' if stale else 'unchanged:'} {args.readme}")
+        return
+    from distill import bench_report, report
+    from distill.bench_tables import load_results
+
+    demo = (Path(args.out) / "results.json").exists()
+    benchmarks = not demo and (args.out == "benchmarks/results" or load_results(args.out))
+    print(f"wrote {(bench_report if benchmarks else report).render(args.out)}")
 
 
 class _library_errors:

@@ -66,6 +66,11 @@ def work(source: Any, image: int = IMAGE, text: int = TEXT) -> dict[str, float]:
     }
 
 
+def work_ratio(name: str) -> float:
+    """FLOPs of a forward at 1024x1024 over dense's, attention in full."""
+    return account_of(name).flops / account_of("flux-dense").flops
+
+
 def ideal(
     dense_parts: Mapping[str, float], dense: Mapping[str, float], model: Mapping[str, float]
 ) -> float:

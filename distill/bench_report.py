@@ -1,0 +1,126 @@
+"""`d2m report` on benchmark results: PNGs, one self-contained page, and the README's tables."""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+from pathlib import Path
+
+from distill import checkpoint as ckpt
+from distill.bench_plots import FIGURES
+from distill.bench_tables import TABLES, Results, load_results, machine_label, markdown
+from distill.errors import UserError
+from distill.report import _STYLE, _html_table
+
+_TITLES = {
+    "table1": ("Table 1", "The paper's cost columns (one H20, 1024x1024), our counts, and what was "
+               "measured. Latency/FLOPs is the latency ratio to dense over the FLOPs ratio, "
+               "attention in full on both sides; latency/ideal sets the latency against dense's "
+               "own measured parts, each scaled by what the model keeps of it. Predicted columns "
+               "are predictions."),
+    "layers": ("The layer and its peers", "Medians of ratios to the dense FFN measured in the same "
+               "rounds; quartiles in brackets."),
+    "stages": ("Stages", "Of ceiling: share of the matrix-product or copy rate measured on the "
+               "same machine. Of floor: least time those ceilings allow, over the time taken."),
+    "blocks": ("Blocks", "One block of FLUX.1 at full width; where dense's time goes."),
+    "prediction-error": ("How good is the prediction?", "The paper's MoE rows ran other kernels "
+                         "(MegaBlocks): there the difference is not the prediction's alone."),
+    "distillation": ("Distillation", "Training steps of each stage."),
+    "environments": ("Environment", "Every record of a results file names its run."),
+}  # fmt: skip
+_MARK = re.compile(r"(<!-- begin:([\w-]+) -->\n)(.*?)(<!-- end:\2 -->)", re.S)
+
+
+def results_in(folder: Path | str) -> dict:
+    results = load_results(folder)
+    if not results:
+        raise UserError(
+            f"{folder} holds no benchmark results; "
+            "`pytest benchmarks/ --benchmark-only --results benchmarks/results` writes some"
+        )
+    return results
+
+
+def render(folder: Path | str) -> Path:
+    """(Re)write the pictures and report.html of a folder of results files; returns the page."""
+    folder = Path(folder)
+    results = results_in(folder)
+    figures = []
+    for file, (title, draw) in FIGURES.items():
+        alt = draw(folder / file, results)
+        if alt is None:  # nothing measured that it could show
+            (folder / file).unlink(missing_ok=True)
+        else:
+            figures.append((file, title, alt))
+    page = folder / "report.html"
+    ckpt.write_text(page, _page(folder, results, figures))
+    return page
+
+
+def _page(folder: Path, results: Results, figures: list[tuple[str, str, str]]) -> str:
+    parts = []
+    for file, title, alt in figures:
+        data = base64.b64encode((folder / file).read_bytes()).decode()
+        parts.append(
+            f"<h2>{html.escape(title)}</h2><figure>"
+            f'<img alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{html.escape(alt)}</figcaption></figure>"
+        )
+    for name, (title, caption) in _TITLES.items():
+        header, rows = TABLES[name](results)
+        if rows:
+            parts.append(f'<h2 id="{name}">{html.escape(title)}</h2>')
+            parts.append(f"<p>{html.escape(caption)}</p>{_html_table(header, rows)}")
+    skipped = "".join(
+        f"<li>{html.escape(machine_label(name, r))}: {html.escape(row['id'])}: "
+        f"{html.escape(row['why'])}</li>"
+        for name, r in results.items()
+        for row in r["skipped"]
+    )
+    if skipped:
+        parts.append(f"<h2>Not measured</h2><ul>{skipped}</ul>")
+    machines = ", ".join(machine_label(name, r) for name, r in results.items())
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<title>dense2moe benchmarks</title><style>{_STYLE}</style></head><body>
+<h1>Does the latency fall as far as the FLOPs?</h1>
+<p>Measured on: {html.escape(machines)}. All contenders ran in turn in one process, on random data;
+numbers are medians.</p>
+{"".join(parts)}
+</body></html>
+"""
+
+
+def readme_with_tables(text: str, results: Results) -> str:
+    """The text with everything between <!-- begin:NAME --> and <!-- end:NAME --> made anew."""
+
+    def fresh(match: re.Match) -> str:
+        begin, name, _, end = match.groups()
+        if name not in TABLES:
+            raise UserError(f"README marker begin:{name} is unknown; tables are {sorted(TABLES)}")
+        return f"{begin}{markdown(TABLES[name](results))}{end}"
+
+    return _MARK.sub(fresh, text)
+
+
+def update_readme(readme: Path | str, folder: Path | str, check: bool = False) -> bool:
+    """Writes the README's tables from the results in `folder`; returns whether they were stale.
+
+    check: only look, write nothing.
+    """
+    readme = Path(readme)
+    try:
+        text = readme.read_text(encoding="utf-8")
+    except OSError as err:
+        raise UserError(f"cannot read {readme}: {err.strerror or err}") from err
+    begun = re.findall(r"<!-- begin:([\w-]+) -->", text)
+    closed = [m.group(2) for m in _MARK.finditer(text)]
+    if begun != closed:
+        raise UserError(f"{readme}: markers without an end: {sorted(set(begun) - set(closed))}")
+    fresh = readme_with_tables(text, load_results(folder)) if begun else text
+    stale = fresh != text
+    if stale and not check:
+        ckpt.write_text(readme, fresh)
+    return stale

@@ -1,0 +1,216 @@
+"""Tables of measured results beside the paper's, for the report and the README.
+
+A table is (header, rows of text); results files are those of benchmarks/ (schema:
+benchmarks/README.md). Every measured number names the machine, every predicted one says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distill import roofline
+from distill.errors import CheckpointError
+from distill.paper import TABLE1
+
+SCHEMA = "dense2moe-benchmarks/1"
+Table = tuple[list[str], list[list[str]]]
+Results = Mapping[str, Mapping[str, Any]]
+_OUR_ROWS = {"flux-dense", "flux-moe-l", "flux-moe-m", "flux-moe-s", "flux-moe-xs"}
+
+
+def load_results(folder: Path | str) -> dict[str, dict[str, Any]]:
+    """{file name without .json: content} of every results file in a folder, GPUs first."""
+    found = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as err:
+            raise CheckpointError(f"cannot read {path}: {err}") from err
+        if isinstance(content, dict) and content.get("schema") == SCHEMA:
+            found[path.stem] = content
+    return dict(sorted(found.items(), key=lambda kv: kv[1]["environment"]["device_type"] == "cpu"))
+
+
+def machine_label(name: str, results: Mapping[str, Any]) -> str:
+    env = results["environment"]
+    return env["device"] if env["device_type"] != "cpu" else f"CPU ({env['threads']} threads)"
+
+
+def how_measured(results: Mapping[str, Any]) -> str:
+    """Mode and tokens of a machine's models, e.g. "composed, 1024 + 512 tokens"."""
+    model = next(iter(results["models"].values()))
+    return f"{model['mode']}, {model['image_tokens']} + {model['text_tokens']} tokens"
+
+
+def calibrations(all_results: Results) -> list[roofline.Calibration]:
+    """One a machine that has dense's parts and a layer measured, GPUs first."""
+    found = [roofline.calibrate(results) for results in all_results.values()]
+    return [c for c in found if c is not None]
+
+
+def table1(all_results: Results) -> Table:
+    """The paper's Table 1 (cost columns), our counts, measurements and predictions."""
+    header = ["model", "steps", "paper: activated B", "paper: TFLOP", "paper: H20 s",
+              "ours: total B", "activated B (paper's count)", "TFLOP (full attention)",
+              "FLOPs / dense", "paper: latency/FLOPs"]  # fmt: skip
+    measured = {n: r for n, r in all_results.items() if r["models"]}
+    for name, results in measured.items():
+        label = machine_label(name, results)
+        header += [f"{label}, {how_measured(results)}: latency / dense",
+                   f"{label}: latency/FLOPs", f"{label}: latency/ideal"]  # fmt: skip
+        if any("image_seconds" in m for m in results["models"].values()):
+            header.append(f"{label}: s an image")
+    best = next(iter(calibrations(all_results)), None)
+    if best is not None:
+        header += [f"{m.name} s, predicted" for m in (roofline.H20, roofline.A100)]
+    dense = roofline.account_of("flux-dense")
+    rows = []
+    for row in TABLE1:
+        counts, paper = roofline.account_of(row.preset), roofline.paper_ratio(row.preset)
+        cells = [row.name, str(row.nfe), f"{row.activated_b:.2f}", f"{row.flops_t:.1f}",
+                 f"{row.latency_s:.2f}", f"{counts.total_params / 1e9:.2f}",
+                 f"{counts.activated_params / 1e9:.2f} ({counts.activated_params_paper / 1e9:.2f})",
+                 f"{counts.flops / 1e12:.1f}", f"{counts.flops / dense.flops:.3f}",
+                 f"{paper['latency_over_flops']:.2f}"]  # fmt: skip
+        for results in measured.values():
+            cells += _measured_cells(row, results)
+        if best is not None:
+            for machine in (roofline.H20, roofline.A100):
+                cells.append(f"{row.nfe * roofline.predict(row.preset, machine, best):.2f}")
+        rows.append(cells)
+    return header, rows
+
+
+def _measured_cells(row: Any, results: Mapping[str, Any]) -> list[str]:
+    model = results["models"].get(row.preset, {})
+    keys = ("latency_ratio", "latency_over_flops", "latency_over_ideal")
+    cells = [f"{model[k]:.3f}" if k in model else "" for k in keys]
+    if any("image_seconds" in m for m in results["models"].values()):
+        seconds = model.get("image_seconds", {}).get(str(row.nfe))
+        cells.append("" if seconds is None else f"{seconds:.2f}")
+    return cells
+
+
+def layers(all_results: Results) -> Table:
+    """moe_ffn and every peer, as ratios to the dense FFN measured beside them."""
+    header = ["machine", "layer", "routing", "pass", "FLOP limit", "moe_ffn / dense",
+              "peers / dense", "back-end"]  # fmt: skip
+    rows = []
+    for name, results in all_results.items():
+        for row in results["layers"]:
+            ratios = dict(row["ratio_to_dense"])
+            ours = ratios.pop("moe_ffn")
+            low, high = row["ratio_quartiles"]["moe_ffn"]
+            peers = ", ".join(f"{n} {r:.2f}" for n, r in sorted(ratios.items(), key=lambda i: i[1]))
+            shape = row["shape"]
+            rows.append([
+                machine_label(name, results),
+                f"T={shape['T']} D={shape['D']} {shape['S']}+{shape['E']}x{shape['H']} "
+                f"top-{shape['K']}",
+                shape["routing"],
+                row["pass"].replace("_", " + "),
+                f"{row['flop_limit']:.3f}",
+                f"{ours:.3f} ({low:.3f}-{high:.3f})",
+                peers,
+                row["backend"],
+            ])  # fmt: skip
+    return header, rows
+
+
+def stages(all_results: Results) -> Table:
+    """Each stage: time, rates, shares of the measured ceilings and of the floor."""
+    header = ["machine", "stage", "T", "D", "routing", "time us", "TFLOP/s", "GB/s",
+              "of ceiling", "of floor", "against"]  # fmt: skip
+    rows = []
+    for name, results in all_results.items():
+        for row in results["stages"]:
+            ours = next(iter(row["seconds"].values()))
+            share = max(row["share_of_ceiling"].values())
+            rows.append([
+                machine_label(name, results), row["stage"], str(row["shape"]["T"]),
+                str(row["shape"]["D"]), row["shape"]["routing"], f"{ours['median'] * 1e6:.1f}",
+                f"{row['tflops']:.3g}", f"{row['gbps']:.3g}", f"{share:.0%}",
+                f"{row['share_of_floor']:.0%}",
+                ", ".join(f"{ratio:.2f} x {peer}" for peer, ratio in row["ratio_to"].items()),
+            ])  # fmt: skip
+    return header, rows
+
+
+def blocks(all_results: Results) -> Table:
+    """One FLUX block of each kind, dense and MoE."""
+    header = ["machine", "block", "tokens", "dense ms", "MoE / dense", "dense's attention",
+              "FFN", "other GEMMs", "AdaLN", "rest"]  # fmt: skip
+    rows = []
+    for name, results in all_results.items():
+        for row in results["blocks"]:
+            parts = row["dense_parts"]
+            total = sum(parts.values())
+            rows.append([
+                machine_label(name, results), row["kind"],
+                f"{row['image_tokens']} + {row['text_tokens']}",
+                f"{row['seconds']['dense']['median'] * 1e3:.1f}", f"{row['ratio_to_dense']:.3f}",
+                *(f"{parts[p] / total:.0%}" for p in roofline.PARTS),
+            ])  # fmt: skip
+    return header, rows
+
+
+def prediction_error(all_results: Results) -> Table:
+    """The roofline against the paper's H20 rows and every machine measured."""
+    header = ["calibrated on", "machine", "what", "predicted", "known", "error", "note"]
+    rows = []
+    for calibration in calibrations(all_results):
+        for e in roofline.error_rows(calibration, all_results):
+            rows.append([e["calibrated_on"], e["machine"], e["what"], f"{e['predicted']:.3g}",
+                         f"{e['known']:.3g}", f"{e['error']:+.0%}", e["note"]])  # fmt: skip
+    return header, rows
+
+
+def distillation(all_results: Results) -> Table:
+    header = ["machine", "what", "batch", "samples/s", "peak MiB beyond the weights"]
+    rows = []
+    for name, results in all_results.items():
+        for row in results["distillation"]:
+            rows.append([machine_label(name, results), row["id"], str(row["batch"]),
+                         f"{row['samples_per_second']:.3g}",
+                         f"{row['peak_bytes'] / 2**20:.0f}"])  # fmt: skip
+    return header, rows
+
+
+def environments(all_results: Results) -> Table:
+    """Where every number comes from."""
+    header = ["machine", "date", "commit", "driver", "clocks MHz", "torch", "triton", "CUDA",
+              "ceiling TFLOP/s", "ceiling GB/s"]  # fmt: skip
+    rows = []
+    for name, results in all_results.items():
+        for env in results["runs"].values():
+            top = results["ceilings"]
+            clocks = f"{env['sm_mhz']} / {env['memory_mhz']}" if "sm_mhz" in env else ""
+            rows.append([machine_label(name, results), env["date"], str(env["commit"]),
+                         env.get("driver", ""), clocks, env["torch"], env["triton"] or "none",
+                         env["cuda"] or "none", f"{top['tflops']:.3g}",
+                         f"{top['gbps']:.3g}"])  # fmt: skip
+    return header, rows
+
+
+TABLES = {
+    "table1": table1,
+    "layers": layers,
+    "stages": stages,
+    "blocks": blocks,
+    "prediction-error": prediction_error,
+    "distillation": distillation,
+    "environments": environments,
+}
+
+
+def markdown(table: Table) -> str:
+    """GitHub's tables; a column without any entry is left out."""
+    header, rows = table
+    if not rows:
+        return "Nothing measured yet.\n"
+    keep = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    lines = [[header[i] for i in keep], ["---"] * len(keep), *([r[i] for i in keep] for r in rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
