@@ -1,0 +1,300 @@
+"""The benchmarks' arithmetic, results files, report and README tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("diffusers")
+pytest.importorskip("matplotlib")
+
+from distill import bench_report, roofline  # noqa: E402
+from distill.bench_tables import TABLES, load_results, markdown  # noqa: E402
+from distill.errors import UserError  # noqa: E402
+from distill.paper import DENSE, TABLE1  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def seconds(*values):
+    ordered = sorted(values)
+    return {"median": ordered[len(ordered) // 2], "q1": ordered[0], "q3": ordered[-1],
+            "rounds": list(values)}  # fmt: skip
+
+
+def machine(peak=100.0, rate=1000.0, share=0.5):
+    """Results of a machine that reaches `share` of its ceilings in every part of the work."""
+    work = roofline.work("flux-dense")
+    parts = {p: work[p] / (share * peak * 1e12) for p in ("attention", "ffn", "gemm")}
+    parts["adaln"] = work["adaln"] / (share * rate * 1e9)
+    parts["rest"] = 30 * work["rest"] * 3072 / (rate * 1e9)
+    dense = sum(parts.values())
+    models = {}
+    for name in ("flux-dense", "flux-moe-l", "flux-moe-m", "flux-moe-s", "flux-moe-xs"):
+        step = roofline.ideal(parts, work, roofline.work(name))
+        ratio, flops_ratio = step / dense, roofline.work_ratio(name)
+        models[name] = {
+            "mode": "compile", "image_tokens": 4096, "text_tokens": 512, "step_seconds": step,
+            "latency_ratio": ratio, "flops_ratio": flops_ratio,
+            "latency_over_flops": ratio / flops_ratio, "latency_over_ideal": 1.0,
+            "image_seconds": {"28": 28 * step, "8": 8 * step}, "run": "r",
+        }  # fmt: skip
+    models["flux-dense"]["parts"] = parts
+    shape = {"T": 4608, "D": 3072, "S": 3072, "H": 768, "E": 12, "K": 2, "F": 12288,
+             "dtype": "bfloat16", "routing": "balanced"}  # fmt: skip
+    rates = {"gflop": 261.0, "gbyte": 0.2, "tflops": share * peak, "gbps": 50.0,
+             "share_of_ceiling": {"tflops": share, "gbps": 0.1},
+             "share_of_floor": share}  # fmt: skip
+    ours = 0.261 / (share * peak)
+    layer = {"id": "l", "name": "flux-4608", "shape": shape, "pass": "forward", **rates,
+             "seconds": {"moe_ffn": seconds(ours), "dense": seconds(ours / 0.375)},
+             "baseline": "dense", "ratio_to_dense": {"moe_ffn": 0.375, "expert loop": 0.5},
+             "ratio_quartiles": {"moe_ffn": [0.37, 0.38], "expert loop": [0.5, 0.5]},
+             "flop_limit": 0.375, "backend": "triton", "run": "r"}  # fmt: skip
+    stages = [
+        {"id": s, "stage": s, "name": "flux-4608", "shape": shape, "pass": "forward", **rates,
+         "seconds": {s: seconds(ours / 4), "eager": seconds(ours)}, "ratio_to": {"eager": 0.25},
+         "backend": "triton", "run": "r"}
+        for s in ("route", "grouped_gemm_up", "grouped_gemm_down", "combine")
+    ]  # fmt: skip
+    points = [{"value": v, "shape": shape, "ratio_to_dense": 0.4, "flop_limit": 0.375,
+               "seconds": {"moe_ffn": seconds(ours * v), "dense": seconds(ours * v * 2)},
+               "peak_bytes": {"moe_ffn": v << 20, "dense": v << 21}} for v in (1, 2)]  # fmt: skip
+    env = {"device": "Model GPU", "device_type": "cuda", "date": "2026-01-01T00:00:00Z",
+           "commit": "abc", "torch": "2.11", "triton": "3.6", "cuda": "13.0", "driver": "580",
+           "sm_mhz": "1980", "memory_mhz": "3201"}  # fmt: skip
+    return {
+        "schema": "dense2moe-benchmarks/1", "environment": env, "runs": {"r": env},
+        "ceilings": {"tflops": peak, "gbps": rate, "run": "r"}, "stages": stages,
+        "layers": [layer], "models": models, "blocks": [],
+        "scaling": [{"id": a, "axis": a, "points": points, "run": "r"} for a in ("tokens", "skew")],
+        "distillation": [{"id": "digits/moe", "batch": 8, "samples_per_second": 10.0,
+                          "peak_bytes": 1 << 20, "run": "r"}],
+        "host": [], "skipped": [{"id": "x", "why": "no <time>", "run": "r"}],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "h200.json").write_text(json.dumps(machine()))
+    (tmp_path / "other.json").write_text("{}")  # not ours: ignored
+    return tmp_path
+
+
+# --- the arithmetic -------------------------------------------------------------------------
+
+
+def test_paper_ratios_as_published():
+    """In one FLOP convention the paper stands at 1.23, 1.20, 1.06 and 1.24."""
+    for name, known in {"l": 1.23, "m": 1.20, "s": 1.06, "xs": 1.24}.items():
+        got = roofline.paper_ratio(f"flux-moe-{name}")["latency_over_flops"]
+        assert got == pytest.approx(known, abs=0.01)
+
+
+def test_work_adds_up_to_the_flops_of_the_account():
+    for name in roofline.MODELS:
+        amount, counts = roofline.work(name), roofline.account_of(name)
+        large = amount["attention"] + amount["ffn"] + amount["gemm"]
+        assert large == pytest.approx(counts.flops, rel=2e-3)  # the rest is AdaLN: one row each
+
+
+def test_ideal_of_dense_is_dense_and_parts_shrink_separately():
+    work = roofline.work("flux-dense")
+    parts = dict(zip(roofline.PARTS, (1.0, 2.0, 3.0, 4.0, 5.0), strict=True))
+    assert roofline.ideal(parts, work, work) == pytest.approx(15.0)
+    half = dict(work, ffn=work["ffn"] / 2)
+    assert roofline.ideal(parts, work, half) == pytest.approx(14.0)
+
+
+def test_a_machine_that_keeps_its_rates_is_predicted_exactly():
+    """Calibrating on a machine and predicting that machine gives back what was measured."""
+    results = machine(share=0.5)
+    calibration = roofline.calibrate(results)
+    assert calibration.attention == pytest.approx(0.5)
+    assert calibration.moe == pytest.approx(0.5)
+    same = roofline.Machine("same", 100.0, 1.0)
+    for name in ("flux-dense", "flux-moe-l", "flux-moe-xs"):
+        step = results["models"][name]["step_seconds"]
+        assert roofline.predict(name, same, calibration) == pytest.approx(step, rel=1e-6)
+    twice = roofline.Machine("twice", 200.0, 2.0)
+    half = roofline.predict("flux-moe-l", twice, calibration)
+    assert half == pytest.approx(results["models"]["flux-moe-l"]["step_seconds"] / 2)
+
+
+def test_no_calibration_without_parts_or_layers():
+    results = machine()
+    assert roofline.calibrate({**results, "layers": []}) is None
+    del results["models"]["flux-dense"]["parts"]
+    assert roofline.calibrate(results) is None
+
+
+def test_fill_of_the_last_wave():
+    assert roofline.fill(128 * 132, 256, 132) == 1.0
+    assert roofline.fill(128 * 133, 256, 132) == pytest.approx(133 / 264)
+    assert roofline.fill(5, 5, None) == 1.0
+
+
+def test_error_rows_compare_like_with_like():
+    results = {"h200": machine()}
+    rows = roofline.error_rows(roofline.calibrate(results["h200"]), results)
+    paper = [r for r in rows if r["machine"] == "H20 (paper)"]
+    assert [r["what"] for r in paper] == [row.name for row in TABLE1]
+    assert paper[0]["known"] == DENSE.latency_s and paper[0]["note"] == "same model"
+    own = [r for r in rows if r["machine"] == "Model GPU"]
+    assert len(own) == 4 and all(abs(r["error"]) < 1e-6 for r in own)
+
+
+# --- tables and page ------------------------------------------------------------------------
+
+
+def test_every_table_is_rectangular(folder):
+    results = load_results(folder)
+    assert list(results) == ["h200"]
+    for name, make in TABLES.items():
+        header, rows = make(results)
+        assert all(len(row) == len(header) for row in rows), name
+        text = markdown((header, rows))
+        assert rows == [] or text.count("\n") == len(rows) + 2
+    header, rows = TABLES["table1"](results)
+    assert "H20 s, predicted" in header
+    row = dict(zip(header, next(r for r in rows if r[0] == "FLUX.1-MoE-L"), strict=True))
+    ratio = machine()["models"]["flux-moe-l"]["latency_ratio"]
+    assert f"{ratio:.3f}" in row.values()
+
+
+def test_tables_without_any_result(tmp_path):
+    header, rows = TABLES["table1"](load_results(tmp_path))
+    assert len(rows) == len(TABLE1) and not any("predicted" in cell for cell in header)
+    assert markdown(TABLES["layers"]({})).startswith("Nothing measured")
+
+
+class Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.images, self.links, self.tags = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append(tag)
+        if tag == "img":
+            self.images.append(attrs)
+        self.links += [v for k, v in attrs.items() if k in ("src", "href")]
+
+
+def test_report_is_self_contained_and_described(folder):
+    text = bench_report.render(folder).read_text()
+    page = Page()
+    page.feed(text)
+    assert len(page.images) == len(bench_report.FIGURES)
+    assert all(re.search(r"\d", image["alt"]) for image in page.images)
+    assert all(link.startswith("data:") for link in page.links)
+    assert "script" not in page.tags and "prefers-color-scheme:dark" in text
+    assert "no &lt;time&gt;" in text  # what was not measured, escaped
+    for file in bench_report.FIGURES:
+        assert (folder / file).stat().st_size > 1000
+
+
+def test_a_picture_without_data_is_left_out(folder):
+    results = machine()
+    results["scaling"] = []
+    (folder / "scaling.png").write_bytes(b"old")
+    (folder / "h200.json").write_text(json.dumps(results))
+    bench_report.render(folder)
+    assert not (folder / "scaling.png").exists()
+
+
+CHROMIUM = next(
+    (
+        p
+        for n in ("chromium", "chromium-browser", "google-chrome", "chrome")
+        if (p := shutil.which(n))
+    ),
+    None,
+)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_report_opens_without_a_console_message(folder, tmp_path, scheme):
+    page = bench_report.render(folder)
+    flags = ["--force-dark-mode"] if scheme == "dark" else []
+    run = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+         f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000", *flags,
+         "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 0 and "<h1>" in run.stdout, run.stderr[-2000:]
+    assert "CONSOLE" not in run.stderr, run.stderr[-2000:]
+
+
+# --- the README -----------------------------------------------------------------------------
+
+
+def test_readme_tables_are_fresh():
+    """The committed README shows what the committed results say."""
+    assert not bench_report.update_readme(ROOT / "README.md", RESULTS, check=True), (
+        "README.md is stale: run `d2m report --readme`"
+    )
+
+
+def test_committed_results_follow_the_schema():
+    for name, results in load_results(RESULTS).items():
+        assert results["environment"]["size"] != "tiny", f"{name}.json is a rehearsal"
+        for section in ("stages", "layers", "blocks", "scaling", "distillation"):
+            for row in results[section]:
+                assert row["run"] in results["runs"], (name, row["id"])
+        for model in results["models"].values():
+            assert model["run"] in results["runs"]
+
+
+def test_readme_is_renewed_between_the_markers_only(folder):
+    readme = folder / "README.md"
+    text = "# A\n<!-- begin:layers -->\nold\n<!-- end:layers -->\nend\n"
+    readme.write_text(text)
+    assert bench_report.update_readme(readme, folder, check=True)
+    assert readme.read_text() == text
+    assert bench_report.update_readme(readme, folder)
+    new = readme.read_text()
+    assert new.startswith("# A\n<!-- begin:layers -->\n| machine") and new.endswith("-->\nend\n")
+    assert "expert loop 0.50" in new and "old" not in new
+    assert not bench_report.update_readme(readme, folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- begin:nonsense -->\n<!-- end:nonsense -->\n", "unknown"),
+        ("<!-- begin:layers -->\n", "without an end"),
+    ],
+)
+def test_readme_with_bad_markers_is_refused(folder, text, message):
+    readme = folder / "README.md"
+    readme.write_text(text)
+    with pytest.raises(UserError, match=message):
+        bench_report.update_readme(readme, folder)
+
+
+def test_report_command(folder):
+    def d2m(*arguments):
+        command = [sys.executable, "-m", "distill", "report", *map(str, arguments)]
+        environment = {**os.environ, "MPLBACKEND": "Agg"}
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+    done = d2m(folder)
+    assert done.returncode == 0 and "report.html" in done.stdout, done.stderr
+    readme = folder / "README.md"
+    readme.write_text("<!-- begin:table1 -->\n<!-- end:table1 -->\n")
+    assert d2m(folder, "--readme", readme, "--check").returncode == 2
+    assert d2m(folder, "--readme", readme).returncode == 0
+    assert d2m(folder, "--readme", readme, "--check").returncode == 0
+    assert "FLUX.1-MoE-XS" in readme.read_text()

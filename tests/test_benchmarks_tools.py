@@ -1,0 +1,266 @@
+"""What the benchmarks are made of: timing, forced routing, counts, files, compare.py, gpu.sh."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))  # its modules are no package
+
+import compare  # noqa: E402
+import counting  # noqa: E402
+import environment as env  # noqa: E402
+import peers  # noqa: E402
+import race  # noqa: E402
+import results  # noqa: E402
+import shapes  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+# --- timing ---------------------------------------------------------------------------------
+
+
+def test_race_takes_turns_and_tells_fast_from_slow():
+    calls = []
+
+    def contender(name, seconds):
+        def run():
+            calls.append(name)
+            time.sleep(seconds)
+
+        return run
+
+    got = race.race({"a": contender("a", 0.001), "b": contender("b", 0.01)}, 4, CPU)
+    assert calls == ["a", "b"] * 5  # one to warm up
+    assert [len(t) for t in got.times.values()] == [4, 4]
+    assert got.median("b") >= 0.01 and 1.5 < got.ratio("b", "a") < 15
+    low, high = got.spread("b", "a")
+    assert low <= got.ratio("b", "a") <= high
+
+
+def test_a_ratio_is_taken_within_rounds():
+    """A machine that halves its speed for one round leaves the ratio as it is."""
+    got = race.Race({"x": [1.0, 2.0, 1.0], "y": [2.0, 4.0, 2.0]})
+    assert got.ratios("x", "y") == [0.5, 0.5, 0.5]
+    assert got.to_json()["x"] == {"median": 1.0, "q1": 1.0, "q3": 2.0, "rounds": [1.0, 2.0, 1.0]}
+
+
+def test_race_stops_at_its_budget_but_not_before_three_rounds():
+    got = race.race({"a": lambda: time.sleep(0.01)}, 50, CPU, budget=0.0)
+    assert len(got.times["a"]) == 3
+
+
+# --- data -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("routing", ["balanced", "zipf", "zipf:2"])
+@pytest.mark.parametrize("sizes", [{}, {"E": 7, "K": 3, "H": 16}, {"K": 1}])
+def test_routing_is_forced(routing, sizes):
+    """Whoever takes the top-k of the logits, in fp32 or bf16, finds the experts meant."""
+    shape = shapes.FFNShape(**{"T": 700, "D": 96, "S": 96, "H": 24, **sizes}, routing=routing)
+    p, ids = shape.tensors(CPU), shape.choices(CPU)
+    assert ids.shape == (700, shape.K)
+    assert all(len(set(row)) == shape.K for row in ids.tolist())
+    wanted = ids.sort(1).values
+    for x, router in ((p["x"].float(), p["router"]), (p["x"], p["router"].bfloat16())):
+        got = (x @ router.T).topk(shape.K).indices.sort(1).values
+        assert torch.equal(got, wanted)
+    counts = torch.bincount(ids.reshape(-1), minlength=shape.E)
+    if routing == "balanced":
+        assert counts.max() - counts.min() <= 1
+    else:
+        assert counts[0] > 1.3 * counts[-1]
+
+
+def test_quick_shapes_keep_the_ratio_of_flops():
+    for name in shapes.NAMES:
+        full, quick = shapes.named(name, "full"), shapes.named(name, "quick")
+        assert full.activated / full.F == pytest.approx(0.375)
+        assert quick.activated / quick.F == pytest.approx(0.375)
+
+
+def test_plain_peers_compute_the_same_layer():
+    shape = shapes.FFNShape(T=50, D=96, S=96, H=24, dtype=torch.float32)
+    p = shape.tensors(CPU)
+    from d2m_kernels import moe_ffn
+
+    ours = moe_ffn(p["x"], p["router"], p["w1"], p["w2"], p["b1"], p["b2"], top_k=2, shared=96)
+    for peer in (peers.expert_loop, peers.grouped_mm):
+        torch.testing.assert_close(peer(p, shape), ours, rtol=1e-4, atol=1e-5)
+
+
+def test_a_peer_that_is_wrong_is_not_timed(monkeypatch):
+    import bench_moe_ffn
+
+    shape = shapes.FFNShape(T=50, D=96, S=96, H=24)
+    p = shape.tensors(CPU)
+    truth = {"bias": peers.expert_loop(p, shape).float()}
+    right = peers.Contender(lambda: peers.grouped_mm(p, shape))
+    wrong = peers.Contender(lambda: 1.1 * peers.grouped_mm(p, shape))
+    broken = peers.Contender(lambda: 1 / 0)
+    assert bench_moe_ffn.check(right, truth) is None
+    assert "off by" in bench_moe_ffn.check(wrong, truth)
+    assert "ZeroDivisionError" in bench_moe_ffn.check(broken, truth)
+
+
+# --- counts ---------------------------------------------------------------------------------
+
+
+def test_peak_bytes_of_a_call():
+    x = torch.randn(1000)
+
+    def call():
+        y = x + 1  # 4000 bytes
+        z = y + 1  # 8000 now
+        del y
+        return z + 1  # 8000 again
+
+    peak = counting.peak_bytes(call, CPU)
+    assert 8000 <= peak < 10000
+
+
+def test_host_syncs_are_counted():
+    x = torch.randn(10)
+    quiet = counting.launches_and_syncs(lambda: x.sum() + 1, CPU)
+    loud = counting.launches_and_syncs(lambda: x.sum().item() + x.nonzero().sum(), CPU)
+    assert quiet == {"operators": 2, "host_syncs": 0}
+    assert loud["host_syncs"] == 2
+
+
+def test_parts_of_a_dense_block():
+    """An FFN beside an attention projection: each product is found by its shape."""
+    from parts import split
+
+    D, T = 64, 512
+    x, w = torch.randn(T, D), torch.randn(4 * D, D)
+    up, down, square = w, w.T.contiguous(), torch.randn(D, D)
+    fused, mod = torch.randn(D, 5 * D), torch.randn(6 * D, D)
+
+    def step():
+        h = torch.nn.functional.gelu(x @ up.T)
+        y = h @ down.T + x @ square.T
+        return torch.cat([y, h], 1) @ fused.T + (x[:1] @ mod.T)[:, :D]
+
+    got = split(step, 2.0, CPU, D)
+    assert set(got) == {"attention", "ffn", "gemm", "adaln", "rest"}
+    assert sum(got.values()) == pytest.approx(2.0)
+    assert got["attention"] == 0 and got["adaln"] > 0
+    assert got["ffn"] > got["gemm"] > 0
+
+
+# --- results files --------------------------------------------------------------------------
+
+
+def test_results_are_kept_renewed_and_merged(tmp_path):
+    path = tmp_path / "out" / "cpu.json"
+    first = results.Results(path, {"date": "1", "commit": "a"})
+    first.add("skipped", "route/x", {"why": "deadline"})
+    first.add("stages", "permute/x", {"v": 1})
+    first.set("models", "flux-moe-l", {"v": 1})
+    second = results.Results(path, {"date": "2", "commit": "b"})
+    second.add("stages", "permute/x", {"v": 2})
+    second.add("stages", "route/x", {"v": 3})
+    content = results.load(path)
+    assert [(row["id"], row["v"]) for row in content["stages"]] == [
+        ("permute/x", 2),
+        ("route/x", 3),
+    ]
+    assert content["skipped"] == []  # measured after all
+    assert set(content["runs"]) == {"1 a", "2 b"}  # the model is still of the first run
+    second.set("models", "flux-moe-l", {"v": 2})
+    assert set(results.load(path)["runs"]) == {"2 b"}
+    path.write_text('{"schema": "something/2"}')
+    with pytest.raises(ValueError, match="something/2"):
+        results.Results(path, {"date": "3", "commit": "c"})
+
+
+def test_environment_and_file_name(monkeypatch):
+    monkeypatch.setenv("D2M_COMMIT", "0123")
+    record = env.environment(CPU)
+    assert record["commit"] == "0123" and record["torch"] == torch.__version__
+    names = {"NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA H100 PCIe": "h100",
+             "NVIDIA GeForce RTX 4090": "rtx-4090", "NVIDIA H20": "h20"}  # fmt: skip
+    for name, slug in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_, name=name: name)
+        assert env.slug(torch.device("cuda")) == slug
+    assert env.slug(CPU) == "cpu"
+
+
+# --- compare --------------------------------------------------------------------------------
+
+
+def results_file(path, ours, dense=(1.0, 1.1, 1.0, 1.05, 1.0)):
+    content = results.empty()
+    rows = {"moe_ffn": race.summary(list(ours)), "dense": race.summary(list(dense))}
+    content["layers"].append({"id": "l", "seconds": rows})
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+BASE = (0.40, 0.44, 0.40, 0.42, 0.40)  # 0.4 of dense in every round
+
+
+@pytest.mark.parametrize(
+    ("factor", "verdict"), [(1.0, "same"), (1.01, "same"), (1.10, "slower"), (0.9, "faster")]
+)
+def test_compare_tells_changes_from_noise(tmp_path, factor, verdict):
+    old = compare.collect(results_file(tmp_path / "a.json", BASE))
+    new = compare.collect(results_file(tmp_path / "b.json", [t * factor for t in BASE]))
+    lines, slower = compare.compare(old, new, 0.02)
+    assert slower == (verdict == "slower")
+    assert (verdict == "same") == (len(lines) == 1)
+    assert verdict == "same" or lines[0].startswith(verdict)
+
+
+def test_compare_ignores_a_machine_that_slowed_down(tmp_path):
+    """Both contenders took half as long again: the ratio within rounds did not move."""
+    old = compare.collect(results_file(tmp_path / "a.json", BASE))
+    slow = [t * 1.5 for t in BASE]
+    dense = [1.5, 1.65, 1.5, 1.575, 1.5]
+    new = compare.collect(results_file(tmp_path / "b.json", slow, dense))
+    assert compare.compare(old, new, 0.02)[1] == 0
+
+
+def test_compare_joins_the_runs_of_a_folder(tmp_path):
+    for i in range(3):
+        results_file(tmp_path / "runs" / f"{i}.json", BASE)
+    (rounds,) = compare.collect(tmp_path / "runs").values()
+    assert len(rounds) == 15
+    with pytest.raises(SystemExit, match="no results"):
+        compare.collect(tmp_path)
+
+
+# --- end to end -----------------------------------------------------------------------------
+
+
+def test_gpu_script_rehearsal(tmp_path):
+    """The script of the GPU machine runs here from end to end, with tiny sizes."""
+    pytest.importorskip("pytest_benchmark")
+    command = ["bash", "benchmarks/gpu.sh", str(tmp_path / "out"), "--rehearse", "--only", "host",
+               "stages"]  # fmt: skip
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    log = (tmp_path / "out" / "gpu.log").read_text()
+    assert run.returncode == 0, run.stdout + log[-3000:]
+    content = results.load(tmp_path / "out" / "cpu.json")
+    stages = {row["stage"] for row in content["stages"]}
+    assert stages == {"route", "permute", "combine", "grouped_gemm_up", "grouped_gemm_down"}
+    assert len(content["host"]) == 2 and content["environment"]["size"] == "tiny"
+    assert "build" not in run.stdout and "host" in run.stdout
+
+
+def test_gpu_script_refuses_what_it_does_not_know():
+    for arguments in (["out", "--only", "nonsense"], ["--nonsense"], []):
+        run = subprocess.run(["bash", "benchmarks/gpu.sh", *arguments], cwd=ROOT,
+                             capture_output=True, text=True)  # fmt: skip
+        assert run.returncode == 2, arguments
