@@ -38,6 +38,18 @@ _EXPORTS = {
     "prune_mlp": "prune",
     "prune_depth": "prune",
     "account": "accounting",
+    "count_parameters": "generic",
+    "convert_checkpoint": "stream",
+    "checkpoint_to_dense": "restore",
+    "verify_checkpoint": "verify",
+    "read_lora": "fuse",
+    "fuse_lora": "fuse",
+    "inspect": "inspection",
+    "diff": "compare",
+    "TopKSchedule": "schedule",
+    "measure_block_mse": "grouping",
+    "propose_groups": "grouping",
+    "draw_block_mse": "grouping",
     "Account": "accounting",
 }
 

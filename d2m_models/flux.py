@@ -27,10 +27,10 @@ from d2m_models.blocks import (
 )
 from d2m_models.config import FluxMoEConfig
 from d2m_models.context import BlockContext, add_residual
-from d2m_models.lora import DenseLoRAMixin
+from d2m_models.lora import DenseLoRAMixin, keep_state_in_dense_order
 from d2m_models.mob import MixtureOfBlocks
 from d2m_models.moe import set_top_k
-from d2m_models.output import FluxMoEAux, FluxMoEOutput
+from d2m_models.output import FluxMoEAux, FluxMoEOutput, group_names
 
 KINDS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
 
@@ -148,6 +148,8 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
                 }
             )
 
+        keep_state_in_dense_order(self)
+
     def set_top_k(self, top_k) -> None:
         """See `d2m_models.set_top_k`."""
         set_top_k(self, top_k)
@@ -179,6 +181,8 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
         """
         if output_aux and self.is_cache_enabled:
             raise ValueError("output_aux=True needs every block to run; call disable_cache() first")
+        if output_aux and self._token_group() is not None:
+            raise ValueError("output_aux=True does not work under context parallelism")
         x = self.x_embedder(hidden_states)
         temb = self._embed_conditioning(x.dtype, timestep, guidance, pooled_projections)
         condition = temb
@@ -189,7 +193,7 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
         rotary = self.pos_embed(torch.cat(ids, dim=0))
 
         attention_kwargs = dict(joint_attention_kwargs or {})
-        token_mask = attention_kwargs.pop("token_mask", None)
+        token_mask = self._own_tokens(attention_kwargs.pop("token_mask", None))
         if "ip_adapter_image_embeds" in attention_kwargs:
             embeds = attention_kwargs.pop("ip_adapter_image_embeds")
             attention_kwargs["ip_hidden_states"] = self.encoder_hid_proj(embeds)
@@ -288,6 +292,13 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
                 aux.routing[f"{name}.{key}" if key else name] = routing
         return out[1], out[0]
 
+    def _own_tokens(self, mask: Tensor | None) -> Tensor | None:
+        """This rank's part of a mask [B, X] under context parallelism, as the text is split."""
+        group = self._token_group()
+        if mask is None or group is None:
+            return mask
+        return mask.chunk(group.size(), dim=1)[group.rank()]
+
     def _token_group(self):
         """The process group over which tokens are split, or None."""
         config = getattr(self._parallel_config, "context_parallel_config", None)
@@ -295,11 +306,24 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
 
     def enable_cache(self, config) -> None:
         """As diffusers'; under MoB only caches that act on the model's ends are allowed."""
-        if self.d2m_config.mob is not None and type(config).__name__ != "FirstBlockCacheConfig":
+        mob = self.d2m_config.mob
+        if mob is not None and type(config).__name__ != "FirstBlockCacheConfig":
             raise ValueError(
                 f"{type(config).__name__} counts the calls of every block, which differ between "
                 f"the blocks of a MoB group; use FirstBlockCacheConfig, or a model without MoB"
             )
+        if mob is not None:
+            names = [
+                f"{kind}.{i}" for kind in KINDS.values() for i in range(len(getattr(self, kind)))
+            ]
+            grouped = {name for group in group_names(self.d2m_config).values() for name in group}
+            ends = [name for name in (names[0], names[-1]) if name in grouped]
+            if ends:
+                raise ValueError(
+                    f"first-block caching compares the first block's output and ends at the last "
+                    f"block, but {' and '.join(ends)} may be skipped by a MoB group; keep the "
+                    f"first and the last block out of groups (see propose_groups)"
+                )
         super().enable_cache(config)
 
     @classmethod

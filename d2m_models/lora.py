@@ -7,9 +7,6 @@ model's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
@@ -19,17 +16,11 @@ from d2m_models.partition import inverse_order, permute_neurons
 _ADALN = (".norm1.linear", ".norm1_context.linear", ".norm.linear", "norm_out.linear")
 
 
-def permute_adapter(
-    model: nn.Module, adapter: str, order_of: Callable[[Tensor], Tensor] = lambda order: order
-) -> None:
-    """Puts the neurons of a loaded LoRA adapter in the model's order, in place.
-
-    Args:
-        order_of: what to do with each layer's `neuron_order`; `inverse_order` restores dense order.
-    """
+def permute_adapter(model: nn.Module, adapter: str) -> None:
+    """Puts the neurons of a loaded LoRA adapter, now in dense order, in the model's, in place."""
     for layer in moe_layers(model).values():
         up, down = layer.linears()
-        order_F = order_of(layer.neuron_order)
+        order_F = layer.neuron_order
         if adapter in getattr(up, "lora_B", {}):
             for parameter in up.lora_B[adapter].parameters():  # weight [F, r] and perhaps bias [F]
                 parameter.data.copy_(permute_neurons(parameter, order_F, 0))
@@ -39,14 +30,35 @@ def permute_adapter(
             weight.data.copy_(permute_neurons(weight, order_F, 1, first))
 
 
-@contextmanager
-def dense_order(model: nn.Module, adapter: str):
-    """The adapter's neurons in dense order for the time of the block, e.g. to save it."""
-    permute_adapter(model, adapter, inverse_order)
-    try:
-        yield
-    finally:
-        permute_adapter(model, adapter)
+def _in_order(model: nn.Module, state: dict[str, Tensor], prefix: str, to_dense: bool) -> None:
+    """Puts the LoRA tensors of a state dict in dense order, or in the model's, in place."""
+    if not any(".lora_" in key for key in state):
+        return
+    names = {id(module): name for name, module in model.named_modules()}
+    for layer in moe_layers(model).values():
+        order_F = inverse_order(layer.neuron_order) if to_dense else layer.neuron_order
+        up, down = (f"{prefix}{names[id(linear)]}" for linear in layer.linears())
+        for key in [k for k in state if k.startswith((f"{up}.lora_B.", f"{down}.lora_A."))]:
+            dim = 0 if key.startswith(up) else 1
+            first = state[key].shape[dim] - order_F.numel()
+            state[key] = permute_neurons(state[key], order_F, dim, first)
+
+
+def keep_state_in_dense_order(model: nn.Module) -> None:
+    """Lets `state_dict` give, and `load_state_dict` take, LoRA tensors in the dense order.
+
+    So whatever saves an adapter by way of the state dict (`get_peft_model_state_dict` and with it
+    `pipe.save_lora_weights`) writes a file that serves the dense model too.
+    """
+
+    def after_state_dict(module, state, prefix, _metadata):
+        _in_order(module, state, prefix, to_dense=True)
+
+    def before_load(module, state, prefix, *_):
+        _in_order(module, state, prefix, to_dense=False)
+
+    model.register_state_dict_post_hook(after_state_dict)
+    model.register_load_state_dict_pre_hook(before_load)
 
 
 def check_lora_keys(state: dict[str, torch.Tensor]) -> None:
@@ -61,7 +73,7 @@ def check_lora_keys(state: dict[str, torch.Tensor]) -> None:
 
 
 class DenseLoRAMixin:
-    """Loads and saves LoRA adapters in the dense model's neuron order."""
+    """Loads LoRA adapters that are in the dense model's neuron order."""
 
     def load_lora_adapter(
         self,
@@ -74,13 +86,6 @@ class DenseLoRAMixin:
         source = pretrained_model_name_or_path_or_dict
         if self.d2m_config.adaln_dim is not None and isinstance(source, dict):
             check_lora_keys(source)
-        before = set(getattr(self, "peft_config", {}))
         super().load_lora_adapter(source, prefix=prefix, hotswap=hotswap, **kwargs)
-        after = set(getattr(self, "peft_config", {}))
-        for adapter in {kwargs["adapter_name"]} if hotswap else after - before:
-            permute_adapter(self, adapter)
-
-    def save_lora_adapter(self, save_directory, adapter_name="default", **kwargs):
-        """As diffusers', in the dense model's order, so that the file serves both models."""
-        with dense_order(self, adapter_name):
-            super().save_lora_adapter(save_directory, adapter_name, **kwargs)
+        if hotswap:  # writes into the parameters, past load_state_dict
+            permute_adapter(self, kwargs["adapter_name"])
