@@ -45,7 +45,7 @@ def test_grouped_gemm(bench, name, side, routing):
         ends = r.offsets[1:]
         functions["torch grouped_mm"] = lambda: F.grouped_mm(rows, w.transpose(1, 2), offs=ends)
     with torch.inference_mode():
-        race = bench.race(functions, "grouped_gemm", bench.rounds(15))
+        race = bench.race(functions, "grouped_gemm", bench.rounds(15), budget=4)
         counts = bench.count(ours)
     width = (shape.D, H) if side == "up" else (H, shape.D)
     gbyte = shape.gbyte(N * width[0], N * width[1], E * H * shape.D)

@@ -23,7 +23,7 @@ def eager_route(p, shape):
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_route(bench, name, routing):
     shape = shape_for(name, bench).at(routing=routing)
-    p, ids = shape.tensors(bench.device), shape.choices(bench.device)
+    p, ids = shape.tensors(bench.device, weights=False), shape.choices(bench.device)
     r = route(p["x"], p["router"], top_k=shape.K)
     assert torch.equal(r.ids.long().sort(1).values, ids.sort(1).values)
     assert torch.equal(r.order.long(), r.ids.reshape(-1).argsort(stable=True))
@@ -32,7 +32,7 @@ def test_route(bench, name, routing):
         "eager": lambda: eager_route(p, shape),
     }
     with torch.inference_mode():
-        race = bench.race(functions, "route", bench.rounds(15))
+        race = bench.race(functions, "route", bench.rounds(15), budget=4)
         counts = bench.count(functions["route"])
     # x is read once; probs, weights, ids, order and inverse have 4 bytes an entry.
     gbyte = shape.gbyte(shape.T * shape.D) + 4e-9 * shape.T * (shape.E + 4 * shape.K)

@@ -14,9 +14,9 @@ from shapes import FFNShape, dit_xl, flux
 
 from d2m_kernels import backends, moe_ffn
 
-# axis: (values on a CPU, values on a GPU or with --full)
+# axis: (values on a CPU, values on a GPU; --full on a CPU takes the latter up to 4608 tokens)
 AXES = {
-    "tokens": ((256, 512, 1024, 2048), (256, 512, 1024, 2048, 4608, 9216, 18432)),
+    "tokens": ((256, 512, 1024), (256, 512, 1024, 2048, 4608, 9216, 18432)),
     "experts": ((6, 12, 24), (4, 6, 12, 24, 48)),
     "top_k": ((1, 2, 4), (1, 2, 3, 4, 6, 12)),
     "expert_width": ((384, 768, 1536), (192, 384, 768, 1536, 3072)),
@@ -51,6 +51,8 @@ def test_scaling(bench, axis):
     with torch.inference_mode():
         for value in AXES[axis][wide]:
             shape = shape_at(axis, value, bench.size, on_gpu)
+            if shape.T > 4608 and not on_gpu:
+                continue
             p = shape.tensors(bench.device)
 
             def ours(p=p, shape=shape):
@@ -61,7 +63,7 @@ def test_scaling(bench, axis):
             error = (ours().float() - want).square().mean().sqrt()
             assert error < 0.02 * want.square().mean().sqrt()
             runs = {"moe_ffn": ours, "dense": lambda p=p, shape=shape: peers.dense(p, shape)}
-            race = bench.race(runs, None, bench.rounds(5, 3), budget=6)
+            race = bench.race(runs, None, bench.rounds(5, 3), budget=bench.seconds(2, 6))
             gbyte = shape.gbyte(2 * shape.D * shape.F, 2 * shape.T * shape.D)
             points.append({
                 "value": value,

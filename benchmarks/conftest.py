@@ -83,6 +83,10 @@ class Bench:
     def rounds(self, default: int, quick: int = 5) -> int:
         return {"tiny": 1, "quick": quick}.get(self.size, default)
 
+    def seconds(self, on_cpu: float, else_: float) -> float:
+        """A time budget: the default set on a CPU is to stay short."""
+        return on_cpu if self.device.type == "cpu" and self.size == "default" else else_
+
     def race(self, contenders, ours: str | None, rounds: int, budget: float | None = None) -> Race:
         """Interleaved timing; pytest-benchmark shows the contender `ours`."""
         result = race(contenders, rounds, self.device, budget)

@@ -55,8 +55,8 @@ class FFNShape:
     def gbyte(self, *elements: int) -> float:
         return 1e-9 * sum(elements) * self.dtype.itemsize
 
-    def tensors(self, device, grad: bool = False) -> dict[str, torch.Tensor]:
-        """Random x, router, w1, b1, w2, b2, scaled as a trained layer's are.
+    def tensors(self, device, grad: bool = False, weights: bool = True) -> dict[str, torch.Tensor]:
+        """Random x, router and (weights) w1, b1, w2, b2, scaled as a trained layer's are.
 
         x leans towards the router rows of the experts chosen for its token, so that whoever routes
         by these logits, ours or a peer, finds the same experts.
@@ -74,14 +74,14 @@ class FFNShape:
         spread = (x @ router.T).std()
         for rank, ids_T in enumerate(self.choices(device).unbind(1)):
             x += (_MARGIN - rank) * spread * unit[ids_T]
-        p = {
-            "x": x.to(self.dtype),
-            "router": router,
-            "w1": draw(self.F, self.D, scale=self.D**-0.5),
-            "b1": draw(self.F, scale=0.02),
-            "w2": draw(self.D, self.F, scale=self.F**-0.5),
-            "b2": draw(self.D, scale=0.02),
-        }
+        p = {"x": x.to(self.dtype), "router": router}
+        if weights:
+            p |= {
+                "w1": draw(self.F, self.D, scale=self.D**-0.5),
+                "b1": draw(self.F, scale=0.02),
+                "w2": draw(self.D, self.F, scale=self.F**-0.5),
+                "b2": draw(self.D, scale=0.02),
+            }
         return {name: t.requires_grad_(grad) for name, t in p.items()}
 
     def choices(self, device) -> torch.Tensor:
