@@ -27,6 +27,8 @@ if not INTERPRETED:
         done = subprocess.run(
             command, env=env, capture_output=True, text=True, cwd=Path(__file__).parent.parent
         )
+        if "only 0-dimensional arrays can be converted" in done.stdout:
+            pytest.skip("the interpreter of this Triton does not run with NumPy >= 2.4")
         assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 

@@ -167,11 +167,12 @@ def route(x_TD, router_ED, top_k: int, mask_T=None):
         same = x_TD.dtype == router_ED.dtype
         exact = "ieee" if same or x_TD.dtype == torch.float32 else "tf32x3"
         BLOCK_K = _columns(x_TD, router_ED, BLOCK_T, BLOCK_E)
+        # maxnreg: ptxas would rather spill a word than have one program less on an SM
         _route_fwd_kernel[(blocks,)](
             x_TD, router_ED, mask_T, probs_TE, weights_TK, ids_TK, counts, T, D, E,
             x_TD.stride(0), router_ED.stride(0), TOP_K=top_k, EVEN_K=even(D, BLOCK_K), SAME=same,
             PRECISION=exact, BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E, BLOCK_K=BLOCK_K,
-            num_warps=4 if BLOCK_E <= 64 else 8, num_stages=_STAGES,
+            num_warps=4 if BLOCK_E <= 64 else 8, num_stages=_STAGES, maxnreg=255,
         )  # fmt: skip
     return probs_TE, weights_TK, ids_TK, *_place(ids_TK, E, counts, BLOCK_T * top_k)
 
