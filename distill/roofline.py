@@ -122,9 +122,9 @@ def fill(m: int, n: int, sms: int | None) -> float:
     return tiles / (math.ceil(tiles / sms) * sms)
 
 
-def _fills(sms: int | None) -> dict[str, float]:
-    """Fill of each part's typical products at FLUX's width, D = 3072, S = 4608 tokens."""
-    s, d = IMAGE + TEXT, 3072
+def _fills(sms: int | None, s: int) -> dict[str, float]:
+    """Fill of each part's typical products at FLUX's width, D = 3072, and s tokens."""
+    d = 3072
     up, down, square = fill(s, 4 * d, sms), fill(s, d, sms), fill(s, 3 * d, sms)
     return {"ffn": 2 / (1 / up + 1 / down), "gemm": square, "moe": 1.0, "attention": 1.0}
 
@@ -146,10 +146,10 @@ def calibrate(results: Mapping[str, Any]) -> Calibration | None:
     peak, rate = ceiling["tflops"] * 1e12, ceiling["gbps"] * 1e9
     sms = results["environment"].get("sms")
     amount = work("flux-dense", dense["image_tokens"], dense["text_tokens"])
-    full = _fills(sms)
+    full = _fills(sms, dense["image_tokens"] + dense["text_tokens"])
     reached = {p: amount[p] / (split[p] * peak) / full[p] for p in ("attention", "ffn", "gemm")}
     return Calibration(
-        source=results["environment"]["device"],
+        source=_label(results["environment"]),
         **reached,
         moe=layer["tflops"] * 1e12 / peak,
         adaln=amount["adaln"] / (max(split["adaln"], 1e-9) * rate),
@@ -158,9 +158,15 @@ def calibrate(results: Mapping[str, Any]) -> Calibration | None:
     )
 
 
-def predict_parts(name: str, machine: Machine, c: Calibration) -> dict[str, float]:
-    """Seconds of each part of a step at 1024x1024."""
-    amount, full = work(name), _fills(machine.sms)
+def _label(env: Mapping[str, Any]) -> str:
+    return "a CPU" if env["device_type"] == "cpu" else env["device"]
+
+
+def predict_parts(
+    name: str, machine: Machine, c: Calibration, image: int = IMAGE, text: int = TEXT
+) -> dict[str, float]:
+    """Seconds of each part of a step, at 1024x1024 if nothing else is said."""
+    amount, full = work(name, image, text), _fills(machine.sms, image + text)
     peak, rate = machine.tflops * 1e12, machine.tbps * 1e12
     routed = 0.0 if config_of(name).moe is None else _moe_share(name)
     # A whole rate of the peak cannot be beaten, whatever the calibrating machine's ceiling was.
@@ -174,9 +180,19 @@ def predict_parts(name: str, machine: Machine, c: Calibration) -> dict[str, floa
     }
 
 
-def predict(name: str, machine: Machine, c: Calibration) -> float:
-    """Seconds of a step at 1024x1024."""
-    return sum(predict_parts(name, machine, c).values())
+def predict(
+    name: str, machine: Machine, c: Calibration, image: int = IMAGE, text: int = TEXT
+) -> float:
+    """Seconds of a step, at 1024x1024 if nothing else is said."""
+    return sum(predict_parts(name, machine, c, image, text).values())
+
+
+def predict_ratio(
+    name: str, machine: Machine, c: Calibration, image: int = IMAGE, text: int = TEXT
+) -> float:
+    """Latency relative to dense: what two machines have in common cancels."""
+    tokens = (image, text)
+    return predict(name, machine, c, *tokens) / predict("flux-dense", machine, c, *tokens)
 
 
 def _moe_share(name: str) -> float:
@@ -208,19 +224,25 @@ def error_rows(
             continue
         predicted = row.nfe * predict(row.preset, H20, calibration)
         own = row.preset in ("flux-dense", "flux-lite", "flux-mini")
-        rows.append(_error(calibration, "H20 (paper)", row.name, predicted, row.latency_s,
-                           "same model" if own else "the paper's kernels"))  # fmt: skip
+        note = "same model" if own else "the paper's kernels"
+        rows.append(
+            _error(calibration, "H20 (paper)", f"{row.name}, s", predicted, row.latency_s, note)
+        )
+        if row == first_row(row.preset) and row.preset != "flux-dense":
+            known = (row.latency_s / row.nfe) / (DENSE.latency_s / DENSE.nfe)
+            ratio = predict_ratio(row.preset, H20, calibration)
+            what = f"{row.name} / dense"
+            rows.append(_error(calibration, "H20 (paper)", what, ratio, known, note))
     for results in measured.values():
         top, env = results["ceilings"], results["environment"]
-        machine = Machine(env["device"], top["tflops"], top["gbps"] * 1e-3, env.get("sms"))
+        machine = Machine(_label(env), top["tflops"], top["gbps"] * 1e-3, env.get("sms"))
         dense = results["models"].get("flux-dense", {}).get("step_seconds")
         for name in MODELS:
             model = results["models"].get(name, {})
             if not dense or "step_seconds" not in model or name == "flux-dense":
                 continue
-            # Ratios, so that a machine measured at fewer tokens can be compared too.
-            ratio = predict(name, machine, calibration) / predict(
-                "flux-dense", machine, calibration
+            ratio = predict_ratio(
+                name, machine, calibration, model["image_tokens"], model["text_tokens"]
             )
             rows.append(_error(calibration, machine.name, f"{name} / dense", ratio,
                                model["latency_ratio"], model["mode"]))  # fmt: skip
