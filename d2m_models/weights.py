@@ -71,6 +71,8 @@ def _read(linear: nn.Module, use: Callable) -> Any:
     # peft's layers own no weight: they wrap the Linear as `base_layer`.
     if hasattr(linear, "base_layer"):
         return _read_lora(linear, use)
+    if type(linear).__module__.startswith("bitsandbytes"):
+        return _read_bitsandbytes(linear, use)
     result: list[Any] = []
 
     def on_linear(weight: Tensor, bias: Tensor | None) -> None:
@@ -89,6 +91,24 @@ def _read(linear: nn.Module, use: Callable) -> Any:
     if len(result) != 1:
         raise RuntimeError(_unreadable(linear, "its forward does not end in one F.linear"))
     return result[0]
+
+
+def _read_bitsandbytes(linear: nn.Module, use: Callable) -> Any:
+    """int8 and 4-bit Linears, whose kernels multiply the packed weight themselves."""
+    if "forward" in linear.__dict__ or linear._forward_pre_hooks or linear._forward_hooks:
+        raise RuntimeError(_unreadable(linear, "it is both quantized and offloaded"))
+    if type(linear).__name__ not in ("Linear8bitLt", "Linear4bit"):
+        raise RuntimeError(_unreadable(linear, "this kind is not known"))
+    from diffusers.quantizers.bitsandbytes.utils import dequantize_bnb_weight
+
+    state = getattr(linear.weight, "quant_state", None) or getattr(linear, "state", None)
+    packed = state is not None and not linear.weight.is_floating_point()
+    weight = linear.weight
+    if packed:
+        wanted = torch.float32 if linear.bias is None else linear.bias.dtype
+        dtype = getattr(linear, "compute_dtype", None) or wanted
+        weight = dequantize_bnb_weight(linear.weight, state, dtype=dtype).to(dtype)
+    return use(weight, linear.bias)
 
 
 def _unreadable(linear: nn.Module, why: str) -> str:

@@ -14,6 +14,7 @@ from diffusers import FirstBlockCacheConfig, FluxPipeline
 from test_models_diffusers import run, tiny_pipeline
 
 from d2m_models import FluxMoETransformer2DModel, MoBConfig, MoEConfig, TopKSchedule, convert_flux
+from d2m_models.weights import effective_weight
 
 TARGETS = (
     "transformer_blocks.0.ff.net.0.proj", "transformer_blocks.1.ff_context.net.2",
@@ -192,21 +193,49 @@ def test_torchao_weight_only(tmp_path, kind, top_k):
     assert 1e-5 < rel_error(got, run(exact)) < 0.2
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_bitsandbytes_is_honoured_or_refused(tmp_path, bits):
-    pytest.importorskip("bitsandbytes")
-    from diffusers import BitsAndBytesConfig
+def bnb_linear(linear, bits):
+    """A Linear as bitsandbytes quantizes it; diffusers itself wants a GPU for loading one."""
+    import bitsandbytes as bnb
 
-    config = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
-    try:
-        exact, model = quantized_pair(tmp_path, config)
-    except (RuntimeError, ImportError, ValueError, NotImplementedError) as error:
-        pytest.skip(f"bitsandbytes cannot load here: {error}")
-    linear = model.transformer_blocks[0].ff.net[0].proj
-    assert type(linear) is not torch.nn.Linear
-    try:
-        got = run(model)
-    except RuntimeError as error:
-        assert "modules_to_not_convert" in str(error)
+    if bits == 8:
+        packed = bnb.nn.Linear8bitLt(
+            linear.in_features, linear.out_features, has_fp16_weights=False
+        )
+        packed.load_state_dict(linear.state_dict())
     else:
-        assert 1e-5 < rel_error(got.float(), run(exact)) < 0.3
+        packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, quant_type="nf4")
+        weight = linear.weight.data
+        packed.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+        packed.bias = linear.bias
+    return packed.to("cpu")
+
+
+@pytest.mark.parametrize("top_k", [2, "dense"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bitsandbytes(bits, top_k):
+    """The MoE path uses the weights that the quantized Linear's own forward uses."""
+    pytest.importorskip("bitsandbytes")
+    _, model = converted()
+    exact = converted()[1]
+    for m in (model, exact):
+        m.set_top_k(top_k)
+    block = model.transformer_blocks[0].ff
+    eye = torch.eye(64)
+    for owner, name in ((block.net[0], "proj"), (block.net, "2")):
+        linear = owner.get_submodule(name)
+        packed = bnb_linear(linear, bits)
+        assert not packed.weight.is_floating_point()
+        weight, bias = effective_weight(packed)
+        assert weight.shape == linear.weight.shape and bias is not None
+        if linear.in_features == 64:
+            by_itself = (packed(eye) - linear.bias).T  # its forward on unit vectors
+            assert rel_error(weight, by_itself) < 0.02
+        assert 1e-4 < rel_error(weight, linear.weight) < 0.15
+        setattr(owner, name, packed)
+        twin = exact.get_submodule("transformer_blocks.0.ff.net")
+        target = twin[0].proj if name == "proj" else twin[2]
+        target.weight.data = weight.detach().clone()
+    torch.testing.assert_close(run(model), run(exact), rtol=1e-4, atol=1e-5)
+    block.net[0].proj.register_forward_pre_hook(lambda m, a: None)
+    with pytest.raises(RuntimeError, match="quantized and offloaded"):
+        run(model)
