@@ -18,7 +18,8 @@ STAGES = ("shared", "moe", "mob")
 @pytest.fixture(scope="module")
 def digits_run(session):
     """Teacher, student and data of the built-in digits.yaml, its teacher's training left out."""
-    pytest.importorskip("sklearn")
+    for package in ("sklearn", "yaml", "tqdm"):
+        pytest.importorskip(package)
     from distill.config import DistillConfig, load_config
     from distill.data import Digits
     from distill.pipeline import student_structure

@@ -47,12 +47,14 @@ class Session:
         self.device = torch.device(name)
         self.size = _size(config)
         self.environment = env.environment(self.device) | {"size": self.size}
+        self.ceilings = ceilings.measure(self.device, self.size)
+        if self.device.type == "cuda":
+            self.environment |= env.gpu_state(self.device.index or 0)  # clocks under load, not idle
         path = config.getoption("--results")
         if path is not None:
             path = Path(path)
             path = path if path.suffix == ".json" else path / f"{env.slug(self.device)}.json"
         self.results = Results(path, self.environment)
-        self.ceilings = ceilings.measure(self.device, self.size)
         self.results.set("ceilings", None, self.ceilings)
         self.attention = config.getoption("--attention")
         self.lines, self.models = config._d2m_lines, config._d2m_models

@@ -4,7 +4,7 @@
 #   benchmarks/gpu.sh OUT [--only PART...] [--budget SECONDS] [--wheels DIR] [--rehearse]
 #
 # Parts, in order of importance; a run cut short keeps what it has measured:
-#   build tests layers stages models skewed blocks distill host scaling     (--only adds: sweep)
+#   build tests layers stages models skewed blocks distill host scaling shapes  (--only: also sweep)
 # OUT gets <gpu>.json (see README.md here; renewed after every measurement), gpu.log with the output
 # of all parts, and with `--only sweep` sweep.json. `d2m report OUT` makes the report of it, on any
 # machine. D2M_COMMIT names the commit where the tree came without its history.
@@ -20,7 +20,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 usage() { sed -n '2,22p' "benchmarks/gpu.sh" | sed 's/^# \{0,1\}//'; exit "${1:-2}"; }
 
-all="build tests layers stages models skewed blocks distill host scaling"
+all="build tests layers stages models skewed blocks distill host scaling shapes"
 out="" only="" budget=530 wheels="" rehearse=0
 while [ $# -gt 0 ]; do
   case $1 in
@@ -89,14 +89,16 @@ part build 150 env D2M_CUDA=$cuda TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-
 # The clone shadows the installed packages, so that this tree is what runs; only the compiled
 # modules come from the site folder.
 part tests 120 "$python" -m pytest -q -x -p no:cacheprovider tests/gpu
-bench layers 110 benchmarks/bench_moe_ffn.py -k balanced
+bench layers 110 benchmarks/bench_moe_ffn.py -k "balanced and (4608 or 1536)"
 bench stages 60 benchmarks/bench_route.py benchmarks/bench_grouped_gemm.py benchmarks/bench_combine.py -k "4608 or 1536"
 bench models 240 benchmarks/bench_flux.py
-bench skewed 45 benchmarks/bench_moe_ffn.py -k zipf
+bench skewed 45 benchmarks/bench_moe_ffn.py -k "zipf and (4608 or 1536)"
 bench blocks 40 benchmarks/bench_blocks.py
 bench distill 40 benchmarks/bench_distill.py
 bench host 20 benchmarks/bench_host.py
 bench scaling 60 benchmarks/bench_scaling.py
+bench shapes 120 benchmarks/bench_moe_ffn.py benchmarks/bench_route.py benchmarks/bench_grouped_gemm.py \
+  benchmarks/bench_combine.py -k "not (4608 or 1536)"
 part sweep "$budget" "$python" benchmarks/sweep_triton.py "$out/sweep.json" --budget "$(left)" "${sweep[@]}"
 echo "results in $out after $SECONDS s"
 exit $status

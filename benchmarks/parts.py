@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-_GEMMS = ("aten::addmm", "aten::mm", "aten::bmm", "aten::linear", "aten::mkldnn_linear",
-          "aten::_addmm_activation")  # fmt: skip
+# Operator -> which argument is the left matrix.
+_GEMMS = {"aten::addmm": 1, "aten::_addmm_activation": 1, "aten::mm": 0, "aten::bmm": 0,
+          "aten::linear": 0, "aten::mkldnn_linear": 0}  # fmt: skip
 
 
 def split(
@@ -53,10 +54,13 @@ def _parts_of(name: str, shapes, dim: int, rows: int) -> dict[str, float]:
         return {"attention": 1.0}
     if name == "aten::gelu":
         return {"ffn": 1.0}
-    matrices = [s for s in shapes or () if len(s) >= 2]
-    if name not in _GEMMS or len(matrices) < 2:
+    if name not in _GEMMS or not shapes:
         return {}
-    left, right = matrices[-2:]
+    # addmm(bias, left, right, ...), mm(left, right, ...); an out= variant lists its output last
+    first = _GEMMS[name]
+    left, right = shapes[first : first + 2]
+    if len(left) < 2 or len(right) < 2:
+        return {}
     if left[-2] <= rows:
         return {"adaln": 1.0}
     sides = {left[-1], *right[-2:]}
