@@ -69,6 +69,9 @@ def cases(arch: int):
         for tf32 in (False, True)[: 2 if activation == "gelu_tanh" else 1]:
             label = f"flux {activation} {'tf32' if tf32 else 'fp32'}"
             yield label, fp32, lambda a=activation, t=tf32: layer("flux", a, "float32", t)
+    for i in range(len(tiles["down_combine"])):
+        pins = {"down_combine": tiles["down_combine"][i]}
+        yield "flux block", pins, block_end
     half = {stage: c[0] for stage, c in tiles.items()}
     yield "flux gelu fp16", half, lambda: layer("flux", "gelu", "float16")
     for experts in (12, 64, 256):
@@ -106,6 +109,26 @@ def layer(shape: str, activation: str, dtype: str = "bfloat16", tf32: bool = Fal
     triton_.ffn_bwd(
         new(T, D), new(T, D), up, gate, w2, weights, *routing, z_shared, z_routed, S, activation,
         1.0, 0, grads,
+    )  # fmt: skip
+
+
+def block_end():
+    """The down-projection with a block's AdaLN gate and residual in its epilogue."""
+    import torch
+
+    from d2m_kernels.triton_.down import down_shared
+    from d2m_kernels.triton_.weights import neuron_columns
+
+    T, D, F, S, E, K = SHAPES["flux"]
+
+    def new(*size, dtype=torch.bfloat16):
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    weights, offsets = new(T, K, dtype=torch.float32), new(E + 1, dtype=torch.int32)
+    down_shared(
+        "down_combine", new(T, S), neuron_columns(new(D, F), S, 768), new(T, D), offsets, K=S,
+        y2=new(T * K, D), inverse_TK=new(T, K, dtype=torch.int32), weights_TK=weights, bias=new(D),
+        adaln_BD=new(1, D), residual_TD=new(T, D),
     )  # fmt: skip
 
 

@@ -40,6 +40,8 @@ if INTERPRETED:
     from d2m_kernels import combine, moe_ffn, reference, route, triton_
     from d2m_kernels.reference import FFNGrads
     from d2m_kernels.triton_ import configs
+    from d2m_kernels.triton_.down import down_shared
+    from d2m_kernels.triton_.weights import neuron_columns
 
     pytestmark = [
         pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # numpy, about the NaN rows
@@ -383,6 +385,25 @@ def test_incoming_gradient_of_any_strides():
     for dy in (one.expand(70, 33), row.expand(70, 33), flipped.T):
         for name, grad in gradients(triton_, arguments | dict(dy_TD=dy), 0).items():
             assert torch.equal(grad, expected[name]), name
+
+
+@interpreted
+def test_down_projection_with_gate_and_residual_of_the_block():
+    """residual + gate[sample] * (h W^T + b + routed rows), as a DiT block ends."""
+    T, D, S, E, K = 60, 33, 20, 4, 2
+    ids = random_ids(T, E, K, masked=0.3)
+    offsets, _, inverse = reference.permute(ids, E)
+    h, w2, y2 = randn(T, S), randn(D, S + 8), randn(T * K, D)
+    bias, gate, residual = randn(D), randn(3, D), randn(T, D + 1)[:, 1:]
+    weights, inverse = randn(T, K).softmax(-1), inverse.view(T, K)
+    out = torch.full((T, D), float("nan"))
+    down_shared(
+        "down_combine", h, neuron_columns(w2, S, 2), out, offsets, K=S, y2=y2, inverse_TK=inverse,
+        weights_TK=weights, bias=bias, scale=1.3, adaln_BD=gate, residual_TD=residual,
+    )  # fmt: skip
+    inner = reference.combine(y2, inverse, weights, offsets, h @ w2[:, :S].T, bias, 1.3)
+    expected = residual + gate.repeat_interleave(T // 3, 0) * inner
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
 @interpreted

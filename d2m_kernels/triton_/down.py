@@ -106,7 +106,7 @@ def down_shared(
             tokens_per_sample=1 if adaln_BD is None else T // adaln_BD.shape[0],
             PRECISION=precision(h.dtype), DUAL=gate is not None, TRANS_W=trans,
             EVEN_N=even(D, config.block_n), EVEN_K=even(K, config.block_k),
-            PARTS=config.parts(32),
+            PARTS=config.parts(32 if adaln_BD is None and residual_TD is None else 16),
         )  # fmt: skip
 
     config = configs.select(stage, h, T, D)
