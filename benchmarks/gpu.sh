@@ -94,8 +94,8 @@ bench stages 60 benchmarks/bench_route.py benchmarks/bench_grouped_gemm.py bench
 bench models 240 benchmarks/bench_flux.py
 bench skewed 45 benchmarks/bench_moe_ffn.py -k "zipf and (4608 or 1536)"
 bench blocks 40 benchmarks/bench_blocks.py
-bench distill 40 benchmarks/bench_distill.py
-bench host 20 benchmarks/bench_host.py
+bench distill 60 benchmarks/bench_distill.py
+bench host 30 benchmarks/bench_host.py
 bench scaling 60 benchmarks/bench_scaling.py
 bench shapes 120 benchmarks/bench_moe_ffn.py benchmarks/bench_route.py benchmarks/bench_grouped_gemm.py \
   benchmarks/bench_combine.py -k "not (4608 or 1536)"

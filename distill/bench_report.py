@@ -24,6 +24,9 @@ _TITLES = {
     "stages": ("Stages", "Of ceiling: share of the matrix-product or copy rate measured on the "
                "same machine. Of floor: least time those ceilings allow, over the time taken."),
     "blocks": ("Blocks", "One block of FLUX.1 at full width; where dense's time goes."),
+    "models": ("Whole models", "Random weights; latency/ideal as above, in the same mode."),
+    "dense-parts": ("Where dense's time goes", "By a profile of one step; GELU belongs to the "
+                    "FFN, launch gaps to the rest."),
     "prediction-error": ("How good is the prediction?", "The paper's MoE rows ran other kernels "
                          "(MegaBlocks): there the difference is not the prediction's alone."),
     "distillation": ("Distillation", "Training steps of each stage."),

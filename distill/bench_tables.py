@@ -7,6 +7,7 @@ benchmarks/README.md). Every measured number names the machine, every predicted 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,10 @@ def table1(all_results: Results) -> Table:
         if any("image_seconds" in m for m in results["models"].values()):
             header.append(f"{label}: s an image")
     best = next(iter(calibrations(all_results)), None)
-    if best is not None:
-        # Ratios travel better between machines than seconds: on the H20 dense is known.
-        header += [f"H20 s, predicted from {best.source} and the paper's dense row",
-                   f"A100 s, predicted from {best.source}"]  # fmt: skip
+    predicted = [] if best is None else unmeasured(all_results)
+    for machine in predicted:
+        anchor = " and the paper's dense row" if machine is roofline.H20 else ""
+        header.append(f"{machine.name} s, predicted from {best.source}{anchor}")
     dense = roofline.account_of("flux-dense")
     rows = []
     for row in TABLE1:
@@ -79,13 +80,30 @@ def table1(all_results: Results) -> Table:
                  f"{paper['latency_over_flops']:.2f}"]  # fmt: skip
         for results in measured.values():
             cells += _measured_cells(row, results)
-        if best is not None:
-            ratio = roofline.predict_ratio(row.preset, roofline.H20, best)
-            step = DENSE.latency_s / DENSE.nfe
-            cells.append("" if row.preset == "flux-dense" else f"{row.nfe * step * ratio:.2f}")
-            cells.append(f"{row.nfe * roofline.predict(row.preset, roofline.A100, best):.2f}")
+        cells += [_predicted_cell(row, machine, best) for machine in predicted]
         rows.append(cells)
     return header, rows
+
+
+def unmeasured(all_results: Results) -> list[roofline.Machine]:
+    """Of the machines that are predicted, those on which no model was measured."""
+    devices = [r["environment"]["device"] for r in all_results.values() if r["models"]]
+    return [
+        machine
+        for machine in (roofline.H20, roofline.A100)
+        if not any(re.search(rf"\b{machine.name}\b", device) for device in devices)
+    ]
+
+
+def _predicted_cell(row: Any, machine: roofline.Machine, c: roofline.Calibration) -> str:
+    """Seconds of an image. Ratios travel better between machines than seconds, so where dense is
+    known (the paper's H20) only the ratio to it is predicted."""
+    if machine is not roofline.H20:
+        return f"{row.nfe * roofline.predict(row.preset, machine, c):.2f}"
+    if row.preset == "flux-dense":
+        return ""
+    ratio = roofline.predict_ratio(row.preset, machine, c)
+    return f"{row.nfe * DENSE.latency_s / DENSE.nfe * ratio:.2f}"
 
 
 def _measured_cells(row: Any, results: Mapping[str, Any]) -> list[str]:
@@ -101,7 +119,8 @@ def _measured_cells(row: Any, results: Mapping[str, Any]) -> list[str]:
 def layers(all_results: Results) -> Table:
     """moe_ffn and every peer, as ratios to the dense FFN measured beside them."""
     header = ["machine", "layer", "routing", "pass", "FLOP limit", "moe_ffn / dense",
-              "peers / dense", "back-end"]  # fmt: skip
+              "peers / dense", "peak MiB (dense)", "launches", "host syncs",
+              "back-end"]  # fmt: skip
     rows = []
     for name, results in all_results.items():
         for row in results["layers"]:
@@ -119,9 +138,18 @@ def layers(all_results: Results) -> Table:
                 f"{row['flop_limit']:.3f}",
                 f"{ours:.3f} ({low:.3f}-{high:.3f})",
                 peers,
+                _peaks(row.get("peak_bytes_of", {})),
+                str(row.get("launches", "")),
+                str(row.get("host_syncs", "")),
                 row["backend"],
             ])  # fmt: skip
     return header, rows
+
+
+def _peaks(peaks: Mapping[str, int | None]) -> str:
+    if not peaks.get("moe_ffn") or not peaks.get("dense"):
+        return ""
+    return f"{peaks['moe_ffn'] / 2**20:.0f} ({peaks['dense'] / 2**20:.0f})"
 
 
 def stages(all_results: Results) -> Table:
@@ -159,6 +187,50 @@ def blocks(all_results: Results) -> Table:
                 *(f"{parts[p] / total:.0%}" for p in roofline.PARTS),
             ])  # fmt: skip
     return header, rows
+
+
+def dense_parts(all_results: Results) -> Table:
+    """Where the dense model's step goes, in every mode that was measured."""
+    header = ["machine", "mode", "step ms", "attention", "FFN", "other GEMMs", "AdaLN",
+              "rest"]  # fmt: skip
+    rows = []
+    for name, results in all_results.items():
+        dense = results["models"].get("flux-dense", {})
+        modes = dense.get("modes") or {dense.get("mode"): dense}
+        for mode, entry in modes.items():
+            if "parts" not in entry:
+                continue
+            parts = entry["parts"]
+            total = sum(parts.values())
+            rows.append([machine_label(name, results), mode, f"{total * 1e3:.4g}",
+                         *(f"{parts[p] / total:.0%}" for p in roofline.PARTS)])  # fmt: skip
+    return header, rows
+
+
+def models(all_results: Results) -> Table:
+    """Every mode of every whole model that was measured."""
+    header = ["machine", "model", "mode", "step ms", "latency / dense", "latency/ideal",
+              "28 steps s", "8 steps s", "peak GiB", "launches", "host syncs"]  # fmt: skip
+    rows = []
+    for name, results in all_results.items():
+        for model, record in results["models"].items():
+            for mode, entry in record.get("modes", {}).items():
+                if "step_seconds" not in entry:
+                    continue
+                images, peak = entry.get("image_seconds", {}), entry.get("peak_bytes")
+                rows.append([
+                    machine_label(name, results), model, mode,
+                    f"{entry['step_seconds'] * 1e3:.4g}",
+                    _number(entry, "latency_ratio"), _number(entry, "latency_over_ideal"),
+                    *(f"{images[n]:.2f}" if n in images else "" for n in ("28", "8")),
+                    "" if peak is None else f"{peak / 2**30:.1f}",
+                    str(entry.get("launches", "")), str(entry.get("host_syncs", "")),
+                ])  # fmt: skip
+    return header, rows
+
+
+def _number(entry: Mapping[str, Any], key: str) -> str:
+    return f"{entry[key]:.3f}" if key in entry else ""
 
 
 def prediction_error(all_results: Results) -> Table:
@@ -204,6 +276,8 @@ TABLES = {
     "layers": layers,
     "stages": stages,
     "blocks": blocks,
+    "models": models,
+    "dense-parts": dense_parts,
     "prediction-error": prediction_error,
     "distillation": distillation,
     "environments": environments,

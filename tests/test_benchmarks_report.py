@@ -174,6 +174,29 @@ def test_every_table_is_rectangular(folder):
     assert f"{ratio:.3f}" in row.values()
 
 
+def test_a_measured_machine_is_no_longer_predicted(folder):
+    results = load_results(folder)
+    header, _ = TABLES["table1"](results)
+    assert sum("predicted" in cell for cell in header) == 2
+    results["h200"]["environment"]["device"] = "NVIDIA H20"
+    header, rows = TABLES["table1"](results)
+    assert [cell for cell in header if "predicted" in cell] == ["A100 s, predicted from NVIDIA H20"]
+    assert all(len(row) == len(header) for row in rows)
+
+
+def test_tables_of_measured_modes(folder):
+    results = load_results(folder)
+    dense = results["h200"]["models"]["flux-dense"]
+    entry = {"step_seconds": 0.1, "parts": dense["parts"], "launches": 900, "host_syncs": 0,
+             "image_seconds": {"28": 2.9}, "peak_bytes": 24 << 30}  # fmt: skip
+    dense["modes"] = {"compile": entry, "graphs": {"unavailable": "no"}}
+    _, rows = TABLES["models"](results)
+    assert rows == [["Model GPU", "flux-dense", "compile", "100", "", "", "2.90", "", "24.0", "900",
+                     "0"]]  # fmt: skip
+    _, rows = TABLES["dense-parts"](results)
+    assert len(rows) == 1 and sum(int(cell[:-1]) for cell in rows[0][3:]) in range(98, 103)
+
+
 def test_tables_without_any_result(tmp_path):
     header, rows = TABLES["table1"](load_results(tmp_path))
     assert len(rows) == len(TABLE1) and not any("predicted" in cell for cell in header)
