@@ -84,6 +84,21 @@ def test_dense_flops_agree_with_torchs_counter_on_meta():
     assert counted_flops(model, inputs) == pytest.approx(a.flops, rel=1e-3)
 
 
+def test_full_size_flops_agree_with_torchs_counter_on_meta():
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(guidance_embeds=True)
+        inputs = {
+            "hidden_states": torch.empty(1, 4096, 64),
+            "encoder_hidden_states": torch.empty(1, 512, 4096),
+            "pooled_projections": torch.empty(1, 768),
+            "timestep": torch.empty(1),
+            "guidance": torch.empty(1),
+            "img_ids": torch.empty(4096, 3),
+            "txt_ids": torch.empty(512, 3),
+        }
+    assert counted_flops(model, inputs) == pytest.approx(account(DENSE).flops, rel=1e-3)
+
+
 def test_pruned_flops_agree_with_torchs_counter_on_meta():
     """The closed form for other FFN widths (as a shared expert has) and for narrow AdaLN."""
     narrow = convert_flux(dense_flux(), small_config(moe=None, adaln_dim=16))
