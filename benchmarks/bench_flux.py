@@ -165,6 +165,7 @@ def measure(bench, dense, student, mode):
     entry = student.record["modes"][mode]
     entry["latency_ratio"] = race.ratio(student.name, dense.name)
     entry["ratio_quartiles"] = race.spread(student.name, dense.name)
+    entry["ratio_rounds"] = race.ratios(student.name, dense.name)
     # Dense's parts of this mode; a graph changes only what "rest" loses in launch gaps.
     parts = dict(dense.record["modes"]["compile" if mode == "graphs" else mode]["parts"])
     if mode == "graphs":
@@ -196,7 +197,11 @@ def publish(bench, model) -> None:
         "modes": modes,
         "backend": backends.resolve(None, bench.device.type, torch.bfloat16),
         "attention": bench.session.attention or "diffusers' default",
-        **{k: v for k, v in front.items() if k not in ("seconds", "ratio_quartiles")},
+        **{
+            k: v
+            for k, v in front.items()
+            if k not in ("seconds", "ratio_quartiles", "ratio_rounds")
+        },
     }
     if model.name == "flux-dense":
         record |= {"latency_ratio": 1.0, "flops_ratio": 1.0}

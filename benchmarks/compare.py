@@ -10,7 +10,8 @@
 
 A performance change is judged by the second form: a machine drifts by more than most changes bring,
 and runs that take turns see the same drift. A number counts as changed only where the middle halves
-of the two distributions do not meet, and the medians differ by more than --threshold.
+of the two distributions do not meet, and the medians differ by more than --threshold; a number with
+fewer than five rounds on either side is not judged.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from results import load  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINES = ("dense compiled", "dense", "one linear", "eager", "argsort")
+ENOUGH_ROUNDS = 5
 Numbers = dict[str, list[float]]
 
 
@@ -47,8 +49,7 @@ def rounds_of(content: dict) -> Iterator[tuple[str, list[float]]]:
     for name, model in content["models"].items():
         for mode, entry in model.get("modes", {}).items():
             if "latency_ratio" in entry:
-                low, high = entry["ratio_quartiles"]
-                yield f"models: {name}/{mode} / dense", [low, entry["latency_ratio"], high]
+                yield f"models: {name}/{mode} / dense", entry["ratio_rounds"]
             elif "seconds" in entry:
                 yield f"models: {name}/{mode}", entry["seconds"]["rounds"]
 
@@ -92,8 +93,9 @@ def compare(old: Numbers, new: Numbers, threshold: float) -> tuple[list[str], in
     """The report's lines, and how many numbers got slower."""
     lines, slower = [], 0
     both = [name for name in old if name in new]
+    judged = [name for name in both if min(len(old[name]), len(new[name])) >= ENOUGH_ROUNDS]
     for kind in ("slower", "faster"):
-        for name in both:
+        for name in judged:
             got, change = verdict(old[name], new[name], threshold)
             if got != kind:
                 continue
@@ -104,6 +106,8 @@ def compare(old: Numbers, new: Numbers, threshold: float) -> tuple[list[str], in
     changed = len(lines)
     lines.append(f"{len(both)} numbers in both, {changed} changed by more than {threshold:.0%} "
                  f"beyond noise, {slower} of them slower")  # fmt: skip
+    if len(judged) < len(both):
+        lines.append(f"{len(both) - len(judged)} numbers have too few rounds to be judged")
     for missing, where in ((old.keys() - new.keys(), "OLD"), (new.keys() - old.keys(), "NEW")):
         if missing:
             lines.append(f"only in {where}: {len(missing)} numbers")

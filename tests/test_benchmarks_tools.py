@@ -231,6 +231,13 @@ def test_compare_ignores_a_machine_that_slowed_down(tmp_path):
     assert compare.compare(old, new, 0.02)[1] == 0
 
 
+def test_compare_does_not_judge_two_rounds(tmp_path):
+    old = compare.collect(results_file(tmp_path / "a.json", BASE[:2], (1.0, 1.1)))
+    new = compare.collect(results_file(tmp_path / "b.json", (0.8, 0.9), (1.0, 1.1)))
+    lines, slower = compare.compare(old, new, 0.02)
+    assert slower == 0 and "too few rounds" in lines[-1]
+
+
 def test_compare_joins_the_runs_of_a_folder(tmp_path):
     for i in range(3):
         results_file(tmp_path / "runs" / f"{i}.json", BASE)
