@@ -123,18 +123,22 @@ class LossConfig:
 class StageConfig:
     """One stage of section 3.2: "shared" (a), "moe" (b) or "mob" (c).
 
-    train_isolated: in stage (c), also train the blocks outside groups, which the paper freezes.
+    The paper's way is the default: freeze_shared keeps the shared experts fixed in stage (b);
+    train_isolated also trains the blocks outside groups in stage (c).
     """
 
     stage: str
     train: TrainConfig
     loss: LossConfig = LossConfig()
+    freeze_shared: bool = True
     train_isolated: bool = False
 
     def __post_init__(self):
         _check_choice("stages", "stage", self.stage, ("shared", "moe", "mob"))
         if self.train_isolated and self.stage != "mob":
             raise ConfigError(f"stages.train_isolated is for stage 'mob', not {self.stage!r}")
+        if not self.freeze_shared and self.stage != "moe":
+            raise ConfigError(f"stages.freeze_shared is for stage 'moe', not {self.stage!r}")
 
 
 @dataclass(frozen=True)

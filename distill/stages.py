@@ -118,7 +118,9 @@ def ffn_slices(model: nn.Module, part: str) -> list[FrozenSlice]:
     return slices
 
 
-def prepare_stage(model: nn.Module, stage: str, train_isolated: bool = False) -> list[FrozenSlice]:
+def prepare_stage(
+    model: nn.Module, stage: str, *, freeze_shared: bool = True, train_isolated: bool = False
+) -> list[FrozenSlice]:
     """Set what runs and learns in a stage; returns the parts of parameters that must not move."""
     from d2m_models import moe_layers, set_top_k
     from d2m_models.output import group_names
@@ -129,12 +131,12 @@ def prepare_stage(model: nn.Module, stage: str, train_isolated: bool = False) ->
     if layers:
         set_top_k(model, 0 if stage == "shared" else structure.moe.top_k)
     for layer in layers.values():
-        layer.freeze_shared = stage == "moe"
+        layer.freeze_shared = stage == "moe" and freeze_shared
         layer.router.requires_grad_(stage != "shared")
     if stage == "shared":
         return ffn_slices(model, "experts")
     if stage == "moe":
-        return ffn_slices(model, "shared")
+        return ffn_slices(model, "shared") if freeze_shared else []
     # Isolated blocks are frozen; embedders, the AdaLN projection and the output head are no blocks.
     grouped = {name for names in group_names(structure).values() for name in names}
     for prefix in ("transformer_blocks", "single_transformer_blocks"):
@@ -228,7 +230,12 @@ def run_stage(
     """Train one stage in place (or load its result) and return its fingerprint, the next stage's
     parent.
     """
-    frozen = prepare_stage(model, config.stage, config.train_isolated)
+    frozen = prepare_stage(
+        model,
+        config.stage,
+        freeze_shared=config.freeze_shared,
+        train_isolated=config.train_isolated,
+    )
     features = None
     if config.stage == "mob":
         from d2m_models.output import group_names

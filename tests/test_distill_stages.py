@@ -221,6 +221,12 @@ def test_frozen_neurons_stay_bitwise(student, teacher, digits, tmp_path, stage, 
     assert all(moved) if stage == "moe" else not any(moved)
 
 
+def test_shared_experts_can_be_trained_along(student):
+    assert prepare_stage(student, "moe")
+    assert prepare_stage(student, "moe", freeze_shared=False) == []
+    assert not any(layer.freeze_shared for layer in moe_layers(student).values())
+
+
 def test_trained_slices_are_decayed(student, teacher, digits, tmp_path):
     """The part that trains does get weight decay: with it the experts' weights end up smaller."""
     other = deepcopy(student)
