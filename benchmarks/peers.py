@@ -100,5 +100,6 @@ def plain(p, shape: FFNShape) -> dict[str, Contender]:
 
 
 def compiled_dense(p, shape: FFNShape) -> Contender:
+    torch._dynamo.config.recompile_limit = 256  # one graph a shape; beyond the limit it is eager
     function = torch.compile(dense, dynamic=False)
     return Contender(lambda: function(p, shape), leaves=list(p.values()))

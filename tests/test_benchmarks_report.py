@@ -107,6 +107,12 @@ def test_work_adds_up_to_the_flops_of_the_account():
         assert large == pytest.approx(counts.flops, rel=2e-3)  # the rest is AdaLN: one row each
 
 
+def test_rest_counts_the_blocks_that_run():
+    blocks = {n: roofline.work(n)["rest"] / 4608 for n in roofline.MODELS}
+    assert blocks == {"flux-dense": 57, "flux-lite": 46, "flux-mini": 15, "flux-moe-l": 57,
+                      "flux-moe-m": 47, "flux-moe-s": 35, "flux-moe-xs": 27}  # fmt: skip
+
+
 def test_ideal_of_dense_is_dense_and_parts_shrink_separately():
     work = roofline.work("flux-dense")
     parts = dict(zip(roofline.PARTS, (1.0, 2.0, 3.0, 4.0, 5.0), strict=True))

@@ -157,6 +157,25 @@ def test_parts_of_a_dense_block():
     assert got["ffn"] > got["gemm"] > 0
 
 
+def test_models_are_composed_from_their_blocks():
+    """Blocks that run, by kind: dense, MoE, and one MoE block and one router for each group."""
+    pytest.importorskip("diffusers")
+    from bench_blocks import composed
+
+    units = {"double dense": 1, "double moe": 100, "single dense": 1e4, "single moe": 1e6,
+             "block router": 1e8}  # fmt: skip
+    for name, (dense, double, wide, single, groups) in {
+        "flux-dense": (19, 0, 38, 0, 0),
+        "flux-lite": (8, 0, 38, 0, 0),
+        "flux-moe-l": (3, 16, 0, 38, 0),
+        "flux-moe-m": (3, 1 + 5, 0, 38, 5),
+        "flux-moe-s": (3, 1 + 5, 0, 23 + 3, 8),
+        "flux-moe-xs": (3, 1 + 5, 0, 13 + 5, 10),
+    }.items():
+        want = dense + 100 * double + 1e4 * wide + 1e6 * single + 1e8 * groups
+        assert composed(name, units) == want, name
+
+
 # --- results files --------------------------------------------------------------------------
 
 
