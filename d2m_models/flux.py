@@ -25,12 +25,13 @@ from d2m_models.blocks import (
     FluxMoETransformerBlock,
     narrow_adaln,
 )
+from d2m_models.caching import check_cache
 from d2m_models.config import FluxMoEConfig
 from d2m_models.context import BlockContext, add_residual
 from d2m_models.lora import DenseLoRAMixin, keep_state_in_dense_order
 from d2m_models.mob import MixtureOfBlocks
 from d2m_models.moe import set_top_k
-from d2m_models.output import FluxMoEAux, FluxMoEOutput, group_names
+from d2m_models.output import FluxMoEAux, FluxMoEOutput
 
 KINDS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
 
@@ -306,24 +307,7 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
 
     def enable_cache(self, config) -> None:
         """As diffusers'; under MoB only caches that act on the model's ends are allowed."""
-        mob = self.d2m_config.mob
-        if mob is not None and type(config).__name__ != "FirstBlockCacheConfig":
-            raise ValueError(
-                f"{type(config).__name__} counts the calls of every block, which differ between "
-                f"the blocks of a MoB group; use FirstBlockCacheConfig, or a model without MoB"
-            )
-        if mob is not None:
-            names = [
-                f"{kind}.{i}" for kind in KINDS.values() for i in range(len(getattr(self, kind)))
-            ]
-            grouped = {name for group in group_names(self.d2m_config).values() for name in group}
-            ends = [name for name in (names[0], names[-1]) if name in grouped]
-            if ends:
-                raise ValueError(
-                    f"first-block caching compares the first block's output and ends at the last "
-                    f"block, but {' and '.join(ends)} may be skipped by a MoB group; keep the "
-                    f"first and the last block out of groups (see propose_groups)"
-                )
+        check_cache(self, config)
         super().enable_cache(config)
 
     @classmethod

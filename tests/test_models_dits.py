@@ -89,8 +89,14 @@ def flux2():
 
 
 def facebook_dit():
-    """facebookresearch/DiT's block: timm's Mlp with tanh GELU, adaLN-Zero."""
-    timm = pytest.importorskip("timm.layers")
+    """facebookresearch/DiT's block: timm's Mlp (or its double) with tanh GELU, adaLN-Zero."""
+    try:
+        from timm.layers import Mlp
+    except Exception:  # not installed, or with a torchvision for another torch
+        from test_models_moe import TimmMlp
+
+        def Mlp(dim, hidden_features, act_layer, drop):
+            return TimmMlp(dim, act_layer(), drop)
 
     class Block(nn.Module):
         def __init__(self, dim):
@@ -99,7 +105,7 @@ def facebook_dit():
             self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
             self.attn = nn.MultiheadAttention(dim, 4, batch_first=True)
             act = lambda: nn.GELU(approximate="tanh")  # noqa: E731
-            self.mlp = timm.Mlp(dim, hidden_features=4 * dim, act_layer=act, drop=0)
+            self.mlp = Mlp(dim, hidden_features=4 * dim, act_layer=act, drop=0)
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
         def forward(self, x, c):
