@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import counting
 import peer_libraries
 import peers
 import pytest
@@ -82,7 +83,7 @@ def check(contender: Contender, truth: dict) -> str | None:
     return None if error < 0.02 else f"its result is off by {error:.2g} of the RMS"
 
 
-def record(bench, kind, name, shape, race, found, missing, counts, peak):
+def record(bench, kind, name, shape, race, found, missing, counts, extra):
     """One entry of "layers": ratios to dense, the faster of eager and compiled."""
     baseline = min((n for n in ("dense", "dense compiled") if n in race.times), key=race.median)
     passes = 1 if kind == "forward" else 3
@@ -107,7 +108,7 @@ def record(bench, kind, name, shape, race, found, missing, counts, peak):
             "dense_tflops": shape.gflop(shape.F) * passes * 1e-3 / race.median(baseline),
             **rates,
             **counts,
-            "peak_bytes_of": peak,
+            **extra,
             "notes": {n: c.note for n, c in found.items() if c.note},
             "unavailable": missing,
             "backend": backends.resolve(None, bench.device.type, shape.dtype),
@@ -132,8 +133,8 @@ def test_forward(bench, name, routing):
         runs = {n: c.run for n, c in found.items()}
         race = bench.race(runs, "moe_ffn", bench.rounds(9), budget=bench.seconds(12, 20))
         counts = bench.count(runs["moe_ffn"])
-        peak = peaks(bench, runs)
-    record(bench, "forward", name, shape, race, found, missing, counts, peak)
+        extra = costs(bench, runs)
+    record(bench, "forward", name, shape, race, found, missing, counts, extra)
 
 
 @all_shapes
@@ -164,13 +165,20 @@ def test_forward_backward(bench, name, routing):
             del runs[name_]
     race = bench.race(runs, "moe_ffn", bench.rounds(7, 3), budget=bench.seconds(12, 20))
     counts = bench.count(runs["moe_ffn"])
-    peak = peaks(bench, runs)
-    record(bench, "forward_backward", name, shape, race, found, missing, counts, peak)
+    extra = costs(bench, runs)
+    extra["saved_bytes_of"] = {n: counting.saved_bytes(c.run, c.leaves)
+                               for n, c in found.items() if n in runs}  # fmt: skip
+    record(bench, "forward_backward", name, shape, race, found, missing, counts, extra)
 
 
-def peaks(bench, runs) -> dict:
-    """Peak bytes of every contender (on a CPU of ours and dense: the profiler is slow there)."""
-    import counting
+def costs(bench, runs) -> dict:
+    """Peak bytes, launches and host syncs of every contender.
 
+    On a CPU of ours and dense alone: the profiler is slow there, and code that Dynamo meets while
+    operators are counted it never compiles again.
+    """
     names = runs if bench.device.type == "cuda" else ("moe_ffn", "dense")
-    return {n: counting.peak_bytes(runs[n], bench.device) for n in names}
+    return {
+        "peak_bytes_of": {n: counting.peak_bytes(runs[n], bench.device) for n in names},
+        "counts_of": {n: counting.launches_and_syncs(runs[n], bench.device) for n in names},
+    }

@@ -87,6 +87,24 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int | No
     return most if marks else None
 
 
+def saved_bytes(forward: Callable[[], object], leaves: list[torch.Tensor]) -> int:
+    """Bytes that a forward keeps for its backward beyond the leaves (inputs and weights)."""
+    known = {t.untyped_storage().data_ptr() for t in leaves}
+    kept: dict[int, int] = {}
+    alive = []  # so that no storage's address is used twice
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(kept.values())
+
+
 @contextlib.contextmanager
 def tiles_chosen():
     """{stage: tile} that the Triton back-end picks while the context is open."""

@@ -119,7 +119,8 @@ def _measured_cells(row: Any, results: Mapping[str, Any]) -> list[str]:
 def layers(all_results: Results) -> Table:
     """moe_ffn and every peer, as ratios to the dense FFN measured beside them."""
     header = ["machine", "layer", "routing", "pass", "FLOP limit", "moe_ffn / dense",
-              "peers / dense", "peak MiB (dense)", "launches", "host syncs",
+              "peers / dense", "peak MiB (dense)", "saved for backward MiB (dense)",
+              "launches", "host syncs",
               "back-end"]  # fmt: skip
     rows = []
     for name, results in all_results.items():
@@ -138,7 +139,8 @@ def layers(all_results: Results) -> Table:
                 f"{row['flop_limit']:.3f}",
                 f"{ours:.3f} ({low:.3f}-{high:.3f})",
                 peers,
-                _peaks(row.get("peak_bytes_of", {})),
+                _pair(row.get("peak_bytes_of", {})),
+                _pair(row.get("saved_bytes_of", {})),
                 str(row.get("launches", "")),
                 str(row.get("host_syncs", "")),
                 row["backend"],
@@ -146,10 +148,11 @@ def layers(all_results: Results) -> Table:
     return header, rows
 
 
-def _peaks(peaks: Mapping[str, int | None]) -> str:
-    if not peaks.get("moe_ffn") or not peaks.get("dense"):
+def _pair(size: Mapping[str, int | None]) -> str:
+    """Ours and dense's, in MiB."""
+    if not size.get("moe_ffn") or not size.get("dense"):
         return ""
-    return f"{peaks['moe_ffn'] / 2**20:.0f} ({peaks['dense'] / 2**20:.0f})"
+    return f"{size['moe_ffn'] / 2**20:.0f} ({size['dense'] / 2**20:.0f})"
 
 
 def stages(all_results: Results) -> Table:

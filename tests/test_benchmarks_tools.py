@@ -136,6 +136,27 @@ def test_host_syncs_are_counted():
     assert loud["host_syncs"] == 2
 
 
+def test_saved_bytes_are_what_the_backward_needs():
+    """x and the weight are there anyway; silu keeps its input, the second product its own."""
+    x, w = (torch.randn(10, 10, requires_grad=True) for _ in range(2))
+    kept = counting.saved_bytes(lambda: torch.nn.functional.silu(x @ w) @ w, [x, w])
+    assert kept == 2 * 400
+
+
+def test_moe_ffn_saves_preactivations_and_routing_only():
+    shape = shapes.FFNShape(T=50, D=96, S=96, H=24)
+    p = shape.tensors(CPU, grad=True)
+    from d2m_kernels import moe_ffn
+
+    def forward():
+        return moe_ffn(p["x"], p["router"], p["w1"], p["w2"], p["b1"], p["b2"], top_k=2, shared=96)
+
+    kept = counting.saved_bytes(forward, list(p.values()))
+    preactivations = 2 * 50 * (96 + 2 * 24)
+    routing = 4 * (50 * (12 + 4 * 2) + 13)
+    assert preactivations <= kept <= preactivations + routing
+
+
 def test_parts_of_a_dense_block():
     """An FFN beside an attention projection: each product is found by its shape."""
     from parts import split
