@@ -39,10 +39,10 @@ def test_race_takes_turns_and_tells_fast_from_slow():
 
         return run
 
-    got = race.race({"a": contender("a", 0.001), "b": contender("b", 0.01)}, 4, CPU)
+    got = race.race({"a": contender("a", 0.001), "b": contender("b", 0.05)}, 4, CPU)
     assert calls == ["a", "b"] * 5  # one to warm up
     assert [len(t) for t in got.times.values()] == [4, 4]
-    assert got.median("b") >= 0.01 and 1.5 < got.ratio("b", "a") < 15
+    assert got.median("b") >= 0.05 and got.ratio("b", "a") > 1.5
     low, high = got.spread("b", "a")
     assert low <= got.ratio("b", "a") <= high
 
@@ -161,7 +161,7 @@ def test_parts_of_a_dense_block():
     """An FFN beside an attention projection: each product is found by its shape."""
     from parts import split
 
-    D, T = 64, 512
+    D, T = 128, 1024
     x, w = torch.randn(T, D), torch.randn(4 * D, D)
     up, down, square = w, w.T.contiguous(), torch.randn(D, D)
     fused, mod = torch.randn(D, 5 * D), torch.randn(6 * D, D)
@@ -171,11 +171,14 @@ def test_parts_of_a_dense_block():
         y = h @ down.T + x @ square.T
         return torch.cat([y, h], 1) @ fused.T + (x[:1] @ mod.T)[:, :D]
 
-    got = split(step, 2.0, CPU, D)
-    assert set(got) == {"attention", "ffn", "gemm", "adaln", "rest"}
-    assert sum(got.values()) == pytest.approx(2.0)
-    assert got["attention"] == 0 and got["adaln"] > 0
-    assert got["ffn"] > got["gemm"] > 0
+    shares = []
+    for _ in range(5):
+        got = split(step, 2.0, CPU, D)
+        assert set(got) == {"attention", "ffn", "gemm", "adaln", "rest"}
+        assert sum(got.values()) == pytest.approx(2.0)
+        assert got["attention"] == 0 and got["adaln"] > 0 and got["gemm"] > 0
+        shares.append(got["ffn"] / got["gemm"])
+    assert sorted(shares)[2] > 2  # 2 x 4 D^2 + 0.8 of 5 D^2 against D^2 + 0.2 of 5 D^2
 
 
 def test_models_are_composed_from_their_blocks():
