@@ -225,3 +225,16 @@ def test_bad_variant():
 def test_total_loss_by_hand():
     parts = [torch.tensor(v) for v in (0.5, 2.0, 3.0)]
     assert total_loss(*parts, 1.0, 0.01).item() == pytest.approx(0.5 + 2.0 + 0.03)
+
+
+def test_dead_experts_get_gradient_from_the_softmax_variant_only():
+    """An expert nobody chose has g = 0 everywhere: the paper's g cannot bring it back."""
+    logits = torch.randn(16, 4)
+    logits[:, 3] -= 10
+    logits.requires_grad_(True)
+    routing = _routing(logits, 2)
+    assert not (routing.ids == 3).any()
+    (paper,) = torch.autograd.grad(moe_balance(routing), logits, retain_graph=True)
+    (softmax,) = torch.autograd.grad(moe_balance(routing, "softmax"), logits)
+    assert paper[:, 3].abs().max() == 0
+    assert softmax[:, 3].max() < 0  # descent raises its logits
