@@ -73,6 +73,12 @@ def partial_folder(target: Path) -> Path:
     return target.with_name(target.name + ".partial")
 
 
+def check_target(target: Path) -> None:
+    """Raises unless the folder is absent or empty."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} already exists and is not empty; choose another folder")
+
+
 def run_job(job: Job, target: Path, progress: bool = True) -> None:
     """Writes all files of the job, or those an earlier run left out, and renames the folder.
 
@@ -80,8 +86,7 @@ def run_job(job: Job, target: Path, progress: bool = True) -> None:
         ValueError: the target exists, the partial folder belongs to another job or is in use, or
             the disk is too small; nothing is lost then.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} already exists and is not empty; choose another folder")
+    check_target(target)
     folder = partial_folder(target)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from d2m_models.conversion import model_arguments
-from d2m_models.jobs import Job, run_job
+from d2m_models.jobs import Job, check_target, run_job
 from d2m_models.moe import moe_layers
 from d2m_models.partition import inverse_order
 from d2m_models.shards import read_header, write_index
@@ -34,6 +34,8 @@ def checkpoint_to_dense(
         adaln: adaln_dense.safetensors, where the source has a compressed AdaLN and was not
             converted with `keep_adaln`.
     """
+    target = Path(target).expanduser()
+    check_target(target)
     opened = open_source(source)
     model = check_moe_source(opened)
     arguments = model_arguments(model)
@@ -70,4 +72,4 @@ def checkpoint_to_dense(
             write_index(folder, index)
 
     settings = {"to_dense": wide.digest(), "dtype": str(reader.dtype), "files": sorted(files)}
-    run_job(Job(files, settings, finish=finish), Path(target).expanduser(), progress)
+    run_job(Job(files, settings, finish=finish), target, progress)

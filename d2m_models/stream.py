@@ -23,7 +23,7 @@ from d2m_models.config import FluxMoEConfig, MoEConfig
 from d2m_models.conversion import model_arguments
 from d2m_models.flux import FluxMoETransformer2DModel
 from d2m_models.fuse import read_lora
-from d2m_models.jobs import Job, Task, run_job
+from d2m_models.jobs import Job, Task, check_target, run_job
 from d2m_models.moe import ROUTER_STD
 from d2m_models.presets import resolve_config
 from d2m_models.restore import DENSE_ADALN
@@ -67,6 +67,8 @@ def convert_checkpoint(
     Returns:
         The record that is also written as d2m_conversion.json, with the AdaLN errors.
     """
+    target = Path(target).expanduser()
+    check_target(target)  # before anything that takes time
     opened = open_source(source, subfolder, variant)
     dense = check_dense_source(opened)
     out_dtype = check_dtypes(opened, dtype)
@@ -121,7 +123,7 @@ def convert_checkpoint(
 
     job = Job(files, record, prepare, finish, report=box.setdefault("errors", {}))
     result = {**record, "adaln_error": job.report}
-    run_job(job, Path(target).expanduser(), progress)
+    run_job(job, target, progress)
     return result
 
 

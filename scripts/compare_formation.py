@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--only", default="", help="variants whose name contains this")
     args = parser.parse_args()
     config = load_config(DemoConfig, bundled(args.config))
     curves: dict[str, list[dict[int, float]]] = {}
@@ -98,6 +99,8 @@ def main() -> None:
         for name, (orders, fitted, scale) in variants(
             teacher, moe, importance, records, seed
         ).items():
+            if args.only not in name:
+                continue
             scaled = replace(structure, moe=replace(moe, routed_scale=scale))
             student = convert_flux(
                 teacher, scaled, orders, generator=torch.Generator().manual_seed(seed)
