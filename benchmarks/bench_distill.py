@@ -61,7 +61,7 @@ def test_stage(bench, digits_run, stage):
         optimizer.step()
         losses.append(loss.detach())
 
-    race = bench.race({"step": step}, "step", bench.rounds(8, 3), budget=bench.seconds(3, 10))
+    race = bench.race({"step": step}, "step", bench.rounds(8, 3), budget=bench.seconds(2, 10))
     peak = peak_bytes(step, bench.device)
     assert torch.stack(losses).isfinite().all()
     publish(bench, f"digits/{stage}", race, size, peak, {"stage": stage, "config": "digits.yaml"},
@@ -89,7 +89,7 @@ def test_block_step(bench):
         optimizer.step()
         losses.append(loss.detach())
 
-    race = bench.race({"step": step}, "step", bench.rounds(8, 3), budget=bench.seconds(3, 10))
+    race = bench.race({"step": step}, "step", bench.rounds(8, 3), budget=bench.seconds(2, 10))
     peak = peak_bytes(step, bench.device)
     assert torch.stack(losses).isfinite().all()
     publish(bench, "flux-double-block", race, 1, peak,
