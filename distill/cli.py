@@ -103,11 +103,20 @@ def pick_device(name: str) -> str:
     return name
 
 
+def one_thread() -> None:
+    """One CPU thread, unless OMP_NUM_THREADS asks for more: digits models are too small for two."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
 def run_demo(args: argparse.Namespace) -> None:
     from distill.checkpoint import make_folder
 
     make_folder(args.out)  # before anything that takes time
     device = pick_device(args.device)
+    one_thread()
     from distill.demo import run_demo as demo
 
     page = demo(args.out, quick=args.quick, full=args.full, seed=args.seed, device=device)
@@ -129,8 +138,10 @@ def run_distill(args: argparse.Namespace) -> None:
     make_folder(config.out)
     from distill.pipeline import distill
 
+    device = pick_device(args.device)
+    one_thread()
     with _library_errors():
-        folder = distill(config, pick_device(args.device))
+        folder = distill(config, device)
     print(f"wrote {folder}")
 
 
@@ -192,8 +203,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         top.print_help()
         return 0
-    # Spinning threads bring everything to a crawl when another process shares the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     previous = signal.getsignal(signal.SIGTERM)
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as cleanly as on Ctrl-C

@@ -259,10 +259,14 @@ def _train_pruned(
 
 def train_all(run: Run, full: bool) -> dict[str, nn.Module]:
     """Every model of the table, in the table's order."""
-    moe, parent = train_moe(run)
+    from distill.worker import beside
+
+    with beside(run, "prune-mlp"):
+        moe, parent = train_moe(run)
     models = {"teacher": run.teacher, "moe-l": moe, "prune-mlp": train_prune_mlp(run)}
-    for name in ("mob-m", "mob-s") if full else ("mob-s",):
-        models[name] = train_mob(run, moe, parent, name)
+    with beside(run, "prune-depth"):
+        for name in ("mob-m", "mob-s") if full else ("mob-s",):
+            models[name] = train_mob(run, moe, parent, name)
     models["prune-depth"] = train_prune_depth(run, moe, parent)
     if full:
         models["mob-xs"] = train_mob(run, moe, parent, "mob-xs")
