@@ -2,8 +2,9 @@
 
 Models this small keep one core busy, not two: a training step takes 0.12 s with one thread, with
 two 0.09 s at best, and seconds when another process wants the core for which a thread spins. So on
-a CPU the demo uses one thread and runs two trainings side by side. Nothing passes between them: the worker leaves
-finished stages in the shared folder, where the demo finds them. If it fails, the demo does its work.
+a CPU the demo uses one thread and runs two trainings side by side. Nothing passes between them: the
+worker leaves finished stages in the shared folder, where the demo finds them. If it fails, the demo
+does its work.
 """
 
 from __future__ import annotations
