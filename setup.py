@@ -1,7 +1,7 @@
 """Builds the extensions with CMake + Ninja + pybind11; everything else is in pyproject.toml.
 
-    D2M_CUDA=auto|0|1       build `_d2m_cuda`: if nvcc is there and works (default) | never | must
-    TORCH_CUDA_ARCH_LIST    torch's syntax, "8.0;9.0a+PTX"; default: sm_80, sm_90a, compute_80 PTX
+D2M_CUDA=auto|0|1       build `_d2m_cuda`: if nvcc is there and works (default) | never | must
+TORCH_CUDA_ARCH_LIST    torch's syntax, "8.0;9.0a+PTX"; default: sm_80, sm_90a, compute_80 PTX
 """
 
 from __future__ import annotations

@@ -241,9 +241,7 @@ def test_route_bad_rows_stay_alone(machine, tmp_path):
     dirty = x.clone()
     dirty[bad[0]], dirty[bad[1], 3] = float("nan"), float("inf")
     dirty[bad[2], 71], dirty[bad[3]] = -float("inf"), 3e38
-    clean, got = execute(
-        machine, tmp_path, [route_job(x, router, 2), route_job(dirty, router, 2)]
-    )
+    clean, got = execute(machine, tmp_path, [route_job(x, router, 2), route_job(dirty, router, 2)])
     others = torch.ones(50, dtype=torch.bool)
     others[bad] = False
     for a, b in zip(clean[:3], got[:3], strict=True):

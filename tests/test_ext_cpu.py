@@ -14,9 +14,7 @@ import torch
 
 from d2m_kernels import _ext
 
-pytestmark = pytest.mark.skipif(
-    _ext.cpu_available() is not None, reason=str(_ext.cpu_available())
-)
+pytestmark = pytest.mark.skipif(_ext.cpu_available() is not None, reason=str(_ext.cpu_available()))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -73,9 +71,7 @@ def test_route_values(T, D, E, K, pad, dtype):
         best = logits.sort(dim=1, descending=True).values[:, :K]
         torch.testing.assert_close(chosen, best, atol=atol, rtol=1e-6)
         assert all(len(set(row)) == K for row in ids.tolist())
-        torch.testing.assert_close(
-            weights.double(), chosen.softmax(-1), atol=atol, rtol=1e-5
-        )
+        torch.testing.assert_close(weights.double(), chosen.softmax(-1), atol=atol, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -518,7 +518,6 @@ def test_a_tile_that_does_not_fit_falls_back(monkeypatch):
 
 
 if INTERPRETED:
-
     # No shrinking: at half a second an example it takes minutes; the shapes are printed anyway.
     @settings(
         max_examples=25, deadline=None, suppress_health_check=list(HealthCheck),

@@ -1,11 +1,11 @@
 """Back-end "triton": every stage as Triton kernels for CUDA GPUs, or under Triton's interpreter.
 
-    route, permute      route.py         one pass over x, counting sort
-    grouped_gemm        grouped_gemm.py  persistent over the device's offsets; also up
-    combine             combine.py       deterministic gather and sum
-    ffn_fwd             ffn.py, down.py  three launches
-    ffn_bwd             backward.py
-    configs.py          which tile each launch uses; launch.py: descriptors, fallback
+route, permute      route.py         one pass over x, counting sort
+grouped_gemm        grouped_gemm.py  persistent over the device's offsets; also up
+combine             combine.py       deterministic gather and sum
+ffn_fwd             ffn.py, down.py  three launches
+ffn_bwd             backward.py
+configs.py          which tile each launch uses; launch.py: descriptors, fallback
 """
 
 import torch

@@ -106,8 +106,29 @@ def _down_bwd_kernel(
         source = tl.where(gathered, slot // top_k, source)
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        acc = _matmul(acc, dy_ptr, None, source, 0, stride_dt, 0, w_ptr, w_desc, 0, col, stride_wk,
-                      n0, width, K, PRECISION, True, EVEN_N, EVEN_K, BLOCK_N, BLOCK_K)
+        acc = _matmul(
+            acc,
+            dy_ptr,
+            None,
+            source,
+            0,
+            stride_dt,
+            0,
+            w_ptr,
+            w_desc,
+            0,
+            col,
+            stride_wk,
+            n0,
+            width,
+            K,
+            PRECISION,
+            True,
+            EVEN_N,
+            EVEN_K,
+            BLOCK_N,
+            BLOCK_K,
+        )
 
         z_base = z_ptr
         dz_base = dz_ptr

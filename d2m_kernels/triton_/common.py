@@ -14,6 +14,7 @@ from d2m_kernels.activations import GATED
 
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
+
 def precision(dtype: torch.dtype) -> str:
     """How tl.dot multiplies fp32: exactly, unless torch itself was told that TF32 will do."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32

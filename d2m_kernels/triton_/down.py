@@ -65,8 +65,29 @@ def _down_fwd_kernel(
         n0 = n * BLOCK_N
         source = tl.minimum(t, T - 1)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        acc = _matmul(acc, h_ptr, h_desc, source, m * BLOCK_M, stride_ht, 0, w_ptr, w_desc, 0, 0,
-                      stride_wn, n0, D, S, PRECISION, TRANS_W, EVEN_N, EVEN_K, BLOCK_N, BLOCK_K)
+        acc = _matmul(
+            acc,
+            h_ptr,
+            h_desc,
+            source,
+            m * BLOCK_M,
+            stride_ht,
+            0,
+            w_ptr,
+            w_desc,
+            0,
+            0,
+            stride_wn,
+            n0,
+            D,
+            S,
+            PRECISION,
+            TRANS_W,
+            EVEN_N,
+            EVEN_K,
+            BLOCK_N,
+            BLOCK_K,
+        )
         if DUAL:
             acc = _matmul(acc, h_ptr, h_desc, source, m * BLOCK_M, stride_ht, S, gate_ptr,
                           gate_desc, 0, 0, stride_gn, n0, D, S, PRECISION, TRANS_W, EVEN_N, EVEN_K,
