@@ -92,14 +92,31 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which data: "digits" is scikit-learn's, built in. timesteps: "uniform" or "logit-normal"."""
+    """Which data: "digits" is scikit-learn's, built in.
+
+    timesteps: how noise levels are drawn, see `distill.data.sample_timesteps`. timestep_grid: the
+    noise levels, each in (0, 1], for timesteps "grid".
+    """
 
     name: str = "digits"
     timesteps: str = "uniform"
+    timestep_grid: list[float] | None = None
 
     def __post_init__(self):
         _check_choice("data", "name", self.name, ("digits",))
-        _check_choice("data", "timesteps", self.timesteps, ("uniform", "logit-normal"))
+        kinds = ("uniform", "logit-normal", "flux-shift", "grid")
+        _check_choice("data", "timesteps", self.timesteps, kinds)
+        if (self.timesteps == "grid") != (self.timestep_grid is not None):
+            raise ConfigError(
+                "data.timestep_grid is a list of noise levels for data.timesteps 'grid'; "
+                f"here it is {self.timestep_grid} and timesteps is {self.timesteps!r}"
+            )
+        if self.timestep_grid is not None and not (
+            self.timestep_grid and all(0 < t <= 1 for t in self.timestep_grid)
+        ):
+            raise ConfigError(
+                f"data.timestep_grid is {self.timestep_grid}; expected numbers in (0, 1]"
+            )
 
 
 @dataclass(frozen=True)

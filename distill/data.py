@@ -6,7 +6,9 @@ Shapes: B batch, S image tokens, C channels of a token, L text tokens, J text wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,8 +31,19 @@ class Batch:
     """What one forward of a FLUX transformer needs, and the clean latents and noise of x_t.
 
     x0, noise [B, S, C]; t [B] in (0, 1), 1 = pure noise; text [B, L, J]; pooled [B, P]; labels [B];
-    img_ids [S, 3]; txt_ids [L, 3].
+    img_ids [S, 3]; txt_ids [L, 3]; guidance [B], the scale that a guidance-distilled model (FLUX.1
+    [dev]) is told, or None. `batch[a:b]` holds those samples.
     """
+
+    PER_SAMPLE: ClassVar[tuple[str, ...]] = (
+        "x0",
+        "noise",
+        "t",
+        "text",
+        "pooled",
+        "labels",
+        "guidance",
+    )
 
     x0: Tensor
     noise: Tensor
@@ -40,6 +53,7 @@ class Batch:
     labels: Tensor
     img_ids: Tensor
     txt_ids: Tensor
+    guidance: Tensor | None = None
 
     @property
     def x_t(self) -> Tensor:
@@ -54,7 +68,7 @@ class Batch:
 
     def inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of `FluxTransformer2DModel.forward`."""
-        return {
+        inputs = {
             "hidden_states": self.x_t,
             "timestep": self.t,
             "encoder_hidden_states": self.text,
@@ -62,21 +76,60 @@ class Batch:
             "img_ids": self.img_ids,
             "txt_ids": self.txt_ids,
         }
+        if self.guidance is not None:
+            inputs["guidance"] = self.guidance
+        return inputs
 
     def to(self, device: torch.device | str) -> Batch:
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in values.items() if v is not None})
+
+    def __getitem__(self, rows: slice) -> Batch:
+        values = {name: getattr(self, name) for name in self.PER_SAMPLE}
+        return replace(self, **{k: v[rows] for k, v in values.items() if v is not None})
 
     def __len__(self) -> int:
         return self.x0.shape[0]
 
 
-def sample_timesteps(n: int, gen: torch.Generator, kind: str = "uniform") -> Tensor:
-    """n timesteps in (0, 1): "uniform", or "logit-normal" = sigmoid of N(0, 1), as FLUX has it."""
+TIMESTEPS = ("uniform", "logit-normal", "flux-shift", "grid")
+
+
+def flux_shift(image_tokens: int) -> float:
+    """mu of FLUX's resolution-dependent shift: 0.5 at 256 image tokens, 1.15 at 4096, linear."""
+    return 0.5 + (1.15 - 0.5) * (image_tokens - 256) / (4096 - 256)
+
+
+def sample_timesteps(
+    n: int,
+    gen: torch.Generator,
+    kind: str = "uniform",
+    *,
+    image_tokens: int | None = None,
+    grid: Sequence[float] | None = None,
+) -> Tensor:
+    """n timesteps in (0, 1].
+
+    uniform:       U(0.001, 0.999)
+    logit-normal:  sigmoid(z), z ~ N(0, 1)
+    flux-shift:    sigmoid(z + mu(image_tokens)), which is FLUX's shift
+                   e^mu / (e^mu + 1/t - 1) of a logit-normal t; larger images get more noise
+    grid:          one of `grid`, all equally often: the few noise levels that a step-distilled
+                   teacher has learned
+    """
     if kind == "uniform":
         return (torch.rand(n, generator=gen) * 0.998 + 0.001).float()
     if kind == "logit-normal":
         return torch.sigmoid(torch.randn(n, generator=gen))
-    raise ValueError(f"timestep sampling is {kind!r}; expected 'uniform' or 'logit-normal'")
+    if kind == "flux-shift":
+        if image_tokens is None:
+            raise ValueError("timestep sampling 'flux-shift' needs the number of image_tokens")
+        return torch.sigmoid(torch.randn(n, generator=gen) + flux_shift(image_tokens))
+    if kind == "grid":
+        if not grid or not all(0 < t <= 1 for t in grid):
+            raise ValueError(f"timestep grid is {grid}; expected numbers in (0, 1]")
+        return torch.tensor(grid)[torch.randint(len(grid), (n,), generator=gen)]
+    raise ValueError(f"timestep sampling is {kind!r}; expected one of {TIMESTEPS}")
 
 
 def patchify(images: Tensor, patch: int = 2) -> Tensor:
@@ -107,7 +160,12 @@ class Digits:
     image_tokens, channels = 16, 4
     side = 8
 
-    def __init__(self, split: str = "train", timesteps: str = "uniform"):
+    def __init__(
+        self,
+        split: str = "train",
+        timesteps: str = "uniform",
+        timestep_grid: Sequence[float] | None = None,
+    ):
         if split not in ("train", "test"):
             raise ValueError(f"split is {split!r}; expected 'train' or 'test'")
         from sklearn.datasets import load_digits
@@ -119,7 +177,7 @@ class Digits:
         self.images = images  # grey levels 0..16, what the judge sees
         self.labels = torch.from_numpy(raw.target).long()[order]
         self.latents = patchify(images / 8 - 1)
-        self.timesteps = timesteps
+        self.timesteps, self.timestep_grid = timesteps, timestep_grid
         self.split = split
         table = generator(0, "weights")
         self.text_table = torch.randn(
@@ -149,20 +207,34 @@ class Digits:
         }
         return torch.stack([perms[p // n][p % n] for p in pos.tolist()])
 
-    def batch(self, seed: int, step: int, size: int, stream: str = "train") -> Batch:
-        """Batch number `step` of the run `seed`; called twice, the same bit for bit."""
-        idx = self._indices(seed, step, size)
+    def batch(
+        self, seed: int, step: int, count: int, stream: str = "train", rows: slice | None = None
+    ) -> Batch:
+        """Batch number `step` of the run `seed`, `count` samples over all ranks; called twice, the
+        same bit for bit.
+
+        Args:
+            rows: only these samples of it, a rank's share; exactly `batch(...)[rows]`.
+        """
+        idx = self._indices(seed, step, count)
         gen = generator(seed, stream, step)
         x0 = self.latents[idx]
-        return Batch(
+        batch = Batch(
             x0=x0,
             noise=torch.randn(x0.shape, generator=gen),
-            t=sample_timesteps(size, gen, self.timesteps),
+            t=sample_timesteps(
+                count,
+                gen,
+                self.timesteps,
+                image_tokens=self.image_tokens,
+                grid=self.timestep_grid,
+            ),
             labels=self.labels[idx],
             img_ids=self.img_ids,
             txt_ids=self.txt_ids,
             **self.prompts(self.labels[idx]),
         )
+        return batch if rows is None else batch[rows]
 
     def noise_batch(self, seed: int, per_class: int) -> Batch:
         """Pure noise (t = 1) for `per_class` samples of every class."""

@@ -43,13 +43,7 @@ def predict(model: nn.Module, batch: Batch, chunk: int = 256) -> Tensor:
     with evaluating(model):
         for start in range(0, len(batch), chunk):
             rows = slice(start, start + chunk)
-            part = replace(
-                batch,
-                **{
-                    name: getattr(batch, name)[rows]
-                    for name in ("x0", "noise", "t", "text", "pooled", "labels")
-                },
-            ).to(device)
+            part = batch[rows].to(device)
             outputs.append(model(**part.inputs()).sample.float().cpu())
     return torch.cat(outputs)
 

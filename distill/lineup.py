@@ -57,7 +57,7 @@ def start(config: DemoConfig, seed: int, device: str, folder: Path, progress: bo
     from d2m_models import FluxMoEConfig
 
     teacher = load_teacher(config.teacher, config.data, seed, device, progress)
-    digits = Digits("train", config.data.timesteps)
+    digits = Digits("train", config.data.timesteps, config.data.timestep_grid)
     structure = FluxMoEConfig.from_dict(
         {
             **config.structure,

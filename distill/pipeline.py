@@ -51,7 +51,7 @@ def distill(config: DistillConfig, device: str = "cpu", progress: bool = True) -
     teacher = load_teacher(config.teacher, config.data, config.seed, device, progress)
     _check_digits(teacher)
     structure = student_structure(config, teacher)
-    digits = Digits("train", config.data.timesteps)
+    digits = Digits("train", config.data.timesteps, config.data.timestep_grid)
     student, seed = config.student, config.seed
     importance = measure_importance(teacher, digits, student.importance_batches, seed)
     temb = modulation_inputs(teacher, digits, student.calibration, seed)

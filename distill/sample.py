@@ -54,6 +54,8 @@ def sample(
                 "img_ids": noise.img_ids.to(device),
                 "txt_ids": noise.txt_ids.to(device),
             }
+            if noise.guidance is not None:
+                fixed["guidance"] = noise.guidance[rows].to(device)
             if on_step is not None:
                 fixed["output_aux"] = True
             for i, t in enumerate(scheduler.timesteps):

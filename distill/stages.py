@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from distill import checkpoint as ckpt
 from distill.config import LossConfig, StageConfig, to_dict
-from distill.data import Digits, generator
+from distill.data import generator
 from distill.importance import taylor_importance
 from distill.losses import (
     distill_loss,
@@ -37,12 +37,12 @@ VERSION = 1  # raise when a change makes old checkpoints mean something else
 
 
 def measure_importance(
-    teacher: nn.Module, digits: Digits, batches: int, seed: int
+    teacher: nn.Module, source: Any, batches: int, seed: int
 ) -> dict[str, Tensor]:
     """Eq. (6) over `batches` batches of 128 training samples."""
     device = next(teacher.parameters()).device
     return taylor_importance(
-        teacher, (digits.batch(seed, i, 128, "calibrate").to(device) for i in range(batches))
+        teacher, (source.batch(seed, i, 128, "calibrate").to(device) for i in range(batches))
     )
 
 
@@ -164,6 +164,7 @@ class Distillation:
     """Eq. (10) of one batch: the objective of `train`, also for the pruned comparators.
 
     Args:
+        source: batches, as `distill.data.Digits.batch` gives them.
         features: names of the student's features to align; None for all it reports.
         aliases: student feature name -> teacher block name, where they differ.
         first: number of the first batch, so that consecutive stages see different data.
@@ -173,7 +174,7 @@ class Distillation:
         self,
         teacher: nn.Module,
         student: nn.Module,
-        digits: Digits,
+        source: Any,
         loss: LossConfig,
         batch_size: int,
         seed: int,
@@ -181,7 +182,7 @@ class Distillation:
         features: Sequence[str] | None = None,
         aliases: Mapping[str, str] | None = None,
     ):
-        self.teacher, self.student, self.digits, self.loss = teacher, student, digits, loss
+        self.teacher, self.student, self.source, self.loss = teacher, student, source, loss
         self.batch_size, self.seed, self.first = batch_size, seed, first
         self.features, self.aliases = features, dict(aliases or {})
         self.device = next(student.parameters()).device
@@ -189,7 +190,7 @@ class Distillation:
     def __call__(self, step: int) -> dict[str, Tensor]:
         from d2m_models import block_features
 
-        batch = self.digits.batch(self.seed, self.first + step, self.batch_size).to(self.device)
+        batch = self.source.batch(self.seed, self.first + step, self.batch_size).to(self.device)
         with torch.no_grad(), block_features(self.teacher, self.student.d2m_config) as known:
             target = self.teacher(**batch.inputs()).sample
         out = self.student(**batch.inputs(), output_aux=True)
@@ -217,7 +218,7 @@ class Distillation:
 def run_stage(
     model: nn.Module,
     teacher: nn.Module,
-    digits: Digits,
+    source: Any,
     config: StageConfig,
     folder: Path,
     *,
@@ -245,7 +246,7 @@ def run_stage(
         VERSION, parent, to_dict(config), model.d2m_config.to_dict(), seed, first
     )
     objective = Distillation(
-        teacher, model, digits, config.loss, config.train.batch_size, seed, first, features
+        teacher, model, source, config.loss, config.train.batch_size, seed, first, features
     )
     train(
         model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ def load_teacher(
     else:
         assert config.train is not None
         teacher = build_teacher(config, seed).to(device)
-        digits = Digits("train", data.timesteps)
+        digits = Digits("train", data.timesteps, data.timestep_grid)
         run_id = ckpt.fingerprint(
             VERSION, to_dict(config), to_dict(data), seed, torch.device(device).type
         )
@@ -104,9 +105,9 @@ def load_flux(path: Path | str, subfolder: str | None = None) -> nn.Module:
         ) from err
 
 
-def modulation_inputs(teacher: nn.Module, digits: Digits, count: int, seed: int) -> Tensor:
-    """temb [count, D] of random (t, prompt) pairs: calibration data for the AdaLN basis."""
-    batch = digits.batch(seed, 0, count, "calibrate")
-    device = next(teacher.parameters()).device
+def modulation_inputs(teacher: nn.Module, source: Any, count: int, seed: int) -> Tensor:
+    """temb [count, D] of random (t, guidance, prompt): calibration data for the AdaLN basis."""
+    batch = source.batch(seed, 0, count, "calibrate").to(next(teacher.parameters()).device)
+    times = [v * 1000 for v in (batch.t, batch.guidance) if v is not None]
     with torch.no_grad():
-        return teacher.time_text_embed(batch.t.to(device) * 1000, batch.pooled.to(device))
+        return teacher.time_text_embed(*times, batch.pooled)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import math
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ pytest.importorskip("sklearn")
 
 from distill.data import (  # noqa: E402
     Digits,
+    flux_shift,
     generator,
     patchify,
     sample_timesteps,
@@ -25,7 +27,8 @@ def digits():
 
 
 def _equal(a, b):
-    return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(a)]
+    return all((x is None and y is None) or torch.equal(x, y) for x, y in pairs)
 
 
 def test_batches_depend_on_seed_and_step_alone(digits):
@@ -36,6 +39,25 @@ def test_batches_depend_on_seed_and_step_alone(digits):
     assert not torch.equal(first.noise, digits.batch(3, 18, 8).noise)
     assert not torch.equal(first.noise, digits.batch(4, 17, 8).noise)
     assert not torch.equal(first.noise, digits.batch(3, 17, 8, "calibrate").noise)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "flux-shift", "grid"])
+def test_a_rank_gets_its_rows_of_the_global_batch(kind):
+    grid = [1.0, 0.5, 0.25] if kind == "grid" else None
+    digits = Digits("train", kind, grid)
+    whole = digits.batch(3, 17, 8)
+    for rows in (slice(0, 3), slice(3, 8), slice(5, 6)):
+        part = digits.batch(3, 17, 8, rows=rows)
+        assert _equal(part, whole[rows]) and len(part) == rows.stop - rows.start
+        assert torch.equal(part.noise, whole.noise[rows]) and torch.equal(part.t, whole.t[rows])
+        assert torch.equal(part.img_ids, whole.img_ids)
+
+
+def test_guidance_reaches_the_model(digits):
+    batch = digits.batch(0, 0, 4)
+    assert "guidance" not in batch.inputs()
+    guided = replace(batch, guidance=torch.tensor([3.5, 3.5, 1.0, 2.0]))
+    assert guided[2:].to("cpu").inputs()["guidance"].tolist() == [1.0, 2.0]
 
 
 def test_global_rng_is_left_alone(digits):
@@ -92,6 +114,31 @@ def test_timesteps():
     assert t.std() < 0.25  # logit-normal is more concentrated than uniform's 0.289
     with pytest.raises(ValueError, match="'cosine'"):
         sample_timesteps(1, generator(0, "test"), "cosine")
+
+
+def test_flux_shift_by_hand():
+    """t' = e^mu / (e^mu + 1/t - 1) of a logit-normal t, mu 0.5 at 256 and 1.15 at 4096 tokens."""
+    assert flux_shift(256) == pytest.approx(0.5) and flux_shift(4096) == pytest.approx(1.15)
+    assert flux_shift(1024) == pytest.approx(0.63)
+    plain = sample_timesteps(64, generator(0, "test"), "logit-normal")
+    for tokens in (256, 1024, 4096):
+        e = math.exp(flux_shift(tokens))
+        shifted = sample_timesteps(64, generator(0, "test"), "flux-shift", image_tokens=tokens)
+        torch.testing.assert_close(shifted, e / (e + 1 / plain - 1))
+    pipeline = pytest.importorskip("diffusers.pipelines.flux.pipeline_flux")
+    assert flux_shift(777) == pytest.approx(pipeline.calculate_shift(777))
+    with pytest.raises(ValueError, match="image_tokens"):
+        sample_timesteps(1, generator(0, "test"), "flux-shift")
+
+
+def test_a_step_distilled_teacher_sees_its_own_noise_levels_alone():
+    grid = [1.0, 0.75, 0.5, 0.25]
+    t = sample_timesteps(4000, generator(0, "test"), "grid", grid=grid)
+    assert sorted(set(t.tolist()), reverse=True) == grid
+    assert all(abs((t == level).float().mean() - 0.25) < 0.03 for level in grid)
+    for wrong in (None, [], [0.0], [1.5]):
+        with pytest.raises(ValueError, match="grid"):
+            sample_timesteps(1, generator(0, "test"), "grid", grid=wrong)
 
 
 def test_sampler_integrates_the_velocity(digits):
