@@ -131,7 +131,7 @@ def test_forward(bench, name, routing):
     with torch.inference_mode():
         found, missing = contenders(bench, p, shape)
         runs = {n: c.run for n, c in found.items()}
-        race = bench.race(runs, "moe_ffn", bench.rounds(9), budget=bench.seconds(9, 20))
+        race = bench.race(runs, "moe_ffn", bench.rounds(15), budget=bench.seconds(9, 70))
         counts = bench.count(runs["moe_ffn"])
         extra = costs(bench, runs)
     record(bench, "forward", name, shape, race, found, missing, counts, extra)
@@ -163,7 +163,7 @@ def test_forward_backward(bench, name, routing):
                 raise
             missing[name_] = f"backward: {' '.join(str(error).split())[:200]}"
             del runs[name_]
-    race = bench.race(runs, "moe_ffn", bench.rounds(7, 3), budget=bench.seconds(9, 20))
+    race = bench.race(runs, "moe_ffn", bench.rounds(7, 3), budget=bench.seconds(5, 20))
     counts = bench.count(runs["moe_ffn"])
     extra = costs(bench, runs)
     extra["saved_bytes_of"] = {n: counting.saved_bytes(c.run, c.leaves)

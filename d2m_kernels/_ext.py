@@ -154,11 +154,11 @@ def cpu_combine(
     return out_TD
 
 
-def cpu_gather_rows(x, idx, divisor: int = 1):
+def cpu_gather_rows(x, idx, divisor: int = 1, out=None):
     """x[idx // divisor] for int32 `idx`: the tokens of a run of slots, in one threaded copy."""
     m = _need("_d2m_cpu")
     idx = _flat(idx, torch.int32)
-    out = x.new_empty(idx.numel(), x.shape[1])
+    out = x.new_empty(idx.numel(), x.shape[1]) if out is None else out
     size = x.element_size()
     m.gather_rows(
         x.data_ptr(), x.stride(0) * size, idx.data_ptr(), idx.numel(), divisor,

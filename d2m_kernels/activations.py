@@ -49,6 +49,20 @@ def activate(name: str, z: torch.Tensor) -> torch.Tensor:
     return up * pointwise(name, gate)
 
 
+def activate_(name: str, z: torch.Tensor) -> torch.Tensor:
+    """`activate` in z's own memory: the result is z, or its `up` half when gated."""
+    if not is_gated(name):
+        return _in_place(name, z)
+    up, gate = z.chunk(2, dim=-1)
+    return up.mul_(_in_place(GATED[name], gate))
+
+
+def _in_place(name: str, z: torch.Tensor) -> torch.Tensor:
+    if name in ("gelu", "gelu_tanh"):
+        return torch.ops.aten.gelu_(z, approximate="tanh" if name == "gelu_tanh" else "none")
+    return F.silu(z, inplace=True) if name == "silu" else F.relu_(z)
+
+
 def activate_backward(name: str, z: torch.Tensor, dh: torch.Tensor) -> torch.Tensor:
     """dz, shaped like z, from dh [.., F]."""
     if not is_gated(name):

@@ -2,8 +2,9 @@
 
 Shapes: T tokens, D model, F hidden, E experts, K top-k, N = T*K slots, S shared neurons, H = F_e.
 
-The experts run one after another on views of the dense weights; an expert's rows go through in
-blocks of at most BLOCK_ROWS, so that besides its results a call holds one block's temporaries only.
+The experts run one after another on views of the dense weights; rows go through in blocks of at
+most BLOCK_ROWS, so that besides its results a call holds one block's temporaries only, and what a
+product wrote is still in the cache when the activation reads it.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from d2m_kernels import _ext
-from d2m_kernels.activations import activate, activate_backward, pointwise
+from d2m_kernels.activations import activate, activate_, activate_backward, pointwise
 from d2m_kernels.reference import FFNGrads, grouped_gemm_bwd, neurons, spans
 
 __all__ = ["combine", "ffn_bwd", "ffn_fwd", "grouped_gemm", "grouped_gemm_bwd", "permute", "route"]
 
 NAME = "cpu"
-BLOCK_ROWS = 2048  # a [2048, 768] x [768, 3072] product still runs at full speed
+BLOCK_ROWS = 1024  # a [1024, 768] x [768, 3072] product still runs at full speed
 
 
 def unavailable() -> str | None:
@@ -55,14 +56,17 @@ def grouped_gemm(
     x, w_ENK, offsets, w_gate=None, gather=None, bias_EN=None, bias_gate=None, activation=None
 ):
     out = x.new_empty(x.shape[0] if gather is None else gather.shape[0], w_ENK.shape[1])
+    x_block = None if gather is None else x.new_empty(min(BLOCK_ROWS, out.shape[0]), x.shape[1])
     for e, lo, hi in blocks(offsets):
-        x_e = x[lo:hi] if gather is None else _ext.cpu_gather_rows(x, gather[lo:hi], 1)
+        x_e = x[lo:hi]
+        if gather is not None:
+            x_e = _ext.cpu_gather_rows(x, gather[lo:hi], 1, x_block[: hi - lo])
         z = _linear(x_e, w_ENK[e], None if bias_EN is None else bias_EN[e], out[lo:hi])
         if w_gate is not None:
             gate = F.linear(x_e, w_gate[e], None if bias_gate is None else bias_gate[e])
             z.mul_(pointwise(activation, gate))
         elif activation is not None:
-            out[lo:hi] = pointwise(activation, z)
+            activate_(activation, z)
     out[int(offsets[-1]) :] = 0
     return out
 
@@ -91,25 +95,36 @@ def ffn_fwd(
     T, K = weights_TK.shape
     w1 = (up_FD, gate_FD, b_up_F, b_gate_F)
 
-    z_shared = x_TD.new_empty(T, shared * halves)
+    # Kept for the backward pass, or one block's scratch that every part uses in turn.
+    z_shared = x_TD.new_empty(T, shared * halves) if save else None
+    z_routed = x_TD.new_empty(order_N.shape[0], width) if save else None
+    block_rows = min(BLOCK_ROWS, max(T, order_N.shape[0]))
+    scratch = None if save else x_TD.new_empty(block_rows * max(shared * halves, width))
+
+    def hidden(x, own, z, rows):
+        """act(x w1^T + b1) of the neurons `own` on some rows; z, where it is kept, gets the sum."""
+        size = (own.stop - own.start) * halves
+        if save:
+            return activate(activation, _pre_activation(x, *w1, own, z[rows]))
+        block = scratch[: x.shape[0] * size].view(x.shape[0], size)
+        return activate_(activation, _pre_activation(x, *w1, own, block))
+
     if shared:
-        own = slice(0, shared)
-        _pre_activation(x_TD, *w1, own, z_shared)
-        y_TD = F.linear(activate(activation, z_shared), w2_DF[:, own], b2_D)
+        own, y_TD = slice(0, shared), x_TD.new_empty(x_TD.shape)
+        for start in range(0, T, BLOCK_ROWS):
+            rows = slice(start, min(start + BLOCK_ROWS, T))
+            _linear(hidden(x_TD[rows], own, z_shared, rows), w2_DF[:, own], b2_D, y_TD[rows])
     else:
         y_TD = x_TD.new_zeros(x_TD.shape) if b2_D is None else b2_D.repeat(T, 1)
-    if not save:
-        z_shared = None
-    z_routed = x_TD.new_empty(order_N.shape[0], width) if save else None
     if not K:
         return y_TD, z_shared, z_routed
 
     y_ND = x_TD.new_empty(order_N.shape[0], x_TD.shape[1])
+    x_block = x_TD.new_empty(block_rows, x_TD.shape[1])
     for e, lo, hi in blocks(offsets):
-        x_e = _ext.cpu_gather_rows(x_TD, order_N[lo:hi], K)
-        z = z_routed[lo:hi] if save else x_TD.new_empty(hi - lo, width)
-        _pre_activation(x_e, *w1, own_E[e], z)
-        torch.mm(activate(activation, z), w2_DF[:, own_E[e]].T, out=y_ND[lo:hi])
+        x_e = _ext.cpu_gather_rows(x_TD, order_N[lo:hi], K, x_block[: hi - lo])
+        h = hidden(x_e, own_E[e], z_routed, slice(lo, hi))
+        torch.mm(h, w2_DF[:, own_E[e]].T, out=y_ND[lo:hi])
     y_TD = combine(y_ND, inverse_N.view(T, K), weights_TK, offsets, y_TD, None, scale)
     return y_TD, z_shared, z_routed
 
