@@ -92,18 +92,46 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which data: "digits" is scikit-learn's, built in.
+    """Which data: "digits" (scikit-learn's) and "photos" (scikit-image's) are built in, "shards" is
+    a folder that `d2m prepare` wrote.
 
     timesteps: how noise levels are drawn, see `distill.data.sample_timesteps`. timestep_grid: the
     noise levels, each in (0, 1], for timesteps "grid".
+
+    The rest is for shards. folder: theirs. text_encoders: FLUX folder or hub name whose T5 and CLIP
+    run during training; not needed where the embeddings are in the shards. max_sequence_length: T5
+    tokens a caption. caption_dropout: share of samples that get the empty prompt. guidance: the
+    scale a guidance-distilled teacher is told. prefetch: batches read ahead. verify: compare every
+    shard's SHA-256 at the start. max_bad_shards: damaged shards that are skipped before it is an
+    error.
     """
 
     name: str = "digits"
     timesteps: str = "uniform"
     timestep_grid: list[float] | None = None
+    folder: str | None = None
+    text_encoders: str | None = None
+    max_sequence_length: int = 512
+    caption_dropout: float = 0.0
+    guidance: float = 3.5
+    prefetch: int = 2
+    verify: bool = False
+    max_bad_shards: int = 1
 
     def __post_init__(self):
-        _check_choice("data", "name", self.name, ("digits",))
+        _check_choice("data", "name", self.name, ("digits", "photos", "shards"))
+        if (self.name == "shards") != (self.folder is not None):
+            raise ConfigError(
+                f"data.folder is {self.folder!r} and data.name {self.name!r}; expected the folder "
+                "of `d2m prepare` for 'shards', and no folder for any other"
+            )
+        if self.text_encoders is not None and self.name != "shards":
+            raise ConfigError(f"data.text_encoders is for data.name 'shards', not {self.name!r}")
+        _check_least(
+            self, "data", max_sequence_length=1, caption_dropout=0, prefetch=0, max_bad_shards=0
+        )
+        if not self.caption_dropout <= 1:
+            raise ConfigError(f"data.caption_dropout is {self.caption_dropout}; expected 0 to 1")
         kinds = ("uniform", "logit-normal", "flux-shift", "grid")
         _check_choice("data", "timesteps", self.timesteps, kinds)
         if (self.timesteps == "grid") != (self.timestep_grid is not None):
@@ -190,6 +218,8 @@ class DistillConfig:
     def __post_init__(self):
         if not self.stages:
             raise ConfigError("stages is empty; expected at least one of 'shared', 'moe', 'mob'")
+        if self.data.name == "shards" and self.teacher.path is None:
+            raise ConfigError("data.name 'shards' needs teacher.path, a saved FLUX transformer")
         order = [("shared", "moe", "mob").index(s.stage) for s in self.stages]
         if order != sorted(set(order)):
             raise ConfigError(

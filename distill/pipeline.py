@@ -12,6 +12,7 @@ from distill import checkpoint as ckpt
 from distill.config import DistillConfig, EvalConfig, to_dict
 from distill.data import Digits
 from distill.errors import CheckpointError, ConfigError, UserError
+from distill.sources import open_source
 from distill.stages import VERSION, group_blocks, make_student, measure_importance, run_stage
 from distill.teacher import load_flux, load_teacher, modulation_inputs
 
@@ -49,12 +50,11 @@ def distill(config: DistillConfig, device: str = "cpu", progress: bool = True) -
     if target.exists():
         return target
     teacher = load_teacher(config.teacher, config.data, config.seed, device, progress)
-    _check_digits(teacher)
+    source = open_source(config.data, teacher, device)
     structure = student_structure(config, teacher)
-    digits = Digits("train", config.data.timesteps, config.data.timestep_grid)
     student, seed = config.student, config.seed
-    importance = measure_importance(teacher, digits, student.importance_batches, seed)
-    temb = modulation_inputs(teacher, digits, student.calibration, seed)
+    importance = measure_importance(teacher, source, student.importance_batches, seed)
+    temb = modulation_inputs(teacher, source, student.calibration, seed)
     model = make_student(teacher, structure, importance, temb, seed)
     parent, first = ckpt.fingerprint(VERSION, settings), 0
     for stage in config.stages:
@@ -69,7 +69,7 @@ def distill(config: DistillConfig, device: str = "cpu", progress: bool = True) -
         parent = run_stage(
             model,
             teacher,
-            digits,
+            source,
             stage,
             out / stage.stage,
             seed=seed,

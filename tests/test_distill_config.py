@@ -56,6 +56,11 @@ def test_defaults_and_round_trip():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        ({**GOOD, "data": {"name": "shards"}}, "data.folder is None"),
+        ({**GOOD, "data": {"folder": "x"}}, "data.folder is 'x'"),
+        ({**GOOD, "data": {"text_encoders": "x"}}, "data.text_encoders is for data.name 'shards'"),
+        ({**GOOD, "data": {"caption_dropout": 1.5}}, "data.caption_dropout is 1.5"),
+        ({**GOOD, "data": {"name": "shards", "folder": "x"}}, "needs teacher.path"),
         ({**GOOD, "sede": 1}, "unknown key sede"),
         (
             {**GOOD, "stages": [{"stage": "moe", "train": {**TRAIN, "step": 1}}]},
