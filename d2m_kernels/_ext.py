@@ -133,16 +133,16 @@ def cpu_permute(ids_TK, num_experts: int):
 
 
 def cpu_combine(
-    y_ND, inverse_N, weights_TK, offsets, base_TD=None, bias_D=None, scale: float = 1.0
+    y_ND, inverse_N, weights_TK, offsets, base_TD=None, bias_D=None, scale: float = 1.0, out=None
 ):
     """out[t] = base[t] + bias + scale * sum_j weights[t, j] * y[inverse[t*K + j]].
 
     [T, D] in y's dtype. Sums are fp32; slots with inverse >= offsets[E] are skipped; weights
-    None means ones (then `inverse_N` has to be [T, K]).
+    None means ones (then `inverse_N` has to be [T, K]). `out`: contiguous, may be `base_TD`.
     """
     m = _need("_d2m_cpu")
     (T, K), D = _slots_per_token(inverse_N, weights_TK), y_ND.shape[1]
-    out_TD = y_ND.new_empty(T, D)
+    out_TD = y_ND.new_empty(T, D) if out is None else out
     inverse_N, offsets = _flat(inverse_N, torch.int32), _flat(offsets, torch.int32)
     weights_TK = _flat(weights_TK, torch.float32)
     bias_D = None if bias_D is None else bias_D.contiguous()

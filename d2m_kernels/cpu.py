@@ -125,8 +125,8 @@ def ffn_fwd(
         x_e = _ext.cpu_gather_rows(x_TD, order_N[lo:hi], K, x_block[: hi - lo])
         h = hidden(x_e, own_E[e], z_routed, slice(lo, hi))
         torch.mm(h, w2_DF[:, own_E[e]].T, out=y_ND[lo:hi])
-    y_TD = combine(y_ND, inverse_N.view(T, K), weights_TK, offsets, y_TD, None, scale)
-    return y_TD, z_shared, z_routed
+    slots = (y_ND, inverse_N.view(T, K), weights_TK, offsets)
+    return combine(*slots, y_TD, None, scale, out=y_TD), z_shared, z_routed
 
 
 def ffn_bwd(
@@ -161,7 +161,8 @@ def ffn_bwd(
         if grads.weights is not None:
             grads.weights.copy_(dweights_N.view(T, K))
         if grads.x is not None:
-            dx_TD = combine(dx_ND, inverse_N.view(T, K), None, offsets, dx_TD, None, 1.0)
+            slots = (dx_ND, inverse_N.view(T, K), None, offsets)
+            dx_TD = combine(*slots, dx_TD, None, 1.0, out=dx_TD)
     if grads.x is not None:
         grads.x.zero_() if dx_TD is None else grads.x.copy_(dx_TD)
 
