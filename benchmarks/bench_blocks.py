@@ -45,7 +45,7 @@ def test_blocks(bench):
         run=lambda place, x, c, rows: (x, c),
     )  # fmt: skip
     with torch.inference_mode():
-        race = bench.race(runs, "double moe", bench.rounds(7, 3), budget=bench.seconds(6, 30))
+        race = bench.race(runs, "double moe", bench.rounds(7, 3), budget=bench.seconds(6, 25))
         parts = {kind: split(runs[f"{kind} dense"], race.median(f"{kind} dense"), bench.device, dim)
                  for kind in KINDS}  # fmt: skip
         peaks = {name: peak_bytes(run, bench.device) for name, run in runs.items()}

@@ -15,14 +15,13 @@ from d2m_kernels import backends, moe_ffn
 
 # On a CPU seconds add up: three minutes for the default set, ten for --full.
 _CPU_DEFAULT = {
-    "forward": {("flux-4608", "balanced"), ("flux-1536", "zipf"), ("dit-xl-8", "balanced")},
+    "forward": {("flux-4608", "balanced"), ("dit-xl-8", "balanced")},
     "forward_backward": {("flux-1536", "balanced")},
 }
 _CPU_FULL = {
     "forward": {(name, routing) for name in ("flux-4608", "flux-1536") for routing in ROUTINGS}
     | {(name, "balanced") for name in ("flux-512", "dit-xl-1", "dit-xl-8")},
-    "forward_backward": {(name, "balanced") for name in ("flux-4608", "flux-1536", "dit-xl-8")}
-    | {("flux-1536", "zipf")},
+    "forward_backward": {(name, "balanced") for name in ("flux-4608", "flux-1536", "dit-xl-8")},
 }
 _CPU_QUICK = {
     "forward": {("flux-4608", "balanced"), ("flux-4608", "zipf"), ("dit-xl-8", "balanced")},
@@ -132,7 +131,7 @@ def test_forward(bench, name, routing):
         found, missing = contenders(bench, p, shape)
         runs = {n: c.run for n, c in found.items()}
         headline = name == "flux-4608" and routing == "balanced"
-        budget = bench.seconds(9, 70 if headline else 20)
+        budget = bench.seconds(9, 60 if headline else 15)
         race = bench.race(runs, "moe_ffn", bench.rounds(15), budget=budget)
         counts = bench.count(runs["moe_ffn"])
         extra = costs(bench, runs)

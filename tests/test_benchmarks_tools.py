@@ -314,3 +314,22 @@ def test_gpu_script_refuses_what_it_does_not_know():
         run = subprocess.run(["bash", "benchmarks/gpu.sh", *arguments], cwd=ROOT,
                              capture_output=True, text=True)  # fmt: skip
         assert run.returncode == 2, arguments
+
+
+def test_extra_memory_of_the_cpu_backend():
+    """Beyond the result: at most the routed rows and hidden units, and the shared activation."""
+    from d2m_kernels import backends, moe_ffn
+
+    if backends.resolve(None, "cpu", torch.float32) != "cpu":
+        pytest.skip("the compiled back-end is not there")
+    shape = shapes.FFNShape(T=4608, D=128, S=128, H=32, dtype=torch.float32)
+    p = shape.tensors("cpu")
+    with torch.inference_mode():
+
+        def call():
+            return moe_ffn(p["x"], p["router"], p["w1"], p["w2"], p["b1"], p["b2"], top_k=shape.K,
+                           shared=shape.S)  # fmt: skip
+
+        extra = counting.peak_bytes(call, CPU) - p["x"].nbytes
+    routed, activation = shape.T * shape.K * (shape.D + shape.H), shape.T * shape.S
+    assert 0 < extra <= 1.1 * 4 * (routed + activation)
