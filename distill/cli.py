@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from d2m_models.commands import add_commands
+from distill import prepare_command
 from distill.errors import UserError
 
 
@@ -42,6 +43,8 @@ def parser() -> argparse.ArgumentParser:
     distil.add_argument("--seed", type=int, help="instead of the configuration's")
     _device(distil)
     distil.set_defaults(run=run_distill)
+
+    _device(prepare_command.add_command(commands))
 
     sample = commands.add_parser("sample", help="draw digits from a distilled model into a PNG")
     sample.add_argument("model", metavar="MODEL", help="folder of a saved model")
@@ -218,8 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (err.name or "").split(".")[0] in ("d2m_kernels", "d2m_models", "distill"):
             raise
         print(
-            f"d2m: error: the package {err.name!r} is missing; "
-            "pip install 'dense2moe[demo]' brings it",
+            f"d2m: error: the package {err.name!r} is missing; pip install "
+            f"'dense2moe[{'data' if args.command == 'prepare' else 'demo'}]' brings it",
             file=sys.stderr,
         )
         return 2

@@ -1,0 +1,186 @@
+"""FLUX's own encoders: images to packed latents (VAE), captions to embeddings (T5 and CLIP).
+
+Shapes: B batch, H x W pixels, h x w = H/8 x W/8 latents of c = 16 channels, S = hw/4 image tokens,
+C = 4c = 64 channels of a token, L text tokens, J text width, P pooled width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.errors import CheckpointError, UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pack(latents: Tensor) -> Tensor:
+    """[B, c, h, w] -> [B, hw/4, 4c]: 2 x 2 patches in rows, a token's channels (c, row, column)."""
+    B, c, h, w = latents.shape
+    x = latents.reshape(B, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(B, (h // 2) * (w // 2), 4 * c)
+
+
+def unpack(tokens: Tensor, rows: int) -> Tensor:
+    """The inverse of `pack` for `rows` rows of tokens (h = 2 rows)."""
+    B, S, C = tokens.shape
+    x = tokens.reshape(B, rows, S // rows, C // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(B, C // 4, 2 * rows, 2 * (S // rows))
+
+
+def image_ids(rows: int, columns: int) -> Tensor:
+    """img_ids [S, 3] = (0, row, column) of every token, as FLUX's rotary embedding takes them."""
+    ids = torch.zeros(rows, columns, 3)
+    ids[..., 1] = torch.arange(rows)[:, None]
+    ids[..., 2] = torch.arange(columns)[None]
+    return ids.reshape(rows * columns, 3)
+
+
+def _part(model: str, *names: str) -> tuple[str, ...]:
+    """Checks that a local FLUX folder has the sub-folders; hub names are taken as they are."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        missing = [n for n in names if not (path / n).is_dir()]
+        if missing:
+            raise UserError(
+                f"{path} has no folder {missing[0]}/; expected FLUX's layout with "
+                f"{', '.join(n + '/' for n in names)}"
+            )
+    elif path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise UserError(f"{model} does not exist; expected a FLUX folder or a hub name")
+    return tuple(names)
+
+
+def _load(kind: Any, model: str, part: str, **options: Any) -> Any:
+    path = Path(model).expanduser()
+    try:
+        return kind.from_pretrained(
+            str(path) if path.exists() else model, subfolder=part, **options
+        )
+    except Exception as err:  # diffusers, transformers, safetensors and the hub raise many kinds
+        raise CheckpointError(
+            f"cannot load {part} from {model}: {' '.join(str(err).split())}"
+        ) from err
+
+
+def weights_fingerprint(module: nn.Module, settings: Any, head: int | None = None) -> str:
+    """SHA-256 (16 digits) over settings and weights; with `head` only each tensor's first bytes."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, value in sorted(module.state_dict().items()):
+        flat = value.detach().contiguous().flatten()
+        if head is not None:
+            flat = flat[: head // value.element_size()]
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(flat.cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class LatentEncoder:
+    """`AutoencoderKL` of a FLUX folder or hub name: images to packed, scaled latents.
+
+    latents = (z - shift_factor) * scaling_factor, z the mode of the VAE's posterior, or a draw.
+    """
+
+    def __init__(self, model: str, device: str = "cpu", dtype: str = "float32"):
+        from diffusers import AutoencoderKL
+
+        _part(model, "vae")
+        self.vae = _load(
+            AutoencoderKL, model, "vae", torch_dtype=DTYPES[dtype], use_safetensors=True
+        )
+        self.vae.eval().requires_grad_(False)
+        config = self.vae.config
+        self.shift, self.scale = float(config.shift_factor or 0), float(config.scaling_factor)
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.channels = 4 * config.latent_channels
+        keys = ("latent_channels", "shift_factor", "scaling_factor", "block_out_channels")
+        self.fingerprint = weights_fingerprint(self.vae, {k: config[k] for k in keys})
+        self.device, self.dtype = device, DTYPES[dtype]
+        self.vae.to(device)
+
+    def tokens(self, bucket: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of tokens that an image of `bucket` pixels becomes."""
+        return bucket[0] // (2 * self.factor), bucket[1] // (2 * self.factor)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
+        """uint8 [B, 3, H, W] -> fp32 [B, S, C] on the CPU.
+
+        Args:
+            generators: one an image to draw z from the posterior with; None for its mode.
+        """
+        x = images.to(self.device, torch.float32) / 127.5 - 1
+        posterior = self.vae.encode(x.to(self.dtype)).latent_dist
+        z = posterior.mean.float()
+        if generators is not None:
+            shape = z.shape[1:]
+            noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+            z = z + posterior.std.float() * noise.to(z.device)
+        return pack((z - self.shift) * self.scale).cpu()
+
+
+class TextEncoder:
+    """T5 (tokens) and CLIP (pooled vector) of a FLUX folder or hub name.
+
+    Every caption is encoded by itself: a batched product's rounding depends on the batch's size,
+    and a sample's embedding must not depend on the number of ranks. At 512 tokens a caption, that
+    fills a GPU.
+    """
+
+    def __init__(self, model: str, device: str = "cpu", dtype: str = "bfloat16", length: int = 512):
+        try:
+            from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+        except ImportError:
+            raise UserError(
+                "the text encoders need `transformers`: pip install 'dense2moe[data]'"
+            ) from None
+        _part(model, "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        kind, safe = DTYPES[dtype], {"use_safetensors": True}
+        self.clip = _load(CLIPTextModel, model, "text_encoder", dtype=kind, **safe)
+        self.t5 = _load(T5EncoderModel, model, "text_encoder_2", dtype=kind, **safe)
+        self.clip_tokenizer = _load(AutoTokenizer, model, "tokenizer")
+        self.t5_tokenizer = _load(AutoTokenizer, model, "tokenizer_2")
+        for module in (self.clip, self.t5):
+            module.eval().requires_grad_(False).to(device)
+        self.device, self.length = device, length
+        self.text_dim = self.t5.config.d_model
+        self.pooled_dim = self.clip.config.hidden_size
+        # 9.5 GB of T5: the first 4 KiB of every tensor tell versions apart.
+        parts = [weights_fingerprint(m, {}, 4096) for m in (self.clip, self.t5)]
+        self.fingerprint = "-".join(parts)
+
+    @torch.no_grad()
+    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Captions -> (text [B, L, J], pooled [B, P]) on the encoders' device, in their dtype.
+
+        Longer captions are cut at L = `length` T5 tokens and CLIP's 77, shorter ones are padded and
+        the padding is encoded too, as FLUX was trained (no attention mask).
+        """
+        text = [
+            self.t5(self._ids(self.t5_tokenizer, caption, self.length))[0] for caption in captions
+        ]
+        most = self.clip_tokenizer.model_max_length
+        pooled = [
+            self.clip(self._ids(self.clip_tokenizer, caption, most)).pooler_output
+            for caption in captions
+        ]
+        return torch.cat(text), torch.cat(pooled)
+
+    def _ids(self, tokenizer: Any, caption: str, length: int) -> Tensor:
+        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        return tokenizer([caption], max_length=length, **options).input_ids.to(self.device)
+
+
+def text_sizes(model: str) -> tuple[int, int]:
+    """(J, P) of the text encoders from their configurations, without loading them."""
+    from transformers import AutoConfig
+
+    _part(model, "text_encoder", "text_encoder_2")
+    clip = _load(AutoConfig, model, "text_encoder")
+    clip = getattr(clip, "text_config", clip)
+    return _load(AutoConfig, model, "text_encoder_2").d_model, clip.hidden_size

@@ -1,0 +1,235 @@
+"""Training batches from folders that `d2m prepare` wrote; a source like `distill.data.Digits`.
+
+Shapes: B batch, S image tokens, C channels, L text tokens, J text width, P pooled width.
+"""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_right
+from collections import OrderedDict
+from itertools import accumulate
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.checkpoint import fingerprint
+from distill.config import DataConfig
+from distill.data import Batch, generator, sample_timesteps
+from distill.errors import CheckpointError, ConfigError, TrainingError, UserError
+from distill.order import BucketOrder
+from distill.shard_files import ShardFile, damage, read_manifest
+
+OPEN_FILES = 64
+
+
+def open_shards(config: DataConfig, device: str = "cpu", guidance: float | None = None) -> Any:
+    """The source of a `DataConfig` named "shards", read ahead as `config.prefetch` says."""
+    from distill.prefetch import Prefetch
+
+    source = Shards(config, device, guidance)
+    return Prefetch(source, config.prefetch) if config.prefetch else source
+
+
+def manifests(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The folder's own manifest, or those of its sub-folders (the parts of several machines)."""
+    folders = [folder]
+    if not (folder / "manifest.json").is_file():
+        folders = sorted(p.parent for p in folder.glob("*/manifest.json")) or [folder]
+    found = [(f, read_manifest(f)) for f in folders]
+    for f, manifest in found:
+        if not manifest["complete"]:
+            raise UserError(f"{f} is not complete; run its `d2m prepare` command again")
+        for part in ("vae", "text"):
+            if manifest[part] != found[0][1][part]:
+                raise UserError(f"{f} and {found[0][0]} were prepared with another {part}")
+    return found
+
+
+class Shards:
+    """Latents and captions of a prepared folder.
+
+    Every global batch has one resolution. Which samples it holds is a function of (seed, step)
+    alone (see `distill.order`), and every sample's noise, timestep and dropped caption one of
+    (seed, its number in the run), so a rank reads and draws its own rows only.
+
+    A shard that is missing, truncated or damaged does not change the order: its samples are
+    replaced by those of the bucket's next sound shard, so that ranks never disagree and a resumed
+    run goes on where it was. More than `max_bad_shards` of them are an error.
+    """
+
+    def __init__(self, config: DataConfig, device: str = "cpu", guidance: float | None = None):
+        assert config.folder is not None
+        self.config, self.device, self.guidance = config, device, guidance
+        parts = manifests(Path(config.folder).expanduser())
+        first = parts[0][1]
+        self.shards = [(folder, entry) for folder, m in parts for entry in m["shards"]]
+        names = sorted({name for _, entry in self.shards for name in entry["buckets"]})
+        if not names:
+            raise UserError(f"{config.folder} has no samples")
+        self.buckets = names
+        self.tokens = {n: b["tokens"] for _, m in parts for n, b in m["buckets"].items()}
+        # Of every bucket: its shards, and the number of the first sample of each.
+        self.parts = {
+            name: [i for i, (_, e) in enumerate(self.shards) if name in e["buckets"]]
+            for name in names
+        }
+        self.starts = {
+            name: [0, *accumulate(self.shards[i][1]["buckets"][name] for i in self.parts[name])]
+            for name in names
+        }
+        self.order = BucketOrder([self.starts[name][-1] for name in names])
+        self.offsets = [0, *accumulate(self.order.sizes)]
+        self.fingerprint = fingerprint([e["sha256"] for _, e in self.shards], first["text"])
+        self.bad: dict[int, str] = {}
+        self._open: OrderedDict[int, ShardFile] = OrderedDict()
+        self._lock = Lock()
+        self.channels = first["vae"]["channels"]
+        self._set_text(first["text"], parts[0][0])
+        for i, (folder, entry) in enumerate(self.shards):
+            if wrong := damage(folder, entry, ("file",) if config.verify else ()):
+                self._skip(i, wrong)
+
+    def _set_text(self, cached: dict[str, Any] | None, folder: Path) -> None:
+        config, self.encoder, self._empty = self.config, None, None
+        if cached is not None:
+            self.text_tokens = cached["length"]
+            self.text_dim, self.pooled_dim = cached["dim"], cached["pooled_dim"]
+            if config.max_sequence_length != cached["length"]:
+                raise ConfigError(
+                    f"data.max_sequence_length is {config.max_sequence_length}, but {folder} holds "
+                    f"embeddings of {cached['length']} tokens; expected the same"
+                )
+            from safetensors.torch import load_file
+
+            if config.caption_dropout:
+                try:
+                    empty = load_file(folder / "empty.safetensors")
+                except Exception as err:  # safetensors has its own error type
+                    raise CheckpointError(f"cannot read {folder}/empty.safetensors: {err}") from err
+                self._empty = empty["text"].float(), empty["pooled"].float()
+            return
+        if config.text_encoders is None:
+            raise ConfigError(
+                f"{folder} holds no text embeddings; expected data.text_encoders, the FLUX folder "
+                "or hub name whose T5 and CLIP encode the captions"
+            )
+        from distill.encode import text_sizes
+
+        self.text_tokens = config.max_sequence_length
+        self.text_dim, self.pooled_dim = text_sizes(config.text_encoders)
+
+    def __len__(self) -> int:
+        return self.offsets[-1]
+
+    def batch(
+        self, seed: int, step: int, count: int, stream: str = "train", rows: slice | None = None
+    ) -> Batch:
+        """Batch number `step` of the run `seed`, `count` samples over all ranks; exactly the same
+        whenever and wherever it is asked for.
+
+        Args:
+            rows: only these samples of it; exactly `batch(...)[rows]`.
+        """
+        bucket, first = self.order.batch(seed, step, count)
+        take = np.arange(count)[rows if rows is not None else slice(None)]
+        numbers = self.order.samples(seed, bucket, first + take)
+        with self._lock:
+            samples = [
+                self._sample(bucket, int(n), generator(seed, stream, step * count + int(row)))
+                for n, row in zip(numbers, take, strict=True)
+            ]
+        from distill.encode import image_ids
+
+        x0, noise, t, text, pooled = (torch.stack(column) for column in zip(*samples, strict=True))
+        return Batch(
+            x0=x0,
+            noise=noise,
+            t=t,
+            text=text,
+            pooled=pooled,
+            labels=torch.from_numpy(numbers + self.offsets[bucket]),
+            img_ids=image_ids(*self.tokens[self.buckets[bucket]]),
+            txt_ids=torch.zeros(self.text_tokens, 3),
+            guidance=None if self.guidance is None else torch.full((len(t),), self.guidance),
+        )
+
+    def _sample(self, bucket: int, number: int, gen: torch.Generator) -> tuple[Tensor, ...]:
+        """(x0 [S, C], noise [S, C], t [], text [L, J], pooled [P]) of one sample, in fp32."""
+        latent, caption, text, pooled = self._read(bucket, number)
+        noise = torch.randn(latent.shape, generator=gen)
+        kind, grid = self.config.timesteps, self.config.timestep_grid
+        t = sample_timesteps(1, gen, kind, image_tokens=len(latent), grid=grid)[0]
+        drop = bool(torch.rand((), generator=gen) < self.config.caption_dropout)
+        if text is None or pooled is None:
+            text, pooled = self._encode("" if drop else caption)
+        elif drop and self._empty is not None:
+            text, pooled = self._empty
+        return latent.float(), noise, t, text.float(), pooled.float()
+
+    def _encode(self, caption: str) -> tuple[Tensor, Tensor]:
+        if self.encoder is None:
+            from distill.encode import TextEncoder
+
+            assert self.config.text_encoders is not None
+            self.encoder = TextEncoder(
+                self.config.text_encoders, self.device, length=self.text_tokens
+            )
+        text, pooled = self.encoder.encode([caption])
+        return text[0], pooled[0]
+
+    def caption(self, number: int) -> str:
+        """The caption of a sample by its number, `Batch.labels`."""
+        bucket = bisect_right(self.offsets, number) - 1
+        with self._lock:
+            return self._read(bucket, number - self.offsets[bucket])[1]
+
+    # --- files ------------------------------------------------------------------------------
+
+    def _read(self, bucket: int, number: int) -> tuple[Tensor, str, Tensor | None, Tensor | None]:
+        """A sample's parts, or those of the one that stands in for it if its shard is damaged."""
+        name = self.buckets[bucket]
+        starts, shards = self.starts[name], self.parts[name]
+        for _ in shards:
+            part = bisect_right(starts, number) - 1
+            if shards[part] not in self.bad:
+                try:
+                    return self._file(shards[part]).read(name, number - starts[part])
+                except CheckpointError as err:
+                    self._skip(shards[part], str(err))
+            # the same place in the next shard
+            following = (part + 1) % len(shards)
+            size = starts[following + 1] - starts[following]
+            number = starts[following] + (number - starts[part]) % size
+        raise TrainingError(f"no sound shard is left of the bucket {name}: {self._reasons()}")
+
+    def _file(self, shard: int) -> ShardFile:
+        if shard not in self._open:
+            folder, entry = self.shards[shard]
+            self._open[shard] = ShardFile(folder / entry["file"])
+            if len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+    def _skip(self, shard: int, why: str) -> None:
+        self.bad[shard] = why
+        self._open.pop(shard, None)
+        most = self.config.max_bad_shards
+        print(
+            f"d2m: warning: skipping a damaged shard ({len(self.bad)} of at most {most}): {why}",
+            file=sys.stderr,
+        )
+        if len(self.bad) > most:
+            raise TrainingError(
+                f"{len(self.bad)} of {len(self.shards)} shards are damaged, data.max_bad_shards "
+                f"allows {most}: {self._reasons()}; put them back, or raise the limit"
+            )
+
+    def _reasons(self) -> str:
+        more = f" and {len(self.bad) - 3} more" if len(self.bad) > 3 else ""
+        return "; ".join(list(self.bad.values())[:3]) + more
