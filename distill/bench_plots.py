@@ -72,8 +72,8 @@ def latency_flops_png(path: Path, all_results: Results) -> str:
     for i, (source, rows) in enumerate(_ratios(all_results).items()):
         xs, ys = zip(*rows.values(), strict=True)
         axes.scatter([*xs, 1], [*ys, 1], color=COLOURS[i], label=source, zorder=3)
-        for preset, (x, y) in rows.items():
-            axes.annotate(_MODELS[preset], (x, y), textcoords="offset points", xytext=(5, -9))
+        for preset, (x, y) in rows.items() if i == 0 else ():  # same models, same FLOPs
+            axes.annotate(_MODELS[preset], (x, y), textcoords="offset points", xytext=(7, -3))
         ratios = ", ".join(f"{_MODELS[p]} {y / x:.2f}" for p, (x, y) in rows.items())
         words.append(f"{source}: {ratios}")
     axes.set_xlabel("FLOPs / dense")

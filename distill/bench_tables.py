@@ -66,9 +66,7 @@ def table1(all_results: Results) -> Table:
             header.append(f"{label}: s an image")
     best = next(iter(calibrations(all_results)), None)
     predicted = [] if best is None else unmeasured(all_results)
-    for machine in predicted:
-        anchor = " and the paper's dense row" if machine is roofline.H20 else ""
-        header.append(f"{machine.name} s, predicted from {best.source}{anchor}")
+    header += [_predicted_header(machine, best) for machine in predicted]
     dense = roofline.account_of("flux-dense")
     rows = []
     for row in TABLE1:
@@ -95,14 +93,26 @@ def unmeasured(all_results: Results) -> list[roofline.Machine]:
     ]
 
 
+def _predicted_header(machine: roofline.Machine, c: roofline.Calibration) -> str:
+    if machine is roofline.H20:
+        return f"H20 s, predicted from {c.source} and the paper's dense row"
+    what = "s" if c.source != roofline.A_CPU else "latency / dense"
+    return f"{machine.name} {what}, predicted from {c.source}"
+
+
 def _predicted_cell(row: Any, machine: roofline.Machine, c: roofline.Calibration) -> str:
-    """Seconds of an image. Ratios travel better between machines than seconds, so where dense is
-    known (the paper's H20) only the ratio to it is predicted."""
-    if machine is not roofline.H20:
+    """Seconds of an image, or what of it can be predicted.
+
+    Ratios travel better between machines than seconds: where dense is known (the paper's H20) the
+    ratio to it is predicted, and from a CPU to another GPU nothing but the ratio.
+    """
+    if machine is not roofline.H20 and c.source != roofline.A_CPU:
         return f"{row.nfe * roofline.predict(row.preset, machine, c):.2f}"
     if row.preset == "flux-dense":
         return ""
     ratio = roofline.predict_ratio(row.preset, machine, c)
+    if machine is not roofline.H20:
+        return f"{ratio:.3f}"
     return f"{row.nfe * DENSE.latency_s / DENSE.nfe * ratio:.2f}"
 
 

@@ -91,6 +91,7 @@ class Machine:
     sms: int | None = None
 
 
+A_CPU = "a CPU"  # as the source of a calibration
 H20 = Machine("H20", 148.0, 4.0, 78)
 A100 = Machine("A100", 312.0, 2.0, 108)
 
@@ -159,7 +160,7 @@ def calibrate(results: Mapping[str, Any]) -> Calibration | None:
 
 
 def _label(env: Mapping[str, Any]) -> str:
-    return "a CPU" if env["device_type"] == "cpu" else env["device"]
+    return A_CPU if env["device_type"] == "cpu" else env["device"]
 
 
 def predict_parts(

@@ -190,6 +190,15 @@ def test_a_measured_machine_is_no_longer_predicted(folder):
     assert all(len(row) == len(header) for row in rows)
 
 
+def test_from_a_cpu_only_ratios_are_predicted(folder):
+    results = load_results(folder)
+    results["h200"]["environment"] |= {"device_type": "cpu", "threads": 2}
+    header, rows = TABLES["table1"](results)
+    assert header[-1] == "A100 latency / dense, predicted from a CPU" and rows[0][-1] == ""
+    row = next(r for r in rows if r[0] == "FLUX.1-MoE-L")
+    assert 0.6 < float(row[-1]) < 1 and 0.6 < float(row[-2]) / 21.2 < 1  # the paper's dense
+
+
 def test_tables_of_measured_modes(folder):
     results = load_results(folder)
     dense = results["h200"]["models"]["flux-dense"]
