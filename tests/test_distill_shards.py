@@ -1,0 +1,103 @@
+"""End to end: images -> `d2m prepare` -> `d2m distill` from the shards -> a student that loads."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+pytest.importorskip("PIL")
+yaml = pytest.importorskip("yaml")
+
+from _flux_folder import LENGTH, flux_folder, image_folder  # noqa: E402
+
+from distill.cli import main  # noqa: E402
+from distill.config import DataConfig  # noqa: E402
+from distill.errors import UserError  # noqa: E402
+from distill.pipeline import load_model  # noqa: E402
+from distill.sources import open_source  # noqa: E402
+
+TRAIN = {"batch_size": 4, "lr": 1e-3, "warmup": 1, "log_every": 1}
+
+
+def _config(tmp_path, flux, **data):
+    config = {
+        "out": str(tmp_path / "run"),
+        "teacher": {"path": str(flux)},
+        "data": {
+            "name": "shards",
+            "folder": str(tmp_path / "latents"),
+            "timesteps": "flux-shift",
+            "max_sequence_length": LENGTH,
+            "max_bad_shards": 0,
+            **data,
+        },
+        "student": {
+            "structure": {
+                "moe": {"shared_ratio": 1.0, "expert_ratio": 0.5, "num_experts": 6, "top_k": 2},
+                "dense_double_blocks": [],
+                "adaln_dim": 8,
+                "mob": {"double_groups": [], "single_groups": [[1, 2]]},
+            },
+            "importance_batches": 1,
+            "calibration": 16,
+        },
+        "stages": [
+            {"stage": "shared", "train": {"steps": 2, **TRAIN}},
+            {"stage": "moe", "train": {"steps": 2, **TRAIN}},
+            {"stage": "mob", "train": {"steps": 4, **TRAIN}},
+        ],
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.mark.parametrize("guidance", [False, True])
+def test_from_images_to_a_student(tmp_path, guidance, capsys):
+    flux = flux_folder(tmp_path / "flux", guidance=guidance)
+    images = image_folder(tmp_path / "images")
+    prepare = ["prepare", str(images), str(tmp_path / "latents"), "--model", str(flux)]
+    prepare += ["--size", "64", "--shard-mb", "0.01", "--device", "cpu"]
+    if guidance:  # once with cached embeddings, once with the encoders running
+        prepare += ["--text-embeddings", "--max-sequence-length", str(LENGTH)]
+    assert main(prepare) == 0
+    text = {} if guidance else {"text_encoders": str(flux), "caption_dropout": 0.2}
+    config = _config(tmp_path, flux, **text)
+    assert main(["distill", str(config), "--device", "cpu"]) == 0, capsys.readouterr().err
+    student = load_model(tmp_path / "run" / "model")
+    source = open_source(DataConfig(**yaml.safe_load(config.read_text())["data"]), student, "cpu")
+    batch = source.batch(0, 0, 2)
+    assert (batch.guidance is not None) == guidance
+    with torch.no_grad():
+        out = student(**batch.inputs()).sample
+    assert out.shape == batch.x0.shape and out.isfinite().all()
+    # every stage has moved the weights that it may move
+    for stage, steps in (("shared", 2), ("moe", 2), ("mob", 4)):
+        log = (tmp_path / "run" / stage / "log.jsonl").read_text().splitlines()
+        assert json.loads(log[-1])["step"] == steps
+
+
+def test_a_model_of_other_sizes_is_refused(tmp_path):
+    from diffusers import FluxTransformer2DModel
+
+    flux = flux_folder(tmp_path / "flux")
+    images = image_folder(tmp_path / "images", 3)
+    command = ["prepare", str(images), str(tmp_path / "latents"), "--model", str(flux)]
+    assert main([*command, "--size", "64", "--device", "cpu"]) == 0
+    other = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=12,
+        axes_dims_rope=(2, 2, 4),
+    )
+    data = DataConfig(name="shards", folder=str(tmp_path / "latents"), text_encoders=str(flux))
+    with pytest.raises(UserError, match=r"\(16, 24, 12\), shards are \(16, 16, 12\)"):
+        open_source(data, other)
