@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from distill import roofline
-from distill.bench_tables import Results, how_measured, machine_label
+from distill.bench_results import Results, machine_label
+from distill.bench_tables import how_measured
 from distill.paper import TABLE1
 from distill.plots import COLOURS, FAINT, _pyplot, _save
 

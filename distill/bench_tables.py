@@ -6,38 +6,14 @@ benchmarks/README.md). Every measured number names the machine, every predicted 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from distill import roofline
-from distill.errors import CheckpointError
+from distill.bench_layers import layers, peers, stages
+from distill.bench_results import Results, Table, machine_label
 from distill.paper import DENSE, TABLE1
-
-SCHEMA = "dense2moe-benchmarks/1"
-Table = tuple[list[str], list[list[str]]]
-Results = Mapping[str, Mapping[str, Any]]
-_OUR_ROWS = {"flux-dense", "flux-moe-l", "flux-moe-m", "flux-moe-s", "flux-moe-xs"}
-
-
-def load_results(folder: Path | str) -> dict[str, dict[str, Any]]:
-    """{file name without .json: content} of every results file in a folder, GPUs first."""
-    found = {}
-    for path in sorted(Path(folder).glob("*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as err:
-            raise CheckpointError(f"cannot read {path}: {err}") from err
-        if isinstance(content, dict) and content.get("schema") == SCHEMA:
-            found[path.stem] = content
-    return dict(sorted(found.items(), key=lambda kv: kv[1]["environment"]["device_type"] == "cpu"))
-
-
-def machine_label(name: str, results: Mapping[str, Any]) -> str:
-    env = results["environment"]
-    return env["device"] if env["device_type"] != "cpu" else f"CPU ({env['threads']} threads)"
 
 
 def how_measured(results: Mapping[str, Any]) -> str:
@@ -124,64 +100,6 @@ def _measured_cells(row: Any, results: Mapping[str, Any]) -> list[str]:
         seconds = model.get("image_seconds", {}).get(str(row.nfe))
         cells.append("" if seconds is None else f"{seconds:.2f}")
     return cells
-
-
-def layers(all_results: Results) -> Table:
-    """moe_ffn and every peer, as ratios to the dense FFN measured beside them."""
-    header = ["machine", "layer", "routing", "pass", "FLOP limit", "moe_ffn / dense",
-              "peers / dense", "peak MiB (dense)", "saved for backward MiB (dense)",
-              "launches", "host syncs",
-              "back-end"]  # fmt: skip
-    rows = []
-    for name, results in all_results.items():
-        for row in results["layers"]:
-            ratios = dict(row["ratio_to_dense"])
-            ours = ratios.pop("moe_ffn")
-            low, high = row["ratio_quartiles"]["moe_ffn"]
-            peers = ", ".join(f"{n} {r:.2f}" for n, r in sorted(ratios.items(), key=lambda i: i[1]))
-            shape = row["shape"]
-            rows.append([
-                machine_label(name, results),
-                f"T={shape['T']} D={shape['D']} {shape['S']}+{shape['E']}x{shape['H']} "
-                f"top-{shape['K']}",
-                shape["routing"],
-                row["pass"].replace("_", " + "),
-                f"{row['flop_limit']:.3f}",
-                f"{ours:.3f} ({low:.3f}-{high:.3f})",
-                peers,
-                _pair(row.get("peak_bytes_of", {})),
-                _pair(row.get("saved_bytes_of", {})),
-                str(row.get("launches", "")),
-                str(row.get("host_syncs", "")),
-                row["backend"],
-            ])  # fmt: skip
-    return header, rows
-
-
-def _pair(size: Mapping[str, int | None]) -> str:
-    """Ours and dense's, in MiB."""
-    if not size.get("moe_ffn") or not size.get("dense"):
-        return ""
-    return f"{size['moe_ffn'] / 2**20:.0f} ({size['dense'] / 2**20:.0f})"
-
-
-def stages(all_results: Results) -> Table:
-    """Each stage: time, rates, shares of the measured ceilings and of the floor."""
-    header = ["machine", "stage", "T", "D", "routing", "time us", "TFLOP/s", "GB/s",
-              "of ceiling", "of floor", "against"]  # fmt: skip
-    rows = []
-    for name, results in all_results.items():
-        for row in results["stages"]:
-            ours = next(iter(row["seconds"].values()))
-            share = max(row["share_of_ceiling"].values())
-            rows.append([
-                machine_label(name, results), row["stage"], str(row["shape"]["T"]),
-                str(row["shape"]["D"]), row["shape"]["routing"], f"{ours['median'] * 1e6:.1f}",
-                f"{row['tflops']:.3g}", f"{row['gbps']:.3g}", f"{share:.0%}",
-                f"{row['share_of_floor']:.0%}",
-                ", ".join(f"{ratio:.2f} x {peer}" for peer, ratio in row["ratio_to"].items()),
-            ])  # fmt: skip
-    return header, rows
 
 
 def blocks(all_results: Results) -> Table:
@@ -286,6 +204,7 @@ def environments(all_results: Results) -> Table:
 
 TABLES = {
     "table1": table1,
+    "peers": peers,
     "layers": layers,
     "stages": stages,
     "blocks": blocks,

@@ -176,7 +176,7 @@ def run_report(args: argparse.Namespace) -> None:
         print(f"{'wrote' if stale else 'unchanged:'} {args.readme}")
         return
     from distill import bench_report, report
-    from distill.bench_tables import load_results
+    from distill.bench_results import load_results
 
     demo = (Path(args.out) / "results.json").exists()
     benchmarks = not demo and (args.out == "benchmarks/results" or load_results(args.out))

@@ -17,7 +17,8 @@ pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 
 from distill import bench_report, roofline  # noqa: E402
-from distill.bench_tables import TABLES, load_results, markdown  # noqa: E402
+from distill.bench_results import load_results  # noqa: E402
+from distill.bench_tables import TABLES, markdown  # noqa: E402
 from distill.errors import UserError  # noqa: E402
 from distill.paper import DENSE, TABLE1  # noqa: E402
 
@@ -188,6 +189,13 @@ def test_a_measured_machine_is_no_longer_predicted(folder):
     header, rows = TABLES["table1"](results)
     assert [cell for cell in header if "predicted" in cell] == ["A100 s, predicted from NVIDIA H20"]
     assert all(len(row) == len(header) for row in rows)
+
+
+def test_peers_are_one_column_a_shape(folder):
+    header, rows = TABLES["peers"](load_results(folder))
+    assert header == ["x dense", "Model GPU: forward, T=4608"]
+    assert rows == [["FLOP limit", "0.375"], ["moe_ffn", "0.375 (0.370-0.380)"],
+                    ["expert loop", "0.500 (0.500-0.500)"]]  # fmt: skip
 
 
 def test_from_a_cpu_only_ratios_are_predicted(folder):
