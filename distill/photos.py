@@ -1,0 +1,191 @@
+"""scikit-image's photographs as a data source: 32x32 crops, the picture's name as prompt.
+
+Only pictures that come inside scikit-image's wheel are used, so nothing is downloaded. A crop of a
+photograph is a token sequence whose tokens differ far more than those of a digit: sky, fur, brick,
+print; and a picture's name tells more than a class.
+
+Shapes: B batch, S image tokens, C channels of a token, L text tokens, J text width, P pooled width.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.data import Batch, generator, sample_timesteps
+from distill.errors import UserError
+
+# prompt -> file in skimage/data; retina and ihc are medical pictures, hubble is the deep field
+PICTURES = {
+    "astronaut": "astronaut.png",
+    "brick": "brick.png",
+    "camera": "camera.png",
+    "cat": "chelsea.png",
+    "clock": "clock_motion.png",
+    "coffee": "coffee.png",
+    "coins": "coins.png",
+    "grass": "grass.png",
+    "gravel": "gravel.png",
+    "hubble": "hubble_deep_field.jpg",
+    "ihc": "ihc.png",
+    "moon": "moon.png",
+    "motorcycle": "motorcycle_left.png",
+    "page": "page.png",
+    "retina": "retina.jpg",
+    "rocket": "rocket.jpg",
+}
+TEST_SHARE = 0.25  # of every picture's columns, at its right edge
+
+
+def read_picture(file: str) -> Tensor:
+    """One bundled picture at half its resolution: [H, W, 3] in -1..1."""
+    import numpy as np
+    from PIL import Image
+
+    path = resources.files("skimage") / "data" / file
+    if not path.is_file():
+        raise UserError(
+            f"scikit-image has no data/{file}; install scikit-image>=0.22 from its wheel"
+        )
+    with path.open("rb") as handle, Image.open(handle) as image:
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).float()
+    H, W = pixels.shape[0] // 2 * 2, pixels.shape[1] // 2 * 2
+    # a 32x32 crop of the full resolution would often show one colour only
+    half = pixels[:H, :W].reshape(H // 2, 2, W // 2, 2, 3).mean((1, 3))
+    return half / 127.5 - 1
+
+
+class Photos:
+    """Crops of 16 photographs as 64 image tokens of 48 channels (4x4 pixels, RGB).
+
+    Test crops come from the right quarter of every picture, training crops from the rest; they
+    share no pixel. Like those of `Digits`, prompts are a fixed random table that does not depend on
+    the run's seed.
+    """
+
+    names = tuple(PICTURES)
+    num_classes = len(PICTURES)
+    text_tokens, text_dim, pooled_dim = 4, 32, 32
+    side, patch = 32, 4
+    image_tokens, channels = (side // patch) ** 2, 3 * patch**2
+
+    def __init__(self, split: str = "train", timesteps: str = "uniform"):
+        if split not in ("train", "test"):
+            raise ValueError(f"split is {split!r}; expected 'train' or 'test'")
+        self.split, self.timesteps = split, timesteps
+        self.pictures = []
+        for file in PICTURES.values():
+            picture = read_picture(file)
+            edge = round(picture.shape[1] * (1 - TEST_SHARE))
+            self.pictures.append(picture[:, :edge] if split == "train" else picture[:, edge:])
+        table = generator(0, "weights")
+        self.text_table = torch.randn(
+            self.num_classes, self.text_tokens, self.text_dim, generator=table
+        )
+        self.pooled_table = torch.randn(self.num_classes, self.pooled_dim, generator=table)
+        across = self.side // self.patch
+        rows, columns = torch.arange(across).repeat_interleave(across), torch.arange(across)
+        self.img_ids = torch.stack(
+            [torch.zeros(len(rows), dtype=torch.long), rows, columns.repeat(across)], 1
+        ).float()
+        self.txt_ids = torch.zeros(self.text_tokens, 3)
+
+    def prompts(self, labels: Tensor) -> dict[str, Tensor]:
+        """Text tokens and pooled vector of each picture's name."""
+        return {"text": self.text_table[labels], "pooled": self.pooled_table[labels]}
+
+    def batch(
+        self, seed: int, step: int, count: int, stream: str = "train", rows: slice | None = None
+    ) -> Batch:
+        """Batch number `step` of the run `seed`, or only `rows` of it; a function of its arguments.
+
+        Every run of 16 consecutive rows holds each picture once; where a crop lies is random.
+        """
+        gen = generator(seed, stream, step)
+        rounds = -(-count // self.num_classes)
+        labels = torch.cat(
+            [torch.randperm(self.num_classes, generator=gen) for _ in range(rounds)]
+        )[:count]
+        place = torch.rand(count, 2, generator=gen, dtype=torch.float64)
+        t = sample_timesteps(count, gen, self.timesteps)
+        noise = torch.randn(count, self.image_tokens, self.channels, generator=gen)
+        part = rows if rows is not None else slice(None)
+        labels, place = labels[part], place[part]
+        crops = [self._crop(int(n), y, x) for n, (y, x) in zip(labels, place.tolist(), strict=True)]
+        x0 = to_tokens(torch.stack(crops), self.patch) if crops else noise[:0]
+        return Batch(
+            x0=x0,
+            noise=noise[part],
+            t=t[part],
+            labels=labels,
+            img_ids=self.img_ids,
+            txt_ids=self.txt_ids,
+            **self.prompts(labels),
+        )
+
+    def _crop(self, label: int, y: float, x: float) -> Tensor:
+        """The crop of a picture at the given shares of the room it has."""
+        picture, side = self.pictures[label], self.side
+        top = int(y * (picture.shape[0] - side + 1))
+        left = int(x * (picture.shape[1] - side + 1))
+        return picture[top : top + side, left : left + side]
+
+    def noise_batch(self, seed: int, per_class: int) -> Batch:
+        """Pure noise (t = 1) for `per_class` samples of every picture."""
+        labels = torch.arange(self.num_classes).repeat_interleave(per_class)
+        noise = torch.randn(
+            len(labels), self.image_tokens, self.channels, generator=generator(seed, "sample")
+        )
+        return Batch(
+            x0=torch.zeros_like(noise),
+            noise=noise,
+            t=torch.ones(len(labels)),
+            labels=labels,
+            img_ids=self.img_ids,
+            txt_ids=self.txt_ids,
+            **self.prompts(labels),
+        )
+
+    def to_images(self, tokens: Tensor) -> Tensor:
+        """Latent tokens [B, 64, 48] -> RGB images [B, 32, 32, 3] in 0..1."""
+        return (to_pixels(tokens, self.patch).float().clamp(-1, 1) + 1) / 2
+
+
+class OnGrid:
+    """A source whose timesteps lie on a grid, as a step-distilled teacher knows only these.
+
+    Row i's t in (0, 1) becomes the grid's entry whose share of (0, 1) it falls into.
+    """
+
+    def __init__(self, source: Any, grid: tuple[float, ...]):
+        self.source, self.grid = source, torch.tensor(grid)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def batch(
+        self, seed: int, step: int, count: int, stream: str = "train", rows: slice | None = None
+    ) -> Batch:
+        from dataclasses import replace
+
+        batch = self.source.batch(seed, step, count, stream, rows)
+        bins = (batch.t * len(self.grid)).long().clamp(max=len(self.grid) - 1)
+        return replace(batch, t=self.grid[bins])
+
+
+def to_tokens(images: Tensor, patch: int) -> Tensor:
+    """[B, H, W, 3] -> [B, (H/patch) (W/patch), 3 patch^2], row-major."""
+    B, H, W, C = images.shape
+    x = images.reshape(B, H // patch, patch, W // patch, patch, C)
+    return x.permute(0, 1, 3, 2, 4, 5).reshape(B, (H // patch) * (W // patch), patch * patch * C)
+
+
+def to_pixels(tokens: Tensor, patch: int) -> Tensor:
+    """The inverse of `to_tokens` for square images."""
+    B, S, width = tokens.shape
+    side, C = round(S**0.5), width // patch**2
+    x = tokens.reshape(B, side, side, patch, patch, C).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(B, side * patch, side * patch, C)
