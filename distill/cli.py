@@ -58,6 +58,18 @@ def parser() -> argparse.ArgumentParser:
     _device(sample)
     sample.set_defaults(run=run_sample)
 
+    ablate = commands.add_parser(
+        "ablate", help="re-test the paper's claims on a small real teacher, over several seeds"
+    )
+    ablate.add_argument("--out", default="d2m-ablate", help="output folder (default: %(default)s)")
+    ablate.add_argument("--quick", action="store_true", help="one seed, few steps, no verdicts")
+    ablate.add_argument("--results", metavar="FILE", help="also write claims.json there")
+    ablate.add_argument(
+        "--workers", type=int, default=2, help="processes of one thread (default: %(default)s)"
+    )
+    ablate.add_argument("--config", metavar="YAML", help="instead of the built-in ablate.yaml")
+    ablate.set_defaults(run=run_ablate)
+
     add_commands(commands)  # convert, inspect, diff
 
     report = commands.add_parser("report", help="pictures, page and tables from a run's results")
@@ -123,6 +135,26 @@ def run_demo(args: argparse.Namespace) -> None:
     from distill.demo import run_demo as demo
 
     page = demo(args.out, quick=args.quick, full=args.full, seed=args.seed, device=device)
+    print(f"\nreport: {page.resolve()}")
+
+
+def run_ablate(args: argparse.Namespace) -> None:
+    from distill.checkpoint import make_folder
+
+    make_folder(args.out)
+    if args.workers < 1:
+        raise UserError(f"--workers is {args.workers}; expected at least 1")
+    if args.quick and args.config:
+        raise UserError("--quick and --config exclude each other")
+    one_thread()
+    from distill.ablate import run_ablate as ablate
+    from distill.ablate_config import AblateConfig
+    from distill.config import load_config
+
+    config = load_config(AblateConfig, args.config) if args.config else None
+    page = ablate(
+        args.out, quick=args.quick, config=config, results=args.results, workers=args.workers
+    )
     print(f"\nreport: {page.resolve()}")
 
 

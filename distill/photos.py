@@ -9,8 +9,8 @@ Shapes: B batch, S image tokens, C channels of a token, L text tokens, J text wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import resources
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,10 +72,16 @@ class Photos:
     side, patch = 32, 4
     image_tokens, channels = (side // patch) ** 2, 3 * patch**2
 
-    def __init__(self, split: str = "train", timesteps: str = "uniform"):
+    def __init__(
+        self,
+        split: str = "train",
+        timesteps: str = "uniform",
+        timestep_grid: Sequence[float] | None = None,
+    ):
         if split not in ("train", "test"):
             raise ValueError(f"split is {split!r}; expected 'train' or 'test'")
-        self.split, self.timesteps = split, timesteps
+        self.split = split
+        self.timesteps, self.timestep_grid = timesteps, timestep_grid
         self.pictures = []
         for file in PICTURES.values():
             picture = read_picture(file)
@@ -110,7 +116,9 @@ class Photos:
             [torch.randperm(self.num_classes, generator=gen) for _ in range(rounds)]
         )[:count]
         place = torch.rand(count, 2, generator=gen, dtype=torch.float64)
-        t = sample_timesteps(count, gen, self.timesteps)
+        t = sample_timesteps(
+            count, gen, self.timesteps, image_tokens=self.image_tokens, grid=self.timestep_grid
+        )
         noise = torch.randn(count, self.image_tokens, self.channels, generator=gen)
         part = rows if rows is not None else slice(None)
         labels, place = labels[part], place[part]
@@ -152,28 +160,6 @@ class Photos:
     def to_images(self, tokens: Tensor) -> Tensor:
         """Latent tokens [B, 64, 48] -> RGB images [B, 32, 32, 3] in 0..1."""
         return (to_pixels(tokens, self.patch).float().clamp(-1, 1) + 1) / 2
-
-
-class OnGrid:
-    """A source whose timesteps lie on a grid, as a step-distilled teacher knows only these.
-
-    Row i's t in (0, 1) becomes the grid's entry whose share of (0, 1) it falls into.
-    """
-
-    def __init__(self, source: Any, grid: tuple[float, ...]):
-        self.source, self.grid = source, torch.tensor(grid)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
-
-    def batch(
-        self, seed: int, step: int, count: int, stream: str = "train", rows: slice | None = None
-    ) -> Batch:
-        from dataclasses import replace
-
-        batch = self.source.batch(seed, step, count, stream, rows)
-        bins = (batch.t * len(self.grid)).long().clamp(max=len(self.grid) - 1)
-        return replace(batch, t=self.grid[bins])
 
 
 def to_tokens(images: Tensor, patch: int) -> Tensor:

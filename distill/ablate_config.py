@@ -1,0 +1,80 @@
+"""The configuration of `d2m ablate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from distill.config import StageConfig, TeacherConfig, TrainConfig, _check_least
+from distill.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class HyperConfig:
+    """The step-distilled teacher: as many Euler steps as `grid` has entries (1 first, falling).
+
+    substeps: steps of the original teacher that one of its steps replaces.
+    """
+
+    grid: list[float]
+    substeps: int
+    train: TrainConfig
+
+    def __post_init__(self):
+        falling = all(a > b for a, b in zip(self.grid, [*self.grid[1:], 0.0], strict=True))
+        if not self.grid or self.grid[0] != 1.0 or not falling:
+            raise ConfigError(f"hyper.grid is {self.grid}; expected falling numbers from 1 to > 0")
+        _check_least(self, "hyper", substeps=1)
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """The learning-rate search that every kind of arm gets: the same candidates and steps.
+
+    rates: candidates. share: of the arm's own steps. seed: none of the compared ones.
+    """
+
+    rates: list[float]
+    share: float = 0.5
+    seed: int = 1000
+
+
+@dataclass(frozen=True)
+class AblateEval:
+    """held_out: (x_t, t, prompt) triples. per_prompt samples of every picture in sample_steps
+    Euler steps, reference_steps for the teacher's own. top_k: tried without training."""
+
+    held_out: int = 256
+    per_prompt: int = 2
+    sample_steps: int = 8
+    reference_steps: int = 24
+    top_k: list[int] = field(default_factory=lambda: [0, 1, 2, 4, 12])
+
+
+@dataclass(frozen=True)
+class AblateConfig:
+    """`d2m ablate`.
+
+    structure, other: fields of `FluxMoEConfig` for 1S12E2A and for 0.5S14E4A. groups: name ->
+    fields of `MoBConfig`: "shallow", "deep", and the groupings of Fig. 5.
+    """
+
+    teacher: TeacherConfig
+    structure: dict[str, Any]
+    other: dict[str, Any]
+    groups: dict[str, Any]
+    shared: StageConfig
+    moe: StageConfig
+    mob: StageConfig
+    hyper: HyperConfig
+    search: SearchConfig
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    evaluate: AblateEval = AblateEval()
+    importance_batches: int = 4
+    importance_samples: int = 64
+
+    def __post_init__(self):
+        if not {"shallow", "deep"} <= set(self.groups):
+            raise ConfigError(f"groups has {sorted(self.groups)}; expected 'shallow' and 'deep'")
+        if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
+            raise ConfigError(f"seeds is {self.seeds}; expected different numbers, at least one")
