@@ -21,7 +21,8 @@ class HyperConfig:
     train: TrainConfig
 
     def __post_init__(self):
-        falling = all(a > b for a, b in zip(self.grid, [*self.grid[1:], 0.0], strict=True))
+        ends = [*self.grid, 0.0][1:]
+        falling = all(a > b for a, b in zip(self.grid, ends, strict=True))
         if not self.grid or self.grid[0] != 1.0 or not falling:
             raise ConfigError(f"hyper.grid is {self.grid}; expected falling numbers from 1 to > 0")
         _check_least(self, "hyper", substeps=1)

@@ -87,12 +87,13 @@ def judge(claim: Claim, rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> 
     seeds = list(rows)
     arms = {name: [value_of(rows[s], name) for s in seeds] for name in (claim.low, claim.high)}
     values = effects(arms[claim.low], arms[claim.high], claim.scale)
+    known = bool(values) and all(map(math.isfinite, values))
     return {
         "claim": claim.claim,
         "source": claim.source,
         "verdict": verdict(values),
-        "mean": _finite(mean(values)) if values else None,
-        "spread": _finite(stdev(values)) if len(values) > 1 else None,
+        "mean": mean(values) if known else None,
+        "spread": stdev(values) if known and len(values) > 1 else None,
         "scale": claim.scale,
         "low": claim.low,
         "high": claim.high,
