@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from distill import checkpoint as ckpt
+from distill import claims
 from distill.bench_plots import FIGURES
 from distill.bench_results import Results, load_results, machine_label
 from distill.bench_tables import TABLES, markdown
@@ -100,14 +101,22 @@ numbers are medians.</p>
 """
 
 
-def readme_with_tables(text: str, results: Results) -> str:
-    """The text with everything between <!-- begin:NAME --> and <!-- end:NAME --> made anew."""
+def readme_with_tables(text: str, results: Results, folder: Path | str) -> str:
+    """The text with everything between <!-- begin:NAME --> and <!-- end:NAME --> made anew.
+
+    "claims" is the verdicts of the folder's claims.json, written by `d2m ablate`.
+    """
 
     def fresh(match: re.Match) -> str:
         begin, name, _, end = match.groups()
-        if name not in TABLES:
-            raise UserError(f"README marker begin:{name} is unknown; tables are {sorted(TABLES)}")
-        return f"{begin}{markdown(TABLES[name](results))}{end}"
+        if name == "claims":
+            table = claims.table(claims.read(Path(folder) / "claims.json"))
+        elif name in TABLES:
+            table = TABLES[name](results)
+        else:
+            known = sorted([*TABLES, "claims"])
+            raise UserError(f"README marker begin:{name} is unknown; tables are {known}")
+        return f"{begin}{markdown(table)}{end}"
 
     return _MARK.sub(fresh, text)
 
@@ -126,7 +135,7 @@ def update_readme(readme: Path | str, folder: Path | str, check: bool = False) -
     closed = [m.group(2) for m in _MARK.finditer(text)]
     if begun != closed:
         raise UserError(f"{readme}: markers without an end: {sorted(set(begun) - set(closed))}")
-    fresh = readme_with_tables(text, load_results(folder)) if begun else text
+    fresh = readme_with_tables(text, load_results(folder), folder) if begun else text
     stale = fresh != text
     if stale and not check:
         ckpt.write_text(readme, fresh)

@@ -320,6 +320,21 @@ def test_another_setting_is_not_mistaken_for_this_one(run):
     assert ablate.task(fewer, out, "moe", 0, {"moe": 1e-3}, 1.0)["file"] == base
 
 
+def test_the_readmes_table_is_made_from_the_file(run, tmp_path):
+    from distill.bench_report import update_readme
+
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- begin:claims -->\nold\n<!-- end:claims -->\nz\n")
+    assert update_readme(readme, run[0])
+    lines = readme.read_text().splitlines()
+    assert lines[:2] == ["a", "<!-- begin:claims -->"] and "old" not in lines
+    content = claims.read(run[0] / "claims.json")
+    for line, entry in zip(lines[4:-2], content["claims"], strict=True):
+        assert line.startswith(f"| {entry['claim']} | {entry['source']} | ")
+        assert line.endswith(f" | {entry['verdict']} |")
+    assert not update_readme(readme, run[0], check=True)
+
+
 class _Links(HTMLParser):
     def __init__(self):
         super().__init__()
