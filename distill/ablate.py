@@ -37,8 +37,8 @@ def arm_names(config: AblateConfig) -> list[str]:
     """Every arm of one seed, the long ones first so that two workers end together."""
     groupings = [f"groups-{name}" for name in config.groups if name not in ("shallow", "deep")]
     depth = [f"{m}-{d}" for d in ("shallow", "deep") for m in ("mob", "bk", "lite")]
-    return ["moe", "hyper-moe", "moe-half", "joint", *depth, *groupings, "prune-mlp-1.5",
-            "prune-mlp-2", "random", "teacher"]  # fmt: skip
+    return ["moe", "hyper-moe", "moe-half", "joint", *depth, "mob-all-deep", *groupings,
+            "prune-mlp-1.5", "prune-mlp-2", "random", "teacher"]  # fmt: skip
 
 
 # --- one arm --------------------------------------------------------------------------------
@@ -81,6 +81,8 @@ def run_arm(arm: str, context: Context, out: Path) -> tuple[dict[str, float], di
         model = train_pruned_mlp(context, arm, float(arm.rpartition("-")[2]))
     elif method in ("bk", "lite"):
         model = train_pruned_depth(context, arm, config.groups[rest], method)
+    elif arm == "mob-all-deep":
+        model = train_mob(context, arm, config.groups["deep"], train_isolated=True)
     elif method in ("mob", "groups"):
         model = train_mob(context, arm, config.groups[rest])
     else:

@@ -33,6 +33,8 @@ CLAIMS = (
     Claim("MoB is nearer than Lite, shallow", "Table 3", "mob-shallow", "lite-shallow"),
     Claim("MoB is nearer than BK, deep (single blocks too)", "Table 3", "mob-deep", "bk-deep"),
     Claim("MoB is nearer than Lite, deep", "Table 3", "mob-deep", "lite-deep"),
+    Claim("MoB is nearer than BK, deep, if its isolated blocks train too", "Table 3, not its recipe",
+          "mob-all-deep", "bk-deep"),
     Claim("1S12E2A is nearer than 0.5S14E4A, shared experts only", "Table 4",
           "moe:shared_only", "moe-half:shared_only"),
     Claim("1S12E2A is nearer than 0.5S14E4A, whole MoE", "Table 4", "moe", "moe-half"),
