@@ -137,10 +137,13 @@ def _fill(
         run.close(count, complete=True)
 
 
-def check(folder: Path | str) -> list[str]:
+def check(folder: Path | str, progress: bool = False) -> list[str]:
     """What is wrong in a prepared folder: files missing or of another size or SHA-256."""
+    from tqdm import tqdm
+
     manifest = read_manifest(folder)
-    found = [damage(Path(folder), entry, ("file", "index")) for entry in manifest["shards"]]
+    shards = tqdm(manifest["shards"], "checking", unit="shard", disable=not progress)
+    found = [damage(Path(folder), entry, ("file", "index")) for entry in shards]
     wrong = [text for text in found if text is not None]
     if not manifest["complete"]:
         wrong.append("it is not complete: run the same `d2m prepare` command again")

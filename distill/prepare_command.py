@@ -147,7 +147,7 @@ def _check(folder: str) -> None:
     from distill.prepare import check
     from distill.shard_files import read_manifest
 
-    wrong = check(folder)
+    wrong = check(folder, progress=True)
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UserError(f"{folder}: {'; '.join(wrong[:5])}{more}")

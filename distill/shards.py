@@ -24,7 +24,7 @@ from distill.errors import CheckpointError, ConfigError, TrainingError, UserErro
 from distill.order import BucketOrder
 from distill.shard_files import ShardFile, damage, read_manifest
 
-OPEN_FILES = 64
+OPEN_FILES = 8  # mapped at once; pages that were read count as this process's memory
 
 
 def open_shards(config: DataConfig, device: str = "cpu", guidance: float | None = None) -> Any:
@@ -90,7 +90,10 @@ class Shards:
         self._lock = Lock()
         self.channels = first["vae"]["channels"]
         self._set_text(first["text"], parts[0][0])
-        for i, (folder, entry) in enumerate(self.shards):
+        from tqdm import tqdm
+
+        checked = tqdm(self.shards, "verifying shards", unit="shard", disable=not config.verify)
+        for i, (folder, entry) in enumerate(checked):
             if wrong := damage(folder, entry, ("file",) if config.verify else ()):
                 self._skip(i, wrong)
 

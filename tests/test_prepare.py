@@ -373,6 +373,28 @@ def test_other_settings_models_or_sources_are_refused(flux, images, tmp_path):
         run(more, images, flux)
 
 
+def test_a_full_disk_is_named_and_loses_nothing(flux, images, tmp_path, monkeypatch):
+    import errno
+
+    replace_file, done = os.replace, []
+
+    def full(*args):
+        done.append(args)
+        if len(done) == 6:  # the second shard
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace_file(*args)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match="cannot write .*shard-00001.*No space left on device"):
+        run(images, tmp_path / "out", flux)
+    monkeypatch.undo()
+    assert not list((tmp_path / "out").glob(".*.tmp"))
+    assert len(read_manifest(tmp_path / "out")["shards"]) == 1
+    run(images, tmp_path / "out", flux)
+    run(images, tmp_path / "straight", flux)
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
 def test_two_runs_at_once_are_refused(flux, images, tmp_path):
     fcntl = pytest.importorskip("fcntl")
     run(images, tmp_path / "out", flux)
