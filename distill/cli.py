@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="OUT",
         nargs="?",
         default="benchmarks/results",
-        help="folder of `d2m demo`, or of benchmark results (default: %(default)s)",
+        help="folder of `d2m demo`, `d2m ablate` or benchmark results (default: %(default)s)",
     )
     report.add_argument(
         "--readme",
@@ -207,9 +207,12 @@ def run_report(args: argparse.Namespace) -> None:
             raise UserError(f"{args.readme} is stale: run `d2m report --readme {args.readme}`")
         print(f"{'wrote' if stale else 'unchanged:'} {args.readme}")
         return
-    from distill import bench_report, report
+    from distill import ablate_page, bench_report, report
     from distill.bench_results import load_results
 
+    if (Path(args.out) / "ablate.safetensors").exists():
+        print(f"wrote {ablate_page.render(args.out)}")
+        return
     demo = (Path(args.out) / "results.json").exists()
     benchmarks = not demo and (args.out == "benchmarks/results" or load_results(args.out))
     print(f"wrote {(bench_report if benchmarks else report).render(args.out)}")

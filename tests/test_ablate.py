@@ -335,6 +335,19 @@ def test_the_readmes_table_is_made_from_the_file(run, tmp_path):
     assert not update_readme(readme, run[0], check=True)
 
 
+def test_report_renders_it_again(run, capsys):
+    from distill.cli import main
+
+    out = run[0]
+    before = (out / "ablate.html").read_text()
+    (out / "ablate.html").unlink()
+    assert main(["report", str(out)]) == 0
+    assert str(out / "ablate.html") in capsys.readouterr().out
+    date = r"<dt>date</dt><dd>[^<]*"
+    again = (out / "ablate.html").read_text()
+    assert re.sub(date, "", again) == re.sub(date, "", before)
+
+
 class _Links(HTMLParser):
     def __init__(self):
         super().__init__()
