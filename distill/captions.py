@@ -111,7 +111,7 @@ def open_captions(
         return _open_table(table, columns, image_column, part)
     if layout == "journeydb":
         raise UserError(f"{source} holds no .jsonl file, which --layout journeydb expects")
-    if layout == "auto" and _is_saved_dataset(path):
+    if layout in ("auto", "laion", "coyo") and _is_saved_dataset(path):
         from distill.captions_hf import open_hf
 
         return open_hf(source, columns, image_column, split, name, streaming, part)
@@ -264,7 +264,12 @@ def _open_table(
     table: Path, columns: tuple[str, ...], image_column: str | None, part: tuple[int, int]
 ) -> Captions:
     """Rows of (path of an image, caption); paths are relative to the table's folder."""
-    first = next(_rows(table), None)
+    try:
+        first = next(_rows(table), None)
+    except UserError:
+        raise
+    except Exception as err:  # pyarrow has errors of its own
+        raise UserError(f"cannot read {table}: {' '.join(str(err).split())}") from err
     names = (image_column,) if image_column else PATH_COLUMNS
     known = [n for n in names if isinstance(first, Mapping) and n in first]
     if not known:

@@ -41,12 +41,12 @@ def open_hf(
             data = datasets.load_dataset(
                 str(path) if path.exists() else source, name, split=split, streaming=streaming
             )
+        if part != (0, 1):
+            data = data.shard(num_shards=part[1], index=part[0])
     except Exception as err:  # the library and the hub client raise many kinds
         raise UserError(
             f"cannot open the dataset {source} (split {split!r}): {' '.join(str(err).split())}"
         ) from err
-    if part != (0, 1):
-        data = data.shard(num_shards=part[1], index=part[0])
     column = _image_column(data, image_column, source)
     if isinstance((data.features or {}).get(column), datasets.Image):
         data = data.cast_column(column, datasets.Image(decode=False))

@@ -11,7 +11,7 @@ from typing import Any
 
 from distill import checkpoint as ckpt
 from distill.buckets import resolutions
-from distill.captions import Captions, open_captions
+from distill.captions import Captions, Item, open_captions
 from distill.decode import decode, in_order
 from distill.errors import UserError
 from distill.prepare_run import Encoders, Run, Settings, bad_limit, same
@@ -102,6 +102,21 @@ def _prepare(
     return run.manifest
 
 
+def _numbered(captions: Captions, start: int) -> Iterator[tuple[int, Item]]:
+    """The source's items from number `start` on; what goes wrong between them is a user's error."""
+    number = start
+    try:
+        for number, item in enumerate(captions.items(start), start):
+            yield number, item
+    except UserError:
+        raise
+    except Exception as err:  # readers and the hub client raise many kinds
+        raise UserError(
+            f"the source cannot be read on after item {number} ({type(err).__name__}: "
+            f"{' '.join(str(err).split())}); finished shards are kept, the same command goes on"
+        ) from err
+
+
 def _fill(
     run: Run,
     captions: Captions,
@@ -117,7 +132,7 @@ def _fill(
     most, start = run.settings.max_upscale, run.next
     items = in_order(
         lambda pair: decode(pair[1], pair[0], buckets, most),
-        enumerate(captions.items(start), start),
+        _numbered(captions, start),
         workers,
     )
     count = start

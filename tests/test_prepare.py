@@ -108,6 +108,14 @@ def test_drawn_latents_differ_and_repeat(flux, images, tmp_path):
     assert not torch.equal(a["latents/64x64"], mode["latents/64x64"])
 
 
+def test_the_number_of_workers_changes_nothing(flux, images, tmp_path):
+    for workers in (0, 1, 5):
+        prepare(
+            str(images), tmp_path / f"{workers}", str(flux), SMALL, workers=workers, progress=False
+        )
+    assert contents(tmp_path / "0") == contents(tmp_path / "1") == contents(tmp_path / "5")
+
+
 def test_parts_of_several_machines_are_the_whole(flux, images, tmp_path):
     for i in range(2):
         run(images, tmp_path / f"part-{i}", flux, part=(i, 2))
@@ -269,6 +277,28 @@ def test_a_hugging_face_dataset(flux, tmp_path, streaming, monkeypatch):
         for s in ("saved", "files")
     ]
     assert torch.equal(*latents)
+
+
+@pytest.mark.parametrize(("lines", "message"), [(0, "cannot read"), (900, "read on after item")])
+def test_a_table_with_broken_text(flux, tmp_path, lines, message):
+    source = _table(tmp_path / "s", "file_name", "text", "metadata.csv")
+    with open(source / "metadata.csv", "ab") as table:
+        table.write(b"\nnothing.png,a cat" * lines + b"\xff")
+    with pytest.raises(UserError, match=f"{message}.*can't decode byte 0xff"):
+        run(source, tmp_path / "out", flux, max_bad="999")
+
+
+@pytest.mark.parametrize("layout", ["auto", "laion"])
+def test_addresses_alone_are_refused(flux, tmp_path, layout):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("datasets")
+    import pyarrow
+
+    (tmp_path / "laion").mkdir()
+    rows = pyarrow.Table.from_pylist([{"URL": "http://x/0.jpg", "TEXT": "a cat"}])
+    parquet.write_table(rows, tmp_path / "laion" / "part-0.parquet")
+    with pytest.raises(UserError, match="lists addresses.*img2dataset"):
+        run(tmp_path / "laion", tmp_path / "out", flux, layout=layout)
 
 
 def test_sources_that_are_none_say_what_was_expected(flux, tmp_path):

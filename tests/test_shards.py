@@ -24,6 +24,7 @@ from distill.prepare import prepare  # noqa: E402
 from distill.prepare_run import Settings  # noqa: E402
 from distill.shard_files import ShardFile, read_manifest  # noqa: E402
 from distill.shards import Shards, open_shards  # noqa: E402
+from distill.sources import open_source  # noqa: E402
 
 SETTINGS = Settings(size=64, batch=4, shard_mb=0.005, max_upscale=2.0, length=LENGTH)
 
@@ -292,6 +293,15 @@ def test_what_does_not_fit_is_named(online, cached, images, flux, tmp_path):
     manifest.write_text(text.replace("d2m-latents-1", "d2m-latents-9"))
     with pytest.raises(CheckpointError, match="'d2m-latents-9'; this version reads"):
         Shards(config(tmp_path / "half"))
+
+
+@pytest.mark.parametrize("name", ["digits", "photos"])
+def test_built_in_sources_open_by_name(name):
+    pytest.importorskip({"digits": "sklearn", "photos": "skimage"}[name])
+    source = open_source(DataConfig(name=name, timesteps="logit-normal"))
+    batch = source.batch(0, 0, 3)
+    assert batch.x0.shape[2] == source.channels and batch.text.shape[2] == source.text_dim
+    assert equal(source.batch(0, 0, 3, rows=slice(1, 2)), batch[1:2])
 
 
 # --- reading ahead --------------------------------------------------------------------------
