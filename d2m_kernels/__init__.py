@@ -7,5 +7,17 @@ from d2m_kernels.moe_ffn import moe_ffn
 from d2m_kernels.permute import permute
 from d2m_kernels.route import route
 from d2m_kernels.routing import Routing
+from d2m_kernels.streams import Stream, moe_ffn_pair, why_two_calls
 
-__all__ = ["Routing", "__version__", "combine", "grouped_gemm", "moe_ffn", "permute", "route"]
+__all__ = [
+    "Routing",
+    "Stream",
+    "__version__",
+    "combine",
+    "grouped_gemm",
+    "moe_ffn",
+    "moe_ffn_pair",
+    "permute",
+    "route",
+    "why_two_calls",
+]

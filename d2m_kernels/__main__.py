@@ -32,6 +32,10 @@ def _serves(device_type: str) -> list[str]:
     for name, reason in backends.explain(device_type, dtype).items():
         state = ("used" if name == best else "available") if reason is None else f"no: {reason}"
         lines.append(f"  {name:<10} {state}")
+    grouped = backends.groups_streams(best)
+    lines.append(
+        f"  two streams (moe_ffn_pair): {'one launch' if grouped else 'two calls'} a stage"
+    )
     return lines
 
 

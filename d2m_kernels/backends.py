@@ -2,7 +2,8 @@
 
 A back-end is a module with the stages' functions (`route`, `permute`, `grouped_gemm`, `combine`,
 `ffn_fwd`, `ffn_bwd`; see `reference.py`), `unavailable()` and `unsupported(device_type, dtype)`,
-which return None or the reason.
+which return None or the reason. `ffn_streams_fwd` and `ffn_streams_bwd` are for those that can run
+two streams of tokens in the launches of one; elsewhere the streams run one after another.
 """
 
 from __future__ import annotations
@@ -77,6 +78,12 @@ def _best(device_type: str, dtype: torch.dtype, env: str | None) -> str:
     # On a CPU, Triton means its interpreter: for debugging, so only when it is asked for.
     names = [name for name in BACKENDS if (name, device_type) != ("triton", "cpu")]
     return next(name for name in names if why_not(name, device_type, dtype) is None)
+
+
+def groups_streams(name: str) -> bool:
+    """Whether the back-end runs two streams of tokens in the launches of one."""
+    groups = getattr(module(name), "groups_streams", None)
+    return groups is not None and groups()
 
 
 def explain(device_type: str, dtype: torch.dtype) -> dict[str, str | None]:

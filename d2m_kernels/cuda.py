@@ -57,3 +57,15 @@ def ffn_fwd(*args):
 def ffn_bwd(*args):
     products = _products()
     return products.ffn_bwd(*args, **({"combine": combine} if products is torch_ else {}))
+
+
+def groups_streams() -> bool:
+    return _products() is not torch_
+
+
+def ffn_streams_fwd(*args):
+    return _products().ffn_streams_fwd(*args)
+
+
+def ffn_streams_bwd(*args):
+    return _products().ffn_streams_bwd(*args)

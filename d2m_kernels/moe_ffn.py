@@ -5,6 +5,8 @@ Shapes: T tokens, D model, F hidden = S shared + E * H, E experts, K top-k, N = 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from d2m_kernels import backends, checks
@@ -67,6 +69,30 @@ def moe_ffn(
         TypeError, ValueError: an argument's type, dtype, shape or device is wrong.
         RuntimeError: the requested back-end cannot serve this device or dtype.
     """
+    call = prepare(
+        x, router, w1, w2, b1, b2, top_k, shared, activation, gate_first, routed_scale, token_mask,
+        routing, freeze_shared, backend, return_routing,
+    )  # fmt: skip
+    y = run(call).view(x.shape)
+    return (y, call.routing) if return_routing else y
+
+
+class Call(NamedTuple):
+    """A checked and routed call of `moe_ffn`, as the ops take it."""
+
+    tensors: tuple  # x [T, D], w1, w1_gate, w2, b1, b1_gate, b2
+    slots: tuple  # weights, offsets, order, inverse of the routing
+    attrs: tuple  # neurons every token uses, activation, gate_first, routed_scale
+    frozen: int
+    backend: str
+    routing: Routing | None
+
+
+def prepare(
+    x, router, w1, w2, b1, b2, top_k, shared, activation, gate_first, routed_scale, token_mask,
+    routing, freeze_shared, backend, return_routing,
+) -> Call:  # fmt: skip
+    """Checks the arguments of `moe_ffn` and routes."""
     checks.input_and_router(x, router)
     device = x.device.type
     autocast = None if x.dtype == torch.float64 else autocast_dtype(device)
@@ -87,22 +113,25 @@ def moe_ffn(
     with without_autocast(device):
         if k or return_routing:
             routing = _route(x_TD, router, k, token_mask, routing, name, device)
-        args = (x_TD, w1, w1_gate, w2, unit(b1), unit(b1_gate), unit(b2))
+        tensors = (x_TD, w1, w1_gate, w2, unit(b1), unit(b1_gate), unit(b2))
         if autocast:
-            args = tuple(t if t is None else t.to(dtype) for t in args)
+            tensors = tuple(t if t is None else t.to(dtype) for t in tensors)
         if k:
             slots = (routing.weights, routing.offsets, routing.order, routing.inverse)
         else:
             slots = _no_slots(x_TD, router)
-        always = w2.shape[1] if top_k == "dense" else shared
-        attrs = (always, activation, gate_first, float(routed_scale))
-        if needs_grad(*args, slots[0]):
-            frozen = shared if freeze_shared else 0
-            y_TD = FFNFunction.apply(*args, *slots, *attrs, frozen, name)
-        else:
-            y_TD, _, _ = torch.ops.d2m.ffn_fwd.default(*args, *slots, *attrs, False, name)
-    y = y_TD.view(x.shape)
-    return (y, routing) if return_routing else y
+    always = w2.shape[1] if top_k == "dense" else shared
+    attrs = (always, activation, gate_first, float(routed_scale))
+    return Call(tensors, slots, attrs, shared if freeze_shared else 0, name, routing)
+
+
+def run(call: Call) -> torch.Tensor:
+    """y [T, D] of one prepared call."""
+    tensors, slots, attrs, frozen, name, _ = call
+    with without_autocast(tensors[0].device.type):
+        if needs_grad(*tensors, slots[0]):
+            return FFNFunction.apply(*tensors, *slots, *attrs, frozen, name)
+        return torch.ops.d2m.ffn_fwd.default(*tensors, *slots, *attrs, False, name)[0]
 
 
 def _route(x_TD, router, k, token_mask, routing, name, device) -> Routing:

@@ -9,7 +9,7 @@ import torch
 
 from d2m_kernels import backends
 from d2m_kernels.activations import is_gated
-from d2m_kernels.reference import FFNGrads
+from d2m_kernels.reference import FFNGrads, FFNInputs
 
 _ROUTE = (
     "(Tensor x, Tensor router, int top_k, Tensor? token_mask, str backend)"
@@ -44,6 +44,12 @@ _FFN_BWD = (
     f" {_FFN_ATTRS}, int frozen, bool[] needs, str backend)"
     " -> (Tensor dx, Tensor dw1, Tensor dw1_gate, Tensor dw2, Tensor db1, Tensor db1_gate,"
     " Tensor db2, Tensor dweights)"
+)
+# Two streams: the eleven tensors of each (x .. inverse) in one list, results in one list.
+_FFN_STREAMS_FWD = f"(Tensor?[] inputs, {_FFN_ATTRS}, bool save, str backend) -> Tensor[]"
+_FFN_STREAMS_BWD = (
+    f"(Tensor[] dys, Tensor?[] inputs, Tensor[] saved, {_FFN_ATTRS}, int frozen, bool[] needs,"
+    " str backend) -> Tensor[]"
 )
 
 
@@ -159,17 +165,40 @@ def _(y, inverse, weights, offsets, base, bias, scale, backend):
 # ------------------------------------------------------------------------------------ the layer
 
 
+def _ffn_inputs(inputs, activation, gate_first) -> FFNInputs:
+    """x .. inverse as the ops take them -> as the back-ends do."""
+    x, w1, w1_gate, w2, b1, b1_gate, b2, *slots = inputs
+    up, gate = halves(w1, w1_gate, activation, gate_first)
+    b_up, b_gate = halves(b1, b1_gate, activation, gate_first)
+    return FFNInputs(x, up, gate, w2, b_up, b_gate, b2, *slots)
+
+
+def _ffn_grads(buffers, needs, activation, gate_first) -> FFNGrads:
+    dx, dw1, dw1_gate, dw2, db1, db1_gate, db2, dweights = (
+        buffer if need else None for buffer, need in zip(buffers, needs, strict=True)
+    )
+    d_up, d_gate = halves(dw1, dw1_gate, activation, gate_first)
+    db_up, db_gate = halves(db1, db1_gate, activation, gate_first)
+    return FFNGrads(dx, d_up, d_gate, dw2, db_up, db_gate, db2, dweights)
+
+
+def _pre_activations(x, w2, offsets, order, shared, activation):
+    """Empty z_shared and z_routed."""
+    width = 2 if is_gated(activation) else 1
+    expert = (w2.shape[1] - shared) // (offsets.shape[0] - 1)
+    z_shared = x.new_empty(x.shape[0], shared * width)
+    return z_shared, x.new_empty(order.shape[0], expert * width)
+
+
 @_define("ffn_fwd", _FFN_FWD)
 def _ffn_fwd(
     x, w1, w1_gate, w2, b1, b1_gate, b2, weights, offsets, order, inverse,
     shared, activation, gate_first, scale, save, backend,
 ):  # fmt: skip
-    up, gate = halves(w1, w1_gate, activation, gate_first)
-    b_up, b_gate = halves(b1, b1_gate, activation, gate_first)
+    tensors = (x, w1, w1_gate, w2, b1, b1_gate, b2, weights, offsets, order, inverse)
     y, z_shared, z_routed = backends.module(backend).ffn_fwd(
-        x, up, gate, w2, b_up, b_gate, b2, weights, offsets, order, inverse,
-        shared, activation, scale, save,
-    )  # fmt: skip
+        *_ffn_inputs(tensors, activation, gate_first), shared, activation, scale, save
+    )
     if not save:
         z_shared, z_routed = x.new_empty(0), x.new_empty(0)
     return y, z_shared, z_routed
@@ -183,10 +212,7 @@ def _(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not save:
         return y, x.new_empty(0), x.new_empty(0)
-    halves_count = 2 if is_gated(activation) else 1
-    expert = (w2.shape[1] - shared) // (offsets.shape[0] - 1)
-    z_shared = x.new_empty(x.shape[0], shared * halves_count)
-    return y, z_shared, x.new_empty(order.shape[0], expert * halves_count)
+    return y, *_pre_activations(x, w2, offsets, order, shared, activation)
 
 
 @_define("ffn_bwd", _FFN_BWD)
@@ -195,16 +221,10 @@ def _ffn_bwd(
     shared, activation, gate_first, scale, frozen, needs, backend,
 ):  # fmt: skip
     buffers = _gradient_buffers((x, w1, w1_gate, w2, b1, b1_gate, b2, weights), needs)
-    dx, dw1, dw1_gate, dw2, db1, db1_gate, db2, dweights = (
-        buffer if need else None for buffer, need in zip(buffers, needs, strict=True)
-    )
-    d_up, d_gate = halves(dw1, dw1_gate, activation, gate_first)
-    db_up, db_gate = halves(db1, db1_gate, activation, gate_first)
     up, gate = halves(w1, w1_gate, activation, gate_first)
     backends.module(backend).ffn_bwd(
         dy, x, up, gate, w2, weights, offsets, order, inverse, z_shared, z_routed,
-        shared, activation, scale, frozen,
-        FFNGrads(dx, d_up, d_gate, dw2, db_up, db_gate, db2, dweights),
+        shared, activation, scale, frozen, _ffn_grads(buffers, needs, activation, gate_first),
     )  # fmt: skip
     return buffers
 
@@ -215,3 +235,64 @@ def _(
     shared, activation, gate_first, scale, frozen, needs, backend,
 ):  # fmt: skip
     return _gradient_buffers((x, w1, w1_gate, w2, b1, b1_gate, b2, weights), needs)
+
+
+# -------------------------------------------------------------------------- two streams of tokens
+
+PER_STREAM = 11  # tensors of one stream: x, w1, w1_gate, w2, b1, b1_gate, b2, the routing's four
+LEARNED = 8  # of which the first eight (with the routing's weights) have a gradient
+
+
+def per_stream(flat, size):
+    """A flat list cut into one list a stream."""
+    return [flat[i : i + size] for i in range(0, len(flat), size)]
+
+
+@_define("ffn_streams_fwd", _FFN_STREAMS_FWD)
+def _ffn_streams_fwd(inputs, shared, activation, gate_first, scale, save, backend):
+    module = backends.module(backend)
+    streams = [_ffn_inputs(t, activation, gate_first) for t in per_stream(inputs, PER_STREAM)]
+    attrs = (shared, activation, scale, save)
+    if backends.groups_streams(backend):
+        results = module.ffn_streams_fwd(streams, *attrs)
+    else:
+        results = [module.ffn_fwd(*s, *attrs) for s in streams]
+    empty = streams[0].x.new_empty
+    return [empty(0) if t is None else t for result in results for t in result]
+
+
+@torch.library.register_fake("d2m::ffn_streams_fwd")
+def _(inputs, shared, activation, gate_first, scale, save, backend):
+    results = []
+    for x, _, _, w2, _, _, _, _, offsets, order, _ in per_stream(inputs, PER_STREAM):
+        results.append(torch.empty_like(x, memory_format=torch.contiguous_format))
+        if save:
+            results += _pre_activations(x, w2, offsets, order, shared, activation)
+        else:
+            results += [x.new_empty(0), x.new_empty(0)]
+    return results
+
+
+@_define("ffn_streams_bwd", _FFN_STREAMS_BWD)
+def _ffn_streams_bwd(
+    dys, inputs, saved, shared, activation, gate_first, scale, frozen, needs, backend
+):
+    module = backends.module(backend)
+    tensors, needs = per_stream(inputs, PER_STREAM), per_stream(needs, LEARNED)
+    streams = [_ffn_inputs(t, activation, gate_first) for t in tensors]
+    buffers = [_gradient_buffers(t[:LEARNED], n) for t, n in zip(tensors, needs, strict=True)]
+    grads = [_ffn_grads(b, n, activation, gate_first) for b, n in zip(buffers, needs, strict=True)]
+    zs, attrs = per_stream(saved, 2), (shared, activation, scale, frozen)
+    if backends.groups_streams(backend):
+        module.ffn_streams_bwd(dys, streams, zs, *attrs, grads)
+    else:
+        for dy, s, z, g in zip(dys, streams, zs, grads, strict=True):
+            slots = (s.weights, s.offsets, s.order, s.inverse)
+            module.ffn_bwd(dy, s.x, s.up, s.gate, s.w2, *slots, *z, *attrs, g)
+    return [t for b in buffers for t in b]
+
+
+@torch.library.register_fake("d2m::ffn_streams_bwd")
+def _(dys, inputs, saved, shared, activation, gate_first, scale, frozen, needs, backend):
+    pairs = zip(per_stream(inputs, PER_STREAM), per_stream(needs, LEARNED), strict=True)
+    return [t for tensors, n in pairs for t in _gradient_buffers(tensors[:LEARNED], n)]

@@ -9,6 +9,7 @@ it runs anywhere, and every other back-end is compared with it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +21,22 @@ from d2m_kernels.activations import (
 )
 
 NAME = "reference"
+
+
+class FFNInputs(NamedTuple):
+    """One stream's tensors of `ffn_fwd`, in its order."""
+
+    x: torch.Tensor  # [T, D]
+    up: torch.Tensor  # [F, D]
+    gate: torch.Tensor | None  # [F, D]
+    w2: torch.Tensor  # [D, F]
+    b_up: torch.Tensor | None  # [F]
+    b_gate: torch.Tensor | None  # [F]
+    b2: torch.Tensor | None  # [D]
+    weights: torch.Tensor  # [T, K] fp32
+    offsets: torch.Tensor  # [E + 1] int32
+    order: torch.Tensor  # [N] int32
+    inverse: torch.Tensor  # [N] int32
 
 
 @dataclass

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from d2m_kernels import Routing
 from d2m_models.config import MoEConfig
-from d2m_models.moe import ExpertLayer, MoEFeedForward
+from d2m_models.moe import ExpertLayer, MoEFeedForward, can_run_together, run_together
 
 
 def narrow_adaln(norm: nn.Module, width: int) -> None:
@@ -99,18 +99,30 @@ class FluxMoETransformerBlock(FluxTransformerBlock):
 
         x = x + x_gate_attn.unsqueeze(1) * x_attn
         x_normed = self.norm2(x) * (1 + x_scale[:, None]) + x_shift[:, None]
-        x_ff = self._feed_forward("ff", x_normed, None, saved_routing, routing)
+        c = c + c_gate_attn.unsqueeze(1) * c_attn
+        c_normed = self.norm2_context(c) * (1 + c_scale[:, None]) + c_shift[:, None]
+        x_ff, c_ff = self._feed_forwards(x_normed, c_normed, token_mask, saved_routing, routing)
+
         x = x + x_gate.unsqueeze(1) * x_ff
         if ip_attn:
             x = x + ip_attn[0]
-
-        c = c + c_gate_attn.unsqueeze(1) * c_attn
-        c_normed = self.norm2_context(c) * (1 + c_scale[:, None]) + c_shift[:, None]
-        c_ff = self._feed_forward("ff_context", c_normed, token_mask, saved_routing, routing)
         c = c + c_gate.unsqueeze(1) * c_ff
         if c.dtype == torch.float16:
             c = c.clip(-65504, 65504)
         return (c, x, routing) if return_routing else (c, x)
+
+    def _feed_forwards(self, x, c, mask, saved, routing):
+        """Image and text FFN, together where they are MoE layers with nothing hanging on them."""
+        if not can_run_together(self.ff, self.ff_context):
+            x_ff = self._feed_forward("ff", x, None, saved, routing)
+            return x_ff, self._feed_forward("ff_context", c, mask, saved, routing)
+        reuse = (
+            _reuse(self.ff, "ff", saved, x, None),
+            _reuse(self.ff_context, "ff_context", saved, c, mask),
+        )
+        results = run_together(self.ff, self.ff_context, (x, c), reuse, (None, mask))
+        (x_ff, routing["ff"]), (c_ff, routing["ff_context"]) = results
+        return x_ff, c_ff
 
     def _feed_forward(self, name, x, mask, saved, routing):
         layer = getattr(self, name)

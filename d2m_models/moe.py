@@ -9,15 +9,15 @@ The Linears stay the dense model's own, under the dense model's names; an expert
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from d2m_kernels import Routing, moe_ffn, route
+from d2m_kernels import Routing, Stream, moe_ffn, moe_ffn_pair, route
 from d2m_models.config import MoEConfig, check_top_k
-from d2m_models.weights import effective_weight
+from d2m_models.weights import effective_weight, is_bare, stays_in_place
 
 ROUTER_STD = 0.02  # never zero: ties would send every token to experts 0..K-1
 
@@ -87,7 +87,7 @@ class ExpertLayer(nn.Module):
                 of fused Linears.
         """
 
-        def run(w1_XD, b1_X, w2_DX, b2_D, router_ED, gate_FD=None, b_gate_F=None):
+        def run(router_ED, w1_XD, b1_X, w2_DX, b2_D, gate_FD=None, b_gate_F=None):
             w1_FD, b1_F = w1_XD, b1_X
             if first_row:
                 w1_FD, b1_F = w1_XD[first_row:], None if b1_X is None else b1_X[first_row:]
@@ -100,28 +100,41 @@ class ExpertLayer(nn.Module):
                 w2_DX[:, first_column:] if first_column else w2_DX,
                 b1_F,
                 b2_D,
-                top_k=self.top_k,
-                shared=self.shared,
-                activation=self.activation,
-                gate_first=self.gate_first,
-                routed_scale=self.routed_scale,
+                **self.settings(),
                 token_mask=token_mask,
                 routing=routing,
-                freeze_shared=self.freeze_shared,
                 backend=self.backend,
                 return_routing=True,
             )
             return (y if also is None else y + also(w1_XD, b1_X, w2_DX)), new_routing
 
+        return self.with_weights(up, down, run)
+
+    def settings(self) -> dict[str, Any]:
+        """How `moe_ffn` is to run this layer."""
+        return dict(
+            top_k=self.top_k,
+            shared=self.shared,
+            activation=self.activation,
+            gate_first=self.gate_first,
+            routed_scale=self.routed_scale,
+            freeze_shared=self.freeze_shared,
+        )
+
+    def with_weights(self, up: nn.Module, down: nn.Module, use: Callable) -> Any:
+        """use(router, w1, b1, w2, b2, and a gate's own weight and bias if there is one).
+
+        Nested, so that all weights are in place (onloaded, cast) while they are used.
+        """
+
         def with_up_and_down(router_ED, *gate):
             return effective_weight(
                 up,
                 lambda w1_XD, b1_X: effective_weight(
-                    down, lambda w2_DX, b2_D: run(w1_XD, b1_X, w2_DX, b2_D, router_ED, *gate)
+                    down, lambda w2_DX, b2_D: use(router_ED, w1_XD, b1_X, w2_DX, b2_D, *gate)
                 ),
             )
 
-        # Nested, so that all weights are in place (onloaded, cast) while they are used.
         gate = self.gate_linear()
         if gate is None:
             return effective_weight(self.router, lambda router_ED, _: with_up_and_down(router_ED))
@@ -192,6 +205,58 @@ class MoEFeedForward(ExpertLayer):
     ) -> Tensor | tuple[Tensor, Routing]:
         y, routing = self.run_experts(x, *self.linears(), routing=routing, token_mask=token_mask)
         return (y, routing) if return_routing else y
+
+
+def can_run_together(*layers: nn.Module) -> bool:
+    """Whether `run_together` does for these layers just what calling each of them would do.
+
+    Not so where something hangs on a layer's call (hooks, compilation, a replaced forward), and not
+    worth it where weights are brought in for their use only: two layers' would be there at once.
+    """
+    return all(
+        type(layer) is MoEFeedForward
+        and layer.backend == layers[0].backend
+        and is_bare(layer)
+        and all(stays_in_place(linear) for linear in (*layer.linears(), layer.router))
+        and layer.gate_linear() is None
+        for layer in layers
+    )
+
+
+def run_together(
+    first: MoEFeedForward,
+    second: MoEFeedForward,
+    xs: tuple[Tensor, Tensor],
+    routings: tuple[Routing | None, Routing | None] = (None, None),
+    token_masks: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[tuple[Tensor, Routing], tuple[Tensor, Routing]]:
+    """Both layers' (output, Routing) by `moe_ffn_pair`: one launch a stage for image and text."""
+
+    def stream(i, layer, router_ED, w1_FD, b1_F, w2_DF, b2_D):
+        return Stream(
+            xs[i],
+            router_ED,
+            w1_FD,
+            w2_DF,
+            b1_F,
+            b2_D,
+            **layer.settings(),
+            token_mask=token_masks[i],
+            routing=routings[i],
+        )
+
+    return first.with_weights(
+        *first.linears(),
+        lambda *a: second.with_weights(
+            *second.linears(),
+            lambda *b: moe_ffn_pair(
+                stream(0, first, *a),
+                stream(1, second, *b),
+                backend=first.backend,
+                return_routing=True,
+            ),
+        ),
+    )
 
 
 def moe_layers(model: nn.Module) -> dict[str, ExpertLayer]:

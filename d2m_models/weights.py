@@ -44,6 +44,26 @@ def is_plain(linear: nn.Module) -> bool:
     )
 
 
+def is_bare(module: nn.Module) -> bool:
+    """True if calling the module does nothing but run its class's forward."""
+    return (
+        "forward" not in module.__dict__
+        and not module._forward_pre_hooks
+        and not module._forward_hooks
+        and not module._backward_pre_hooks
+        and not module._backward_hooks
+        and module._compiled_call_impl is None
+        and not torch.nn.modules.module._has_any_global_hook()
+    )
+
+
+def stays_in_place(linear: nn.Module) -> bool:
+    """True for an ordinary Linear, or one under peft's LoRA: no hook moves or casts its weight."""
+    while hasattr(linear, "base_layer"):
+        linear = linear.base_layer
+    return is_plain(linear)
+
+
 def effective_weight(
     linear: nn.Module, use: Callable[[Tensor, Tensor | None], Any] | None = None
 ) -> Any:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from d2m_kernels import backends, moe_ffn, route
+from d2m_kernels import Stream, backends, moe_ffn, moe_ffn_pair, route
 
 # The back-ends that serve CPU tensors; the Triton interpreter and GPUs have tests of their own.
 CPU_BACKENDS = ("reference", "cpu", "torch")
@@ -214,6 +214,39 @@ def compare(case: Case, backend: str, **extra) -> None:
             assert not ours[name].any(), f"{name}: expected a zero gradient"
             continue
         assert_as_good_as_torch(ours[name], value, own[name], f"{backend} {case} {name}")
+
+
+def stream(case: Case, inputs: dict, **extra) -> Stream:
+    return Stream(**inputs, **{**case.kwargs(), **extra})
+
+
+def run_pair(cases, inputs, backend: str | None, extra=({}, {})) -> list[dict]:
+    """`run` of `moe_ffn_pair`: both outputs and all gradients of one backward, a dict a stream."""
+    streams = [stream(c, p, **e) for c, p, e in zip(cases, inputs, extra, strict=True)]
+    ys = moe_ffn_pair(*streams, backend=backend)
+    present = [{n: t for n, t in p.items() if t is not None and t.requires_grad} for p in inputs]
+    loss = sum((y * loss_weights(y)).sum() for y in ys)
+    grads = iter(torch.autograd.grad(loss, [t for p in present for t in p.values()]))
+    return [
+        {"y": y.detach()} | {n: next(grads) for n in p} for y, p in zip(ys, present, strict=True)
+    ]
+
+
+def compare_pair(cases, backend: str) -> None:
+    """Both streams of `moe_ffn_pair`, and every gradient, against plain torch as in `compare`."""
+    inputs = [case.build() for case in cases]
+    ours = run_pair(cases, inputs, backend)
+    for i, (case, low) in enumerate(zip(cases, inputs, strict=True)):
+        k = 0 if case.k == "dense" else case.k
+        ids = route(low["x"].detach(), low["router"].detach(), top_k=k, backend=backend).ids
+        expected = run(lambda p, c=case, i=ids: plain_torch(c, p, i), case.build(torch.float64))
+        own = run(lambda p, c=case, i=ids: plain_torch(c, p, i), low)
+        for name, value in expected.items():
+            if value is None:  # torch's plain version leaves the router out of the graph
+                assert not ours[i][name].any(), f"{name}: expected a zero gradient"
+                continue
+            what = f"{backend} stream {i} of {cases} {name}"
+            assert_as_good_as_torch(ours[i][name], value, own[name], what)
 
 
 def available(name: str, device: str = "cpu", dtype=torch.float32) -> bool:

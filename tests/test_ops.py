@@ -27,6 +27,12 @@ def arguments(backend: str, activation: str = "gelu_tanh"):
     experts = up[case.S :].reshape(3, 4, 8)
     gates = None if gate is None else gate[case.S :].reshape(3, 4, 8)
     gather = r.order // 2
+    needs = [True, True, False, True, True, False, True, True]
+    x2 = p["x"][:4] + 1  # a second, shorter stream with weights of its own and without biases
+    r2 = route(x2, p["router"], top_k=2, backend=backend)
+    second = (x2, p["w1"] + 1, None, p["w2"] + 1, None, None, None)
+    two = [*weights, *slots, *second, r2.weights, r2.offsets, r2.order, r2.inverse]
+    short = torch.ops.d2m.ffn_fwd(*two[11:], *attrs, True, backend)
     gemm = (p["x"], experts, r.offsets, gates, gather, None, None, activation)
     rows = torch.randn(18, 4)
     return {
@@ -37,12 +43,17 @@ def arguments(backend: str, activation: str = "gelu_tanh"):
         "combine": (torch.randn(18, 8), r.inverse.view(9, 2), r.weights, r.offsets, p["x"], p["b2"],
                     1.5, backend),
         "ffn_fwd": fwd,
-        "ffn_bwd": (torch.ones_like(y), *weights, *slots, z_shared, z_routed, *attrs, 2,
-                    [True, True, False, True, True, False, True, True], backend),
+        "ffn_bwd": (torch.ones_like(y), *weights, *slots, z_shared, z_routed, *attrs, 2, needs,
+                    backend),
+        "ffn_streams_fwd": (two, *attrs, True, backend),
+        "ffn_streams_bwd": ([y + 1, short[0]], two, [z_shared, z_routed, *short[1:]], *attrs, 2,
+                            needs + [True, False, False, True, False, False, False, True],
+                            backend),
     }  # fmt: skip
 
 
-OPS = ["route", "permute", "grouped_gemm", "grouped_gemm_bwd", "combine", "ffn_fwd", "ffn_bwd"]
+OPS = ["route", "permute", "grouped_gemm", "grouped_gemm_bwd", "combine", "ffn_fwd", "ffn_bwd",
+       "ffn_streams_fwd", "ffn_streams_bwd"]  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)

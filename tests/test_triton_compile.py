@@ -64,6 +64,8 @@ def cases(arch: int):
         for activation in ("gelu_tanh", "geglu"):
             for shape in SHAPES:
                 yield f"{shape} {activation}", pins, lambda a=activation, s=shape: layer(s, a)
+            label = f"flux pair {activation}"
+            yield label, pins, lambda a=activation: layer("flux", a, tokens=(4096, 512))
     fp32 = dict.fromkeys(configs.STAGES, configs.FP32)
     for activation in ("gelu_tanh", "geglu"):
         for tf32 in (False, True)[: 2 if activation == "gelu_tanh" else 1]:
@@ -80,15 +82,18 @@ def cases(arch: int):
             yield label, {}, lambda e=experts, x=x, r=router: small_stages(e, x, r)
 
 
-def layer(shape: str, activation: str, dtype: str = "bfloat16", tf32: bool = False):
-    """Forward (inference and training) and backward of the layer, on meta tensors."""
+def layer(shape: str, activation: str, dtype: str = "bfloat16", tf32: bool = False, tokens=()):
+    """Forward (inference and training) and backward of the layer, on meta tensors.
+
+    `tokens`: the rows of each stream, where there are two.
+    """
     import torch
 
     from d2m_kernels import reference, triton_
     from d2m_kernels.activations import is_gated
 
     T, D, F, S, E, K = SHAPES[shape]
-    H, N, gated = (F - S) // E, T * K, is_gated(activation)
+    H, gated = (F - S) // E, is_gated(activation)
     torch.backends.cuda.matmul.allow_tf32 = tf32
 
     def new(*size, dtype=dtype):
@@ -97,26 +102,27 @@ def layer(shape: str, activation: str, dtype: str = "bfloat16", tf32: bool = Fal
     def ints(*size):
         return new(*size, dtype="int32")
 
-    up, gate, w2 = new(F, D), new(F, D) if gated else None, new(D, F)
-    b_up, b_gate, b2 = new(F), new(F) if gated else None, new(D)
-    weights, routing = new(T, K, dtype="float32"), (ints(E + 1), ints(N), ints(N))
-    for save in (False, True):
-        triton_.ffn_fwd(
-            new(T, D), up, gate, w2, b_up, b_gate, b2, weights, *routing, S, activation, 1.0, save
+    def inputs(T):
+        gate, b_gate = (new(F, D), new(F)) if gated else (None, None)
+        routing = (new(T, K, dtype="float32"), ints(E + 1), ints(T * K), ints(T * K))
+        return reference.FFNInputs(
+            new(T, D), new(F, D), gate, new(D, F), new(F), b_gate, new(D), *routing
         )
-    grads = reference.FFNGrads(new(T, D), up, gate, w2, b_up, b_gate, b2, weights)
-    z_shared, z_routed = new(T, S * (1 + gated)), new(N, H * (1 + gated))
-    triton_.ffn_bwd(
-        new(T, D), new(T, D), up, gate, w2, weights, *routing, z_shared, z_routed, S, activation,
-        1.0, 0, grads,
-    )  # fmt: skip
+
+    streams = [inputs(n) for n in tokens or (T,)]
+    for save in (False, True):
+        triton_.ffn_streams_fwd(streams, S, activation, 1.0, save)
+    grads = [reference.FFNGrads(*s[:8]) for s in streams]
+    zs = [(new(len(s.x), S * (1 + gated)), new(len(s.order), H * (1 + gated))) for s in streams]
+    dys = [new(len(s.x), D) for s in streams]
+    triton_.ffn_streams_bwd(dys, streams, zs, S, activation, 1.0, 0, grads)
 
 
 def block_end():
     """The down-projection with a block's AdaLN gate and residual in its epilogue."""
     import torch
 
-    from d2m_kernels.triton_.down import down_shared
+    from d2m_kernels.triton_.down import Shared, down_shared
     from d2m_kernels.triton_.weights import neuron_columns
 
     T, D, F, S, E, K = SHAPES["flux"]
@@ -125,11 +131,12 @@ def block_end():
         return torch.empty(*size, dtype=dtype, device="meta")
 
     weights, offsets = new(T, K, dtype=torch.float32), new(E + 1, dtype=torch.int32)
-    down_shared(
-        "down_combine", new(T, S), neuron_columns(new(D, F), S, 768), new(T, D), offsets, K=S,
-        y2=new(T * K, D), inverse_TK=new(T, K, dtype=torch.int32), weights_TK=weights, bias=new(D),
+    end = Shared(
+        new(T, S), neuron_columns(new(D, F), S, 768), new(T, D), offsets, y2=new(T * K, D),
+        inverse_TK=new(T, K, dtype=torch.int32), weights_TK=weights, bias=new(D),
         adaln_BD=new(1, D), residual_TD=new(T, D),
     )  # fmt: skip
+    down_shared("down_combine", [end], S=S)
 
 
 def small_stages(experts: int, x_dtype: str, router_dtype: str):

@@ -7,6 +7,7 @@ pytest on this same file with TRITON_INTERPRET=1; there the tests below exist.
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -35,12 +36,22 @@ if not INTERPRETED:
 if INTERPRETED:
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import strategies as st
-    from moe_cases import Case, assert_as_good_as_torch, call, compare, plain_torch, run
+    from moe_cases import (
+        Case,
+        assert_as_good_as_torch,
+        call,
+        compare,
+        compare_pair,
+        plain_torch,
+        run,
+        run_pair,
+        stream,
+    )
 
-    from d2m_kernels import combine, moe_ffn, reference, route, triton_
+    from d2m_kernels import combine, moe_ffn, reference, route, triton_, why_two_calls
     from d2m_kernels.reference import FFNGrads
     from d2m_kernels.triton_ import configs
-    from d2m_kernels.triton_.down import down_shared
+    from d2m_kernels.triton_.down import Shared, down_shared
     from d2m_kernels.triton_.weights import neuron_columns
 
     pytestmark = [
@@ -397,10 +408,11 @@ def test_down_projection_with_gate_and_residual_of_the_block():
     bias, gate, residual = randn(D), randn(3, D), randn(T, D + 1)[:, 1:]
     weights, inverse = randn(T, K).softmax(-1), inverse.view(T, K)
     out = torch.full((T, D), float("nan"))
-    down_shared(
-        "down_combine", h, neuron_columns(w2, S, 2), out, offsets, K=S, y2=y2, inverse_TK=inverse,
-        weights_TK=weights, bias=bias, scale=1.3, adaln_BD=gate, residual_TD=residual,
+    end = Shared(
+        h, neuron_columns(w2, S, 2), out, offsets, y2=y2, inverse_TK=inverse, weights_TK=weights,
+        bias=bias, adaln_BD=gate, residual_TD=residual,
     )  # fmt: skip
+    down_shared("down_combine", [end], S=S, scale=1.3)
     inner = reference.combine(y2, inverse, weights, offsets, h @ w2[:, :S].T, bias, 1.3)
     expected = residual + gate.repeat_interleave(T // 3, 0) * inner
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
@@ -463,6 +475,84 @@ def test_public_combine_and_its_gradient():
         if back_end == "triton":
             first = out, grad
     torch.testing.assert_close(first, (out, grad), rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------- two streams
+
+
+@interpreted
+@pytest.mark.parametrize("pin", PINS)
+@pytest.mark.parametrize("activation", ["gelu_tanh", "geglu"])
+def test_two_streams_with_every_kind_of_tile(pin, activation, monkeypatch):
+    monkeypatch.setenv(configs.ENV, pin)
+    size = dict(D=64, S=64, H=72, E=3, k=2, activation=activation, dtype=torch.bfloat16, scale=1.3)
+    cases = Case(T=130, seed=1, **size), Case(T=21, seed=2, **size)
+    streams = [stream(c, c.build()) for c in cases]
+    assert why_two_calls(*streams, backend="triton") is None
+    compare_pair(cases, "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("tokens", [(0, 9), (70, 0), (0, 0), (1, 70)])
+@pytest.mark.parametrize(
+    "D,S,H,E,k", [(1, 1, 1, 1, 1), (33, 0, 5, 7, 2), (5, 8, 3, 3, 0), (20, 8, 4, 2, "dense")]
+)
+def test_two_streams_of_odd_shapes(tokens, D, S, H, E, k):
+    size = dict(D=D, S=S, H=H, E=E, k=k)
+    cases = [Case(T=T, seed=T + i, **size) for i, T in enumerate(tokens)]
+    inputs = [case.build() for case in cases]
+    for ours, case, p in zip(run_pair(cases, inputs, "triton"), cases, inputs, strict=True):
+        for name, value in run(call(case, "triton"), p).items():
+            assert torch.equal(ours[name], value), name
+
+
+@interpreted
+def test_two_streams_equal_two_calls_bitwise():
+    """With masks, a frozen shared expert, a bias in one of them and all tokens to one expert."""
+    size = dict(D=32, S=16, H=8, E=4, k=2, activation="swiglu")
+    cases = Case(T=90, seed=1, bias=False, **size), Case(T=30, seed=2, **size)
+    router = torch.zeros(4, 32, dtype=torch.float64)
+    router[2, 0] = router[3, 1] = 50
+    cases[1].tensors = {"router": router, "x": torch.ones(30, 32, dtype=torch.float64)}
+    inputs = [case.build() for case in cases]
+    masks = [torch.arange(c.T) % 3 != 0 for c in cases]
+    extra = [dict(token_mask=m, freeze_shared=True) for m in masks]
+    together = run_pair(cases, inputs, "triton", extra)
+    for ours, case, p, e in zip(together, cases, inputs, extra, strict=True):
+        for name, value in run(call(case, "triton", **e), p).items():
+            assert torch.equal(ours[name], value), name
+
+
+@interpreted
+def test_two_streams_take_one_launch_a_stage(monkeypatch):
+    stages = []
+    for name in ("act_bwd", "down", "grouped_gemm", "weight_grads"):
+        module = importlib.import_module(f"d2m_kernels.triton_.{name}")
+        plain = module.launch
+
+        def counted(kernel, stage, *args, plain=plain):
+            stages.append(stage)
+            return plain(kernel, stage, *args)
+
+        monkeypatch.setattr(module, "launch", counted)
+    size = dict(D=16, S=8, H=8, E=4, k=2)
+    cases = Case(T=20, seed=1, **size), Case(T=9, seed=2, **size)
+    run_pair(cases, [case.build() for case in cases], "triton")
+    assert stages == ["up", "down", "down_combine", "act_bwd", "dx", "dx_combine", *["wgrad"] * 2]
+
+
+@interpreted
+def test_a_bad_row_of_one_stream_leaves_the_other_alone():
+    size = dict(D=16, S=8, H=8, E=4, k=2)
+    cases = Case(T=20, seed=1, **size), Case(T=70, seed=2, **size)
+    inputs = [case.build() for case in cases]
+    clean = run_pair(cases, inputs, "triton")
+    with torch.no_grad():
+        inputs[0]["x"][11] = float("nan")
+    broken = run_pair(cases, inputs, "triton")
+    for name in clean[1]:
+        assert torch.equal(clean[1][name], broken[1][name]), name
+    assert broken[0]["y"][11].isnan().all()
 
 
 # ------------------------------------------------------------------------------- the table of tiles

@@ -4,20 +4,24 @@ route, permute      route.py         one pass over x, counting sort
 grouped_gemm        grouped_gemm.py  persistent over the device's offsets; also up
 combine             combine.py       deterministic gather and sum
 ffn_fwd             ffn.py, down.py  three launches
-ffn_bwd             backward.py
+ffn_bwd             backward.py, act_bwd.py, weight_grads.py
+ffn_streams_fwd/bwd               two streams of tokens in the launches of one
 configs.py          which tile each launch uses; launch.py: descriptors, fallback
 """
 
 import torch
 
-from d2m_kernels.triton_.backward import ffn_bwd
+from d2m_kernels.triton_.backward import ffn_bwd, ffn_streams_bwd
 from d2m_kernels.triton_.combine import combine
 from d2m_kernels.triton_.common import INTERPRET
-from d2m_kernels.triton_.ffn import ffn_fwd
+from d2m_kernels.triton_.ffn import ffn_fwd, ffn_streams_fwd
 from d2m_kernels.triton_.grouped_gemm import grouped_gemm
 from d2m_kernels.triton_.route import permute, route
 
-__all__ = ["combine", "ffn_bwd", "ffn_fwd", "grouped_gemm", "permute", "route"]
+__all__ = [
+    "combine", "ffn_bwd", "ffn_fwd", "ffn_streams_bwd", "ffn_streams_fwd", "grouped_gemm",
+    "permute", "route",
+]  # fmt: skip
 
 NAME = "triton"
 
@@ -42,3 +46,7 @@ def unsupported(device_type: str, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"computes in bfloat16, float16 and float32, not {dtype}"
     return None
+
+
+def groups_streams() -> bool:
+    return True

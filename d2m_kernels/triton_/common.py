@@ -122,6 +122,16 @@ def _grouped(local, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def _next_start(start, total):
+    """Where a program goes on in the next list of tiles, having walked `total` from `start` on.
+
+    Two lists then share the programs out as one list of both would.
+    """
+    steps = tl.cdiv(tl.maximum(total - start, 0), tl.num_programs(0))
+    return start + steps * tl.num_programs(0) - total
+
+
+@triton.jit
 def _expert_spans(offsets_ptr, E, M, tiles_n, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
     """Vectors over e: first row, end row, end of its tiles. Lane E is the tail offsets[E] .. M.
 

@@ -9,7 +9,7 @@ at run time unless the user asks by pinning.
 import functools
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,7 +33,8 @@ class Config:
 
     @property
     def name(self) -> str:
-        tail = "tma" if self.tma else ""
+        tail = f"r{self.max_registers}" if self.max_registers else ""
+        tail += "tma" if self.tma else ""
         tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
         return f"{tile}w{self.warps}s{self.stages}p{self.per_sm}{tail}"
 
@@ -58,8 +59,8 @@ class Rule:
 
 
 # At most 99 KB of shared memory: sm_86, sm_89 and sm_120 have no more, and it is every stage's last
-# resort on any other device.
-SMALL = Config(64, 64, 32, warps=4, stages=3, per_sm=2)
+# resort on any other device. Without a bound ptxas spills a word to stay at 128 registers.
+SMALL = Config(64, 64, 32, warps=4, stages=3, per_sm=2, max_registers=255)
 # fp32 products without TF32 run on the plain units. Left to itself ptxas stops at 80 registers here
 # to fit a third program on the SM, and spills.
 FP32 = Config(64, 64, 16, warps=8, stages=2, max_registers=255)
@@ -67,19 +68,21 @@ FP32 = Config(64, 64, 16, warps=8, stages=2, max_registers=255)
 # sm_90. 128x256 over 8 warps needs 9.3 TB/s of L2 at 790 TFLOP/s, 128x128 needs 12.3: the wide tile
 # where K is long, two programs of the narrow one on an SM where K is 768 and the epilogue weighs.
 # The epilogue of "act_bwd" holds dA', z and act'(z) at once: 187 to 255 registers, one program.
+# Two programs of 8 warps have 128 registers a thread; "down_combine" of two streams would take 144.
 _WIDE = Config(128, 256, 64, warps=8, stages=3, tma=True)
 _NARROW = Config(128, 128, 64, warps=8, stages=4, tma=True)
 _PAIR = Config(128, 128, 64, warps=8, stages=3, per_sm=2, tma=True)
+_PAIR_END = replace(_PAIR, max_registers=128)
 _SHORT = Config(64, 128, 64, warps=4, stages=4, per_sm=2, tma=True)
 _SHORT_GATED = Config(64, 64, 64, warps=4, stages=4, per_sm=2, tma=True)
 _SM90 = {
     "up": (Rule(_SHORT, max_rows=128), Rule(_NARROW, max_width=128), Rule(_WIDE)),
     "up_gated": (Rule(_SHORT_GATED, max_rows=128), Rule(_NARROW)),
     "down": (Rule(_SHORT, max_rows=128), Rule(_PAIR)),
-    "down_combine": (Rule(_SHORT, max_rows=512), Rule(_PAIR)),
+    "down_combine": (Rule(_SHORT, max_rows=512), Rule(_PAIR_END)),
     "act_bwd": (Rule(_SHORT, max_rows=128), Rule(_NARROW)),
     "dx": (Rule(_SHORT, max_rows=128), Rule(_PAIR)),
-    "dx_combine": (Rule(_SHORT, max_rows=512), Rule(_PAIR)),
+    "dx_combine": (Rule(_SHORT, max_rows=512), Rule(_PAIR_END)),
     "wgrad": (Rule(Config(128, 256, 64, warps=8, stages=3)),),
 }
 

@@ -66,3 +66,13 @@ def rows_descriptor(config: configs.Config, a: torch.Tensor, K: int):
 
 def power_of_two(n: int, least: int = 1) -> int:
     return max(least, triton.next_power_of_2(max(n, 1)))
+
+
+def numbered(streams: list[dict]) -> dict:
+    """Kernel arguments of one or two streams: the second's names end in _2, absent they are None.
+
+    Sizes of an absent stream are zero.
+    """
+    first, *more = streams
+    second = more[0] if more else {n: 0 if isinstance(v, int) else None for n, v in first.items()}
+    return first | {f"{name}_2": value for name, value in second.items()}

@@ -3,14 +3,18 @@
 Shapes: T tokens, D model, S shared neurons, H neurons of an expert, E experts, K top-k, N = T*K.
 The left operand (dz, or the weighted h) lies in expert order; the right one (x, or dy) is gathered
 by token along the sum. An expert without tokens sums nothing and is stored as zero.
+Two streams, each with gradients of its own, go in one launch.
 """
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
 
 from d2m_kernels.triton_ import configs
-from d2m_kernels.triton_.common import _dot, _parts, _rounded, even, precision
-from d2m_kernels.triton_.launch import launch
+from d2m_kernels.triton_.common import _dot, _next_start, _parts, _rounded, even, precision
+from d2m_kernels.triton_.launch import launch, numbered
 
 
 @triton.jit
@@ -39,21 +43,21 @@ def _store_grad(acc, out_ptr, neuron, d0, last, D, frozen, stride_on, stride_od,
     tl.store(ptrs, _rounded(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["T"])
-def _weight_bwd_kernel(
-    left_ptr, left_shared_ptr, right_ptr, order_ptr, offsets_ptr, out_ptr,
-    T, D, S, H, E, frozen, half, top_k, stride_lr, stride_ls, stride_rt, stride_on, stride_od,
+@triton.jit
+def _weight_bwd_tiles(
+    start, left_ptr, left_shared_ptr, right_ptr, order_ptr, offsets_ptr, out_ptr, T, stride_lr,
+    stride_ls, stride_rt, stride_on, stride_od, D, S, H, E, frozen, half, top_k,
     PRECISION: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """out[neuron] = sum over its group's rows r of left[r, neuron] * right[token(r)]."""
+    """This program's tiles of one stream, from tile `start` on; returns the next stream's start."""
     tiles_d = tl.cdiv(D, BLOCK_N)
     shared_tiles = 0
     if left_shared_ptr is not None:
         shared_tiles = tl.cdiv(tl.maximum(S - frozen, 0), BLOCK_M) * tiles_d
     expert_tiles = tl.cdiv(H, BLOCK_M) * tiles_d
     total = shared_tiles + E * expert_tiles
-    for tile in tl.range(tl.program_id(0), total, tl.num_programs(0)):
+    for tile in tl.range(start, total, tl.num_programs(0)):
         routed, local, lo, hi, first, width, skip = _group_of(
             tile, offsets_ptr, T, S, H, frozen, shared_tiles, tl.maximum(expert_tiles, 1), half
         )
@@ -94,6 +98,34 @@ def _weight_bwd_kernel(
         for i in tl.static_range(PARTS):
             _store_grad(pieces[i], out_ptr, neuron, d0 + i * (BLOCK_N // PARTS), last, D, frozen,
                         stride_on, stride_od, BLOCK_N // PARTS)  # fmt: skip
+    return _next_start(start, total)
+
+
+@triton.jit(do_not_specialize=["T", "T_2"])
+def _weight_bwd_kernel(
+    left_ptr, left_shared_ptr, right_ptr, order_ptr, offsets_ptr, out_ptr, T, stride_lr, stride_ls,
+    stride_rt, stride_on, stride_od,
+    left_ptr_2, left_shared_ptr_2, right_ptr_2, order_ptr_2, offsets_ptr_2, out_ptr_2, T_2,
+    stride_lr_2, stride_ls_2, stride_rt_2, stride_on_2, stride_od_2,
+    D, S, H, E, frozen, half, top_k,
+    PRECISION: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """out[neuron] = sum over its group's rows r of left[r, neuron] * right[token(r)].
+
+    A second stream (left_ptr_2 given) continues the list of tiles where the first one ends.
+    """
+    start = _weight_bwd_tiles(
+        tl.program_id(0), left_ptr, left_shared_ptr, right_ptr, order_ptr, offsets_ptr, out_ptr, T,
+        stride_lr, stride_ls, stride_rt, stride_on, stride_od, D, S, H, E, frozen, half, top_k,
+        PRECISION, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, PARTS,
+    )  # fmt: skip
+    if left_ptr_2 is not None:
+        _weight_bwd_tiles(
+            start, left_ptr_2, left_shared_ptr_2, right_ptr_2, order_ptr_2, offsets_ptr_2,
+            out_ptr_2, T_2, stride_lr_2, stride_ls_2, stride_rt_2, stride_on_2, stride_od_2, D, S,
+            H, E, frozen, half, top_k, PRECISION, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, PARTS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -126,32 +158,52 @@ def _bias_bwd_kernel(
     tl.store(out_ptr + neuron, _rounded(total, out_ptr.dtype.element_ty), mask=c_ok)
 
 
-def weight_grad(
-    out_FD, left_shared, left_routed, right, offsets, order_N, *, shared, H, frozen, top_k, half
-):
-    """Fills out [F, D] (any strides): the shared neurons' gradient, then each expert's."""
-    D, E = out_FD.shape[1], offsets.shape[0] - 1
-    if left_shared is None or frozen:
-        out_FD[: shared if left_shared is None else min(frozen, shared)] = 0
-    if D == 0 or (left_shared is None and H == 0):
+@dataclass
+class Sums:
+    """One stream's tensors of a launch: out [F, D] (any strides) = left^T right, group by group."""
+
+    out: torch.Tensor
+    left_shared: torch.Tensor | None
+    left_routed: torch.Tensor
+    right: torch.Tensor
+    offsets: torch.Tensor
+    order_N: torch.Tensor
+
+    def arguments(self) -> dict:
+        left_shared = self.left_shared
+        return dict(
+            left_ptr=self.left_routed, left_shared_ptr=left_shared, right_ptr=self.right,
+            order_ptr=self.order_N, offsets_ptr=self.offsets, out_ptr=self.out,
+            T=self.right.shape[0], stride_lr=self.left_routed.stride(0),
+            stride_ls=0 if left_shared is None else left_shared.stride(0),
+            stride_rt=self.right.stride(0), stride_on=self.out.stride(0),
+            stride_od=self.out.stride(1),
+        )  # fmt: skip
+
+
+def weight_grad(streams: list[Sums], *, shared, H, frozen, top_k, half):
+    """Fills each stream's out: the shared neurons' gradient, then each expert's."""
+    for s in streams:
+        if s.left_shared is None or frozen:
+            s.out[: shared if s.left_shared is None else min(frozen, shared)] = 0
+    streams = [s for s in streams if s.out.shape[1] and (s.left_shared is not None or H)]
+    if not streams:
         return
+    first = streams[0]
+    D, E = first.out.shape[1], first.offsets.shape[0] - 1
 
     def arguments(config):
-        return dict(
-            left_ptr=left_routed, left_shared_ptr=left_shared, right_ptr=right, order_ptr=order_N,
-            offsets_ptr=offsets, out_ptr=out_FD, T=right.shape[0], D=D, S=shared, H=H, E=E,
-            frozen=frozen, half=half, top_k=max(top_k, 1), stride_lr=left_routed.stride(0),
-            stride_ls=0 if left_shared is None else left_shared.stride(0),
-            stride_rt=right.stride(0), stride_on=out_FD.stride(0), stride_od=out_FD.stride(1),
-            PRECISION=precision(right.dtype), EVEN_D=even(D, config.block_n),
+        return numbered([s.arguments() for s in streams]) | dict(
+            D=D, S=shared, H=H, E=E, frozen=frozen, half=half, top_k=max(top_k, 1),
+            PRECISION=precision(first.right.dtype), EVEN_D=even(D, config.block_n),
             PARTS=config.parts(64),
         )  # fmt: skip
 
-    config = configs.select("wgrad", right, shared if left_shared is not None else H, D)
-    launch(_weight_bwd_kernel, "wgrad", config, right.device, arguments)
+    config = configs.select("wgrad", first.right, H if first.left_shared is None else shared, D)
+    launch(_weight_bwd_kernel, "wgrad", config, first.right.device, arguments)
 
 
-def bias_grad(out_F, left_shared, left_routed, offsets, *, shared, H, frozen, half, top_k):
+def bias_grad(out_F, left_shared, left_routed, offsets, *, shared, H, frozen, half):
     """Fills out [F] with the column sums of each group's rows."""
     E = offsets.shape[0] - 1
     if left_shared is None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from moe_cases import Case, available, call, compare, run
+from moe_cases import Case, available, call, compare, compare_pair, run, run_pair, stream
 
-from d2m_kernels import moe_ffn, permute, route
+from d2m_kernels import moe_ffn, moe_ffn_pair, permute, route, why_two_calls
 
 pytestmark = [
     pytest.mark.gpu,
@@ -179,6 +179,70 @@ def test_graph_replay_follows_changed_routing(backend):
         y.fill_(float("nan"))
         graph.replay()
         assert torch.equal(y, call(case, backend)(p))
+
+
+def two_streams(first, second, **changes):
+    sizes = dict(D=128, S=64, H=64, E=12, dtype=torch.bfloat16, device="cuda") | changes
+    return Case(T=first, seed=1, **sizes), Case(T=second, seed=2, **sizes)
+
+
+@pytest.mark.parametrize("tokens", [(4096, 512), (1000, 77), (0, 129), (130, 0), (1, 1)])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+def test_two_streams(backend, tokens, activation):
+    compare_pair(two_streams(*tokens, activation=activation), backend)
+
+
+@pytest.mark.parametrize("k", [0, 1, "dense"])
+def test_two_streams_of_odd_sizes(backend, k):
+    compare_pair(two_streams(333, 50, D=33, S=5, H=40, E=3, k=k, scale=2.0), backend)
+
+
+def test_two_streams_of_the_flux_shape(backend):
+    cases = two_streams(4096, 512, D=3072, S=3072, H=768)
+    if backend == "triton":
+        streams = [stream(c, c.build(grad=False)) for c in cases]
+        assert why_two_calls(*streams, backend=backend) is None
+    compare_pair(cases, backend)
+
+
+def test_two_streams_equal_two_calls(backend):
+    """One text expert gets every token; masks, and a bias in one stream only."""
+    cases = two_streams(1000, 200)
+    cases[1].bias = False
+    inputs = [case.build() for case in cases]
+    with torch.no_grad():
+        inputs[1]["router"].zero_()
+    extra = [dict(token_mask=torch.arange(c.T, device="cuda") % 3 != 0) for c in cases]
+    together = run_pair(cases, inputs, backend, extra)
+    for ours, case, p, e in zip(together, cases, inputs, extra, strict=True):
+        for name, value in run(call(case, backend, **e), p).items():
+            torch.testing.assert_close(ours[name], value, rtol=2e-2, atol=2e-2, msg=name)
+
+
+def test_two_streams_without_host_sync_and_in_a_graph(backend):
+    cases = two_streams(512, 100)
+    inputs = [case.build(grad=False) for case in cases]
+    streams = [stream(c, p) for c, p in zip(cases, inputs, strict=True)]
+    for _ in range(3):
+        moe_ffn_pair(*streams, backend=backend)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moe_ffn_pair(*streams, backend=backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ys = moe_ffn_pair(*streams, backend=backend)
+    for seed in (1, 2, 3):
+        torch.manual_seed(seed)
+        for p in inputs:  # other experts, other counts
+            p["x"].copy_(torch.randn_like(p["x"]))
+            p["router"].copy_(torch.randn_like(p["router"]))
+        for y in ys:
+            y.fill_(float("nan"))
+        graph.replay()
+        expected = moe_ffn_pair(*streams, backend=backend)
+        assert all(torch.equal(y, e) for y, e in zip(ys, expected, strict=True))
 
 
 @pytest.mark.parametrize("k", [2, "dense"])
