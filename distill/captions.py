@@ -54,13 +54,16 @@ class Captions:
 
 
 def caption_of(row: Mapping[str, Any], columns: tuple[str, ...]) -> str:
-    """The first of `columns` that the row has, stripped; an error if there is none or it is
-    empty.
+    """The first of `columns` that the row has, stripped; of a list of captions the first. An error
+    if there is none or it is empty.
     """
     for name in columns:
-        if isinstance(row.get(name), str):
-            if row[name].strip():
-                return row[name].strip()
+        value = row.get(name)
+        if isinstance(value, (list, tuple)) and value:
+            value = value[0]
+        if isinstance(value, str):
+            if value.strip():
+                return value.strip()
             break
     raise ValueError(f"no caption in any of {list(columns)}")
 

@@ -123,6 +123,15 @@ class LatentEncoder:
             z = z + posterior.std.float() * noise.to(z.device)
         return pack((z - self.shift) * self.scale).cpu()
 
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, rows: int) -> Tensor:
+        """The way back: [B, S, C] of `rows` rows of tokens -> images [B, 3, H, W] in 0..1 on the
+        CPU.
+        """
+        z = unpack(tokens.to(self.device).float(), rows) / self.scale + self.shift
+        x = self.vae.decode(z.to(self.dtype)).sample.float().cpu()
+        return (x / 2 + 0.5).clamp(0, 1)
+
 
 class TextEncoder:
     """T5 (tokens) and CLIP (pooled vector) of a FLUX folder or hub name.

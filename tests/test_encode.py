@@ -31,6 +31,12 @@ def folder(tmp_path_factory):
     return flux_folder(tmp_path_factory.mktemp("flux"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture(scope="module")
 def pipe(folder):
     from diffusers import FluxPipeline
@@ -79,6 +85,14 @@ def test_latents_are_the_vaes(folder, pipe):
     back = pipe._unpack_latents(ours, 64, 96, pipe.vae_scale_factor)
     back = back / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
     torch.testing.assert_close(back, z)
+
+
+def test_latents_become_the_pipelines_images(folder, pipe):
+    tokens = torch.randn(2, 24, 16, generator=torch.Generator().manual_seed(0))
+    z = pipe._unpack_latents(tokens, 64, 96, pipe.vae_scale_factor)
+    z = z / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    want = pipe.image_processor.postprocess(pipe.vae.decode(z).sample, output_type="pt")
+    torch.testing.assert_close(LatentEncoder(str(folder)).decode(tokens, 4), want)
 
 
 def test_a_drawn_latent_is_a_function_of_its_generator(folder):

@@ -277,6 +277,16 @@ def test_parts_of_several_machines_are_one_source(images, flux, tmp_path):
     assert sorted(source.caption(n) for n in range(26)) == sorted(caption(n) for n in range(26))
 
 
+def test_sizes_can_be_mixed(images, flux, tmp_path):
+    for size in (64, 96):
+        settings = replace(SETTINGS, size=size, text_embeddings=True)
+        prepare(str(images), tmp_path / f"{size}", str(flux), settings, workers=0, progress=False)
+    source = Shards(config(tmp_path, timesteps="flux-shift"))
+    assert len(source.buckets) == 6 and len(source) == 52
+    counts = {source.batch(0, step, 2).x0.shape[1] for step in range(27)}
+    assert counts == {15, 16, 18, 32, 35, 36} == {a * b for a, b in source.tokens.values()}
+
+
 def test_what_does_not_fit_is_named(online, cached, images, flux, tmp_path):
     with pytest.raises(ConfigError, match="data.text_encoders, the FLUX folder"):
         Shards(config(online))
