@@ -8,7 +8,7 @@ run that was stopped continues, and two workers never do the same work.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from distill.ablate_teachers import fingerprint, train_hyper, train_teacher
 from distill.ablate_workers import Workers
 from distill.arms import Context, train_mob, train_moe, train_pruned_depth, train_pruned_mlp
 from distill.config import bundled, from_dict, load_config, to_dict
+from distill.errors import UserError
 
 # kind of training -> the arm with which its learning rate is searched
 SEARCHED = {
@@ -34,11 +35,11 @@ SEARCHED = {
 
 
 def arm_names(config: AblateConfig) -> list[str]:
-    """Every arm of one seed, the long ones first so that two workers end together."""
+    """Every arm of one seed, in the paper's order."""
     groupings = [f"groups-{name}" for name in config.groups if name not in ("shallow", "deep")]
     depth = [f"{m}-{d}" for d in ("shallow", "deep") for m in ("mob", "bk", "lite")]
-    return ["moe", "hyper-moe", "moe-half", "joint", *depth, "mob-all-deep", *groupings,
-            "prune-mlp-1.5", "prune-mlp-2", "random", "teacher"]  # fmt: skip
+    return ["moe", "prune-mlp-1.5", "prune-mlp-2", *depth, "mob-all-deep", "teacher", "moe-half",
+            "joint", "random", *groupings, "hyper-moe"]  # fmt: skip
 
 
 # --- one arm --------------------------------------------------------------------------------
@@ -184,11 +185,25 @@ def work(job: dict) -> dict:
     return values
 
 
+class Measured:
+    """In place of `Workers`: what earlier runs have measured, {} where nothing was."""
+
+    def __enter__(self) -> Measured:
+        return self
+
+    def __exit__(self, kind: Any, err: Any, trace: Any) -> None:
+        pass
+
+    def run(self, jobs: Sequence[dict], label: str, progress: bool) -> list[dict]:
+        files = [Path(job["file"] + ".json") for job in jobs]
+        return [json.loads(f.read_text(encoding="utf-8")) if f.exists() else {} for f in files]
+
+
 # --- the command ----------------------------------------------------------------------------
 
 
 def search(
-    config: AblateConfig, out: Path, workers: Workers, progress: bool
+    config: AblateConfig, out: Path, workers: Workers | Measured, progress: bool
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """(learning rate of every kind, relative MSE by kind and rate): the lowest error wins."""
     rates = config.search.rates
@@ -199,7 +214,10 @@ def search(
         for kind, arm in SEARCHED.items()
         for rate in rates
     ]
-    values = iter(workers.run(jobs, "learning rates", progress))
+    found = workers.run(jobs, "learning rates", progress)
+    if not all(found):
+        raise UserError(f"{out} has no learning rates yet; leave out --so-far")
+    values = iter(found)
     tried = {kind: {str(rate): next(values)["rel_mse"] for rate in rates} for kind in SEARCHED}
     best = {kind: min(rates, key=lambda r, e=e: e[str(r)]) for kind, e in tried.items()}
     return best, tried
@@ -212,12 +230,13 @@ def run_ablate(
     config: AblateConfig | None = None,
     results: Path | str | None = None,
     workers: int = 2,
+    so_far: bool = False,
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Everything `d2m ablate` does; returns the path of ablate.html.
 
-    results: where claims.json goes beside `out`.
+    results: where claims.json goes beside `out`. so_far: train nothing, judge by what was measured.
     """
     from distill.ablate_page import render
     from distill.ablate_results import collect
@@ -225,7 +244,7 @@ def run_ablate(
     out = ckpt.make_folder(out)
     if config is None:
         config = load_config(AblateConfig, bundled("ablate-quick.yaml" if quick else "ablate.yaml"))
-    with Workers(workers, work) as pool:
+    with Measured() if so_far else Workers(workers, work) as pool:
         for name in ("fit-teacher", "hyper"):
             pool.run([task(config, out, name, 0, {}, 1.0)], name, progress)
         rates, tried = search(config, out, pool, progress)
@@ -236,16 +255,18 @@ def run_ablate(
         }
         values = dict(zip(jobs, pool.run(list(jobs.values()), "arms", progress), strict=True))
     rows = {str(s): {arm: values[s, arm] for arm in arm_names(config)} for s in config.seeds}
-    files = {arm: jobs[config.seeds[0], arm]["file"] for arm in ("moe", "teacher")}
     content = collect(config, rows, rates, tried)
     text = json.dumps(content, indent=1) + "\n"
     for path in {out / "claims.json", *([Path(results)] if results is not None else [])}:
         ckpt.make_folder(path.parent)
         ckpt.write_text(path, text)
-    tensors = {}
-    for arm, file in files.items():
-        tensors |= ckpt.pack(arm, ckpt.load_tensors(file + ".safetensors")[0])
-    ckpt.save_tensors(out / "ablate.safetensors", tensors)
     for entry in content["claims"]:
         say(f"{entry['verdict']:>14}  {claims.effect_text(entry):>22}  {entry['claim']}")
+    tensors = {}
+    for arm in ("moe", "teacher"):  # the first seed's
+        if not values[config.seeds[0], arm]:
+            raise UserError(f"no page yet: arm {arm!r} is not measured; claims.json is written")
+        file = jobs[config.seeds[0], arm]["file"] + ".safetensors"
+        tensors |= ckpt.pack(arm, ckpt.load_tensors(file)[0])
+    ckpt.save_tensors(out / "ablate.safetensors", tensors)
     return render(out)

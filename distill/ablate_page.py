@@ -74,7 +74,7 @@ def arms_png(path: Path, content: Mapping[str, Any]) -> None:
     plt = _pyplot()
     runs = content["runs"]
     first = next(iter(runs.values()))
-    arms = [a for a in first if first[a].get("rel_mse", 0) > 0]
+    arms = [a for a in first if all(r[a].get("rel_mse", 0) > 0 for r in runs.values())]
     arms.sort(key=lambda a: np.mean([r[a]["rel_mse"] for r in runs.values()]))
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(9.6, 0.25 * len(arms) + 1.2), width_ratios=(2, 1), layout="constrained"
@@ -90,7 +90,7 @@ def arms_png(path: Path, content: Mapping[str, Any]) -> None:
     left.grid(axis="x", color="#e6e9ef", linewidth=0.8)
     left.set_title("Relative MSE to the teacher, a dot a seed")
     counts = sorted(int(k[3:]) for k in first["moe"] if k.startswith("top"))
-    for seed, row in runs.items():
+    for seed, row in ((s, r) for s, r in runs.items() if r["moe"]):
         right.plot(range(len(counts)), [row["moe"][f"top{k}"] for k in counts], "o-", markersize=4,
                    color=COLOURS[0], alpha=0.7, label=f"seed {seed}")  # fmt: skip
     right.set_xticks(range(len(counts)), [str(k) for k in counts])
@@ -176,8 +176,8 @@ def separation_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[s
     for arm, entry in content["separation"].items():
         cells = [arm]
         for value in ("rel_mse", "flow_loss"):
-            ratio = entry[value]["gap_over_spread"]
-            cells += [f"{entry[value]['gap']:.3g}", "one seed" if ratio is None else f"{ratio:.1f}"]
+            gap, ratio = entry[value]["gap"], entry[value]["gap_over_spread"]
+            cells += ["" if gap is None else f"{gap:.3g}", "" if ratio is None else f"{ratio:.1f}"]
         rows.append(cells)
     return header, rows
 
@@ -207,6 +207,7 @@ def _page(folder: Path, content: Mapping[str, Any]) -> str:
             "</figure>"
         )
     first, *others = pictures.values()
+    unfinished = "" if content["complete"] else "<p><strong>Not all arms are measured.</strong></p>"
     rates, found = content["rates"], content["config"]["search"]
     rate_text = ", ".join(f"{kind} {rate:g}" for kind, rate in rates["chosen"].items())
     tried = (
@@ -228,6 +229,7 @@ def _page(folder: Path, content: Mapping[str, Any]) -> str:
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <title>dense2moe: the paper's claims at small scale</title><style>{_STYLE}</style></head><body>
 <h1>The paper's claims at small scale</h1>
+{unfinished}
 <p>A small FLUX trained on crops of 16 photographs with the picture's name as prompt; every arm of a
 comparison has the same steps on the same batches. {html.escape(tried)}</p>
 {_html_table(*claims.table(content))}

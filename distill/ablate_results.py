@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from statistics import mean, stdev
 from typing import Any
@@ -79,6 +80,9 @@ def separation(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str,
             pruned = [value_of(row, f"{arm}:{value}") for row in rows.values()]
             dense = mean(value_of(row, f"teacher:{value}") for row in rows.values())
             gap = mean(pruned) - dense
+            if not math.isfinite(gap):
+                entry[value] = dict.fromkeys(("gap", "spread", "gap_over_spread"))
+                continue
             spread = stdev(pruned) if len(pruned) > 1 else None
             entry[value] = {
                 "gap": gap,
@@ -100,6 +104,7 @@ def collect(
 
     return {
         "schema": SCHEMA,
+        "complete": all(values for arms in rows.values() for values in arms.values()),
         "claims": [judge(claim, rows) for claim in CLAIMS],
         "rule": RULE,
         "measures": MEASURES,

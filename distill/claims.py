@@ -115,7 +115,7 @@ def check(content: Any) -> None:
     """Refuse what is no claims.json: every entry has a verdict and its numbers."""
     if not isinstance(content, Mapping) or content.get("schema") != SCHEMA:
         raise CheckpointError(f"expected a file of schema {SCHEMA!r}, written by `d2m ablate`")
-    for key in ("seeds", "environment", "rule", "claims"):
+    for key in ("complete", "seeds", "environment", "rule", "claims"):
         if key not in content:
             raise CheckpointError(f"claims.json lacks the key {key!r}")
     for entry in content["claims"]:

@@ -67,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
     ablate.add_argument(
         "--workers", type=int, default=2, help="processes of one thread (default: %(default)s)"
     )
+    ablate.add_argument(
+        "--so-far", action="store_true", help="train nothing, judge by what has been measured"
+    )
     ablate.add_argument("--config", metavar="YAML", help="instead of the built-in ablate.yaml")
     ablate.set_defaults(run=run_ablate)
 
@@ -153,7 +156,12 @@ def run_ablate(args: argparse.Namespace) -> None:
 
     config = load_config(AblateConfig, args.config) if args.config else None
     page = ablate(
-        args.out, quick=args.quick, config=config, results=args.results, workers=args.workers
+        args.out,
+        quick=args.quick,
+        config=config,
+        results=args.results,
+        workers=args.workers,
+        so_far=args.so_far,
     )
     print(f"\nreport: {page.resolve()}")
 

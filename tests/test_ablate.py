@@ -30,7 +30,7 @@ from distill.ablate_results import CLAIMS, separation  # noqa: E402
 from distill.ablate_teachers import build, leap  # noqa: E402
 from distill.ablate_workers import Workers  # noqa: E402
 from distill.config import TeacherConfig, TrainConfig, bundled, from_dict, load_config  # noqa: E402
-from distill.errors import CheckpointError, ConfigError  # noqa: E402
+from distill.errors import CheckpointError, ConfigError, UserError  # noqa: E402
 from distill.photos import Photos  # noqa: E402
 
 ONE = {"steps": 1, "batch_size": 4, "lr": 2e-3, "log_every": 5}
@@ -256,6 +256,11 @@ def run(tmp_path_factory):
         with pytest.raises(KeyboardInterrupt):
             ablate.run_ablate(out, config=config, workers=1, progress=False)
         before = len(ran)
+        with pytest.raises(UserError, match="no page yet: arm 'teacher'"):
+            ablate.run_ablate(
+                out, config=config, so_far=True, progress=False, say=lambda line: None
+            )  # fmt: skip
+        partial = claims.read(out / "claims.json")
         page = ablate.run_ablate(
             out, config=config, workers=1, progress=False, results=out / "x" / "claims.json",
             say=lambda line: None,
@@ -263,11 +268,19 @@ def run(tmp_path_factory):
     finally:
         ablate.run_arm = real
     assert page == out / "ablate.html"
-    return out, ran, before, config
+    return out, ran, before, config, partial
+
+
+def test_verdicts_so_far(run):
+    partial = run[4]
+    assert not partial["complete"] and claims.read(run[0] / "claims.json")["complete"]
+    measured = [c["mean"] is not None for c in partial["claims"]]
+    assert measured[0] and not all(measured)  # MoE and Diff-Pruning at 1.5 were done
+    assert {c["verdict"] for c in partial["claims"] if c["mean"] is None} == {"undecided"}
 
 
 def test_a_stopped_run_continues(run):
-    out, ran, before, config = run
+    out, ran, before, config, _ = run
     assert before == 5
     wanted = [(arm, seed) for arm in ablate.arm_names(config) for seed in (0, 1)]
     # the first four were done; the fifth broke off and is done again
@@ -275,7 +288,7 @@ def test_a_stopped_run_continues(run):
 
 
 def test_a_finished_run_trains_nothing(run, monkeypatch):
-    out, _, _, config = run
+    out, _, _, config, _ = run
     first = json.loads((out / "claims.json").read_text())
 
     def forbidden(*args):
@@ -306,7 +319,7 @@ def test_claims_schema(run):
 
 
 def test_another_setting_is_not_mistaken_for_this_one(run):
-    out, _, _, config = run
+    out, _, _, config, _ = run
     base = ablate.task(config, out, "moe", 0, {"moe": 1e-3}, 1.0)["file"]
     changed = from_dict(AblateConfig, {**SMALL, "importance_samples": 5})
     for other in (
@@ -416,6 +429,7 @@ def test_a_foreign_file_is_refused(tmp_path):
                 "schema": claims.SCHEMA,
                 "seeds": [],
                 "environment": {},
+                "complete": True,
                 "rule": "",
                 "claims": [{"claim": "x", "verdict": "maybe"}],
             }
