@@ -59,6 +59,14 @@ def feature_loss(
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"feature reduction is {reduction!r}; expected 'sum' or 'mean'")
+    names, errors_L, norms_L = feature_terms(teacher, student)
+    weights_L = feature_weights(distill, errors_L, norms_L)
+    loss = reduce_features(weights_L, errors_L, reduction)
+    return FeatureLoss(loss, names, errors_L.detach(), weights_L)
+
+
+def feature_terms(teacher: Features, student: Features) -> tuple[tuple[str, ...], Tensor, Tensor]:
+    """Names, ||f_tea - f_stu||^2 (mean over elements, with gradient) and ||f_tea||_2; [L] each."""
     absent = [name for name in student if name not in teacher]
     if absent or not student:
         raise ValueError(f"the teacher has no feature named {absent}" if absent else "no features")
@@ -73,12 +81,13 @@ def feature_loss(
             names.append(f"{name}/{i}")
             errors.append((tea - stu.float()).square().mean())
             norms.append(torch.linalg.vector_norm(tea))
-    errors_L, norms_L = torch.stack(errors), torch.stack(norms)
-    weights_L = feature_weights(distill, errors_L, norms_L)
+    return tuple(names), torch.stack(errors), torch.stack(norms)
+
+
+def reduce_features(weights_L: Tensor, errors_L: Tensor, reduction: str) -> Tensor:
+    """sum_l w_l error_l, or its mean over the layers that count."""
     loss = (weights_L * errors_L).sum()
-    if reduction == "mean":
-        loss = loss / (weights_L > 0).sum().clamp(min=1)
-    return FeatureLoss(loss, tuple(names), errors_L.detach(), weights_L)
+    return loss / (weights_L > 0).sum().clamp(min=1) if reduction == "mean" else loss
 
 
 @torch.no_grad()
@@ -111,26 +120,38 @@ def _variant(variant: str, top_k: int) -> str:
     return variant
 
 
-def moe_balance(routing: Routing, variant: str = "auto") -> Tensor:
-    """Balance loss of one MoE layer (the unnumbered equation before eq. 10), over its own tokens.
+@dataclass(frozen=True)
+class Balance:
+    """What one layer's (or MoB group's) balance loss is made of.
 
-    variant: "weights" = the paper's g (eq. 3: renormalised over the chosen, 0 elsewhere), "softmax"
-    = all probabilities, "auto" = "weights" unless top_k is 1. Masked tokens do not count.
+    gate [T, E]: g of every token (or sample), with gradient. load [E]: slots that chose each.
+    tokens: how many were routed; fewer than T where tokens are masked.
     """
+
+    gate: Tensor
+    load: Tensor
+    tokens: Tensor
+
+    def loss(self, load_E: Tensor, tokens: Tensor) -> Tensor:
+        """These tokens' share of the balance loss of all those that `load_E`, `tokens` count."""
+        # balance_loss takes the mean over all rows; rescale to the tokens that were not masked
+        return balance_loss(load_E, self.gate) * (self.gate.shape[0] / tokens)
+
+
+def moe_terms(routing: Routing, variant: str = "auto") -> Balance:
+    """Of one MoE layer, over its own tokens."""
     top_k = routing.ids.shape[1]
-    load_E = routing.offsets.diff()
     tokens = (routing.offsets[-1] // max(top_k, 1)).clamp(min=1)
     if _variant(variant, top_k) == "softmax":
         gate_TE = routing.probs
     else:
         ids_TK = routing.ids.clamp(min=0).long()  # masked tokens: id -1, weight 0
         gate_TE = torch.zeros_like(routing.probs).scatter_add(1, ids_TK, routing.weights)
-    # balance_loss takes the mean over all rows; rescale to the tokens that were not masked
-    return balance_loss(load_E, gate_TE) * (gate_TE.shape[0] / tokens)
+    return Balance(gate_TE, routing.offsets.diff(), tokens)
 
 
-def mob_balance(mob: MoBRouting, variant: str = "auto") -> Tensor:
-    """Balance loss of one MoB group over the batch's samples; probs [B, m], ids [B, kappa]."""
+def mob_terms(mob: MoBRouting, variant: str = "auto") -> Balance:
+    """Of one MoB group, over samples; probs [B, m], ids [B, kappa]."""
     probs_BE, ids_BK = mob.probs, mob.ids.long()
     load_E = torch.nn.functional.one_hot(ids_BK, probs_BE.shape[1]).sum((0, 1))
     gate_BE = probs_BE
@@ -138,7 +159,23 @@ def mob_balance(mob: MoBRouting, variant: str = "auto") -> Tensor:
         chosen = probs_BE.gather(1, ids_BK)
         weights = chosen / chosen.sum(1, keepdim=True)
         gate_BE = torch.zeros_like(probs_BE).scatter(1, ids_BK, weights)
-    return balance_loss(load_E, gate_BE)
+    return Balance(gate_BE, load_E, load_E.new_tensor(len(ids_BK)))
+
+
+def moe_balance(routing: Routing, variant: str = "auto") -> Tensor:
+    """Balance loss of one MoE layer (the unnumbered equation before eq. 10), over its own tokens.
+
+    variant: "weights" = the paper's g (eq. 3: renormalised over the chosen, 0 elsewhere), "softmax"
+    = all probabilities, "auto" = "weights" unless top_k is 1. Masked tokens do not count.
+    """
+    terms = moe_terms(routing, variant)
+    return terms.loss(terms.load, terms.tokens)
+
+
+def mob_balance(mob: MoBRouting, variant: str = "auto") -> Tensor:
+    """Balance loss of one MoB group over the batch's samples; probs [B, m], ids [B, kappa]."""
+    terms = mob_terms(mob, variant)
+    return terms.loss(terms.load, terms.tokens)
 
 
 def mean_balance(terms: Sequence[Tensor], like: Tensor) -> Tensor:

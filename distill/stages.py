@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from distill import checkpoint as ckpt
-from distill.config import LossConfig, StageConfig, to_dict
+from distill.config import StageConfig, to_dict
 from distill.data import generator
 from distill.importance import taylor_importance
-from distill.losses import (
-    distill_loss,
-    feature_loss,
-    mean_balance,
-    mob_balance,
-    moe_balance,
-    total_loss,
-)
-from distill.train import FrozenSlice, train
+from distill.objective import Distillation
+from distill.optimizer import FrozenSlice
+from distill.train import train
 
 VERSION = 1  # raise when a change makes old checkpoints mean something else
 
@@ -157,62 +151,7 @@ def finish_stage(model: nn.Module) -> None:
     model.eval().requires_grad_(False)
 
 
-# --- the objective --------------------------------------------------------------------------
-
-
-class Distillation:
-    """Eq. (10) of one batch: the objective of `train`, also for the pruned comparators.
-
-    Args:
-        source: batches, as `distill.data.Digits.batch` gives them.
-        features: names of the student's features to align; None for all it reports.
-        aliases: student feature name -> teacher block name, where they differ.
-        first: number of the first batch, so that consecutive stages see different data.
-    """
-
-    def __init__(
-        self,
-        teacher: nn.Module,
-        student: nn.Module,
-        source: Any,
-        loss: LossConfig,
-        batch_size: int,
-        seed: int,
-        first: int = 0,
-        features: Sequence[str] | None = None,
-        aliases: Mapping[str, str] | None = None,
-    ):
-        self.teacher, self.student, self.source, self.loss = teacher, student, source, loss
-        self.batch_size, self.seed, self.first = batch_size, seed, first
-        self.features, self.aliases = features, dict(aliases or {})
-        self.device = next(student.parameters()).device
-
-    def __call__(self, step: int) -> dict[str, Tensor]:
-        from d2m_models import block_features
-
-        batch = self.source.batch(self.seed, self.first + step, self.batch_size).to(self.device)
-        with torch.no_grad(), block_features(self.teacher, self.student.d2m_config) as known:
-            target = self.teacher(**batch.inputs()).sample
-        out = self.student(**batch.inputs(), output_aux=True)
-        distill = distill_loss(target, out.sample)
-        names = self.features if self.features is not None else list(out.aux.features)
-        feature = feature_loss(
-            {name: known[self.aliases.get(name, name)] for name in names},
-            {name: out.aux.features[name] for name in names},
-            distill,
-            self.loss.feature_reduction,
-        ).loss
-        balance = self._balance(out.aux, distill)
-        loss = total_loss(distill, feature, balance, self.loss.feature, self.loss.balance)
-        return {"loss": loss, "distill": distill, "feature": feature, "balance": balance}
-
-    def _balance(self, aux: Any, like: Tensor) -> Tensor:
-        """Over blocks where there are MoB groups, else over experts, layer by layer."""
-        variant = self.loss.balance_variant
-        if aux.mob:
-            return mean_balance([mob_balance(m, variant) for m in aux.mob.values()], like)
-        routed = [r for r in aux.routing.values() if r.ids.shape[1] > 0]
-        return mean_balance([moe_balance(r, variant) for r in routed], like)
+# --- running a stage ------------------------------------------------------------------------
 
 
 def run_stage(

@@ -1,17 +1,18 @@
 """The one training loop: every stage, comparator and the demo's teacher go through `train`.
 
-It can be stopped at any moment and started again: state is saved at every log line, batches depend
-on (seed, step) alone, so at most one logging interval is repeated and the result is the same bit
-for bit. A finished run is recognised and returned at once.
+It can be stopped at any moment and started again: batches depend on (seed, step) alone, state is
+saved every so many steps (`snapshots.py`) and on SIGTERM and SIGINT, so little is repeated and the
+result is the same bit for bit. A finished run is recognised and returned at once.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,115 +20,28 @@ import torch
 from torch import Tensor, nn
 
 from distill import checkpoint as ckpt
+from distill import snapshots
 from distill.config import TrainConfig
 from distill.errors import CheckpointError, TrainingError
+from distill.optimizer import (
+    Average,
+    FrozenSlice,
+    clip_gradients,
+    decay_trained_slices,
+    gradient_norm,
+    learning_rate,
+    make_optimizer,
+    optimizer_tensors,
+    start_state,
+)
+from distill.parallel import World, full_tensors
+from distill.progress import Log, Trackers, Utilisation, peak_memory_gib, read_log
+from distill.step import backward, dump_batch, speed_up
+
+__all__ = ["FrozenSlice", "learning_rate", "make_optimizer", "read_log", "train"]
 
 Objective = Callable[[int], dict[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class FrozenSlice:
-    """Part of a parameter that must not move: entries start..stop along dim."""
-
-    name: str
-    dim: int
-    start: int
-    stop: int
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Factor on lr at `step` (0-based): linear warm-up, then constant or a cosine to 0."""
-    warm = min(1.0, (step + 1) / (config.warmup + 1))
-    if config.schedule == "constant":
-        return warm
-    return warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-
-
-def make_optimizer(
-    model: nn.Module, config: TrainConfig, frozen: Sequence[FrozenSlice] = ()
-) -> torch.optim.AdamW:
-    """AdamW with fresh state over the trainable parameters: routers, others, and partly frozen
-    ones.
-
-    A partly frozen parameter gets no weight decay from AdamW: its frozen slice has zero gradient,
-    so Adam's own step is exactly zero there, but decay would move it (1.2% in 200 steps). The slice
-    that trains is decayed by `decay_trained_slices`.
-    """
-    sliced = {f.name for f in frozen}
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            # routers, biases and norms are not decayed
-            router = "router" in name.split(".") or "mob_routers" in name
-            decay = 0.0 if name in sliced or p.ndim < 2 or router else config.weight_decay
-            groups.setdefault((router, decay), []).append(p)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": params,
-                "weight_decay": decay,
-                "scale": config.router_lr_scale if router else 1.0,
-            }
-            for (router, decay), params in groups.items()
-        ],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        fused=True,  # a loop over so many small tensors costs more than the arithmetic
-    )
-
-
-@torch.no_grad()
-def decay_trained_slices(
-    params: dict[str, nn.Parameter], frozen: Sequence[FrozenSlice], lr: float, weight_decay: float
-) -> None:
-    """AdamW's decay, p *= 1 - lr * weight_decay, on the part of each matrix that is not frozen."""
-    for f in frozen:
-        p = params[f.name]
-        if p.ndim < 2 or not weight_decay:
-            continue
-        for start, stop in ((0, f.start), (f.stop, p.shape[f.dim])):
-            if stop > start:
-                p.narrow(f.dim, start, stop - start).mul_(1 - lr * weight_decay)
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {f"{i}/{key}": value for i, entry in state.items() for key, value in entry.items()}
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        index, key = name.split("/")
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
-
-
-class Log:
-    """JSON lines, one a logging interval; on resume, lines after the checkpoint are dropped."""
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        lines = read_log(path) if path.exists() else []
-        kept = [json.dumps(line) for line in lines if line["step"] <= step]
-        ckpt.write_text(path, "".join(f"{line}\n" for line in kept))
-
-    def write(self, entry: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-
-
-def read_log(path: Path | str) -> list[dict[str, Any]]:
-    """All complete lines of a log; a last line cut short by a crash is left out."""
-    entries = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return entries
+Preview = Callable[[nn.Module, int], None]
 
 
 def train(
@@ -140,104 +54,273 @@ def train(
     label: str,
     frozen: Sequence[FrozenSlice] = (),
     progress: bool = True,
+    world: World | None = None,
+    accept_changed: bool = False,
+    preview: Preview | None = None,
 ) -> list[dict[str, Any]]:
     """Minimise `objective(step)["loss"]` over the model's trainable parameters, in place.
 
     Args:
-        objective: gives the loss of batch number `step` and any parts to be logged, as scalars.
-        folder: gets checkpoint.safetensors while running, model.safetensors when done, log.jsonl.
-        run_id: fingerprint of everything the result depends on; another one's files are refused.
+        model: whole, or sharded over the world's ranks (`parallel.shard_model`).
+        objective: gives the loss of batch number `step` and any parts to be logged, as scalars; a
+            `Distillation` is also computed in parts, by several ranks.
+        folder: gets step-*/ while running, model.safetensors when done, log.jsonl.
+        run_id: fingerprint of everything the result depends on; another one's files are refused
+            unless `accept_changed`.
         label: what the progress bar says.
         frozen: parts of parameters that stay bitwise as they are; their gradient must be zero.
+        preview: called with (model, step) every `config.preview_every` steps.
 
     Returns:
         The log's entries. The model then holds the result (the averaged weights if config.ema).
     """
+    world = world or World(device=next(model.parameters()).device)
     folder = ckpt.make_folder(folder)
-    state_path, model_path, log_path = (
-        folder / n for n in ("checkpoint.safetensors", "model.safetensors", "log.jsonl")
-    )
+    model_path, log_path = folder / "model.safetensors", folder / "log.jsonl"
     if model_path.exists():
-        tensors, meta = ckpt.load_tensors(model_path)
-        _check_run(meta, run_id, model_path)
-        ckpt.load_state(model, tensors, model_path)
+        if world.size == 1:
+            tensors, meta = ckpt.load_tensors(model_path)
+            _check_run(meta, run_id, model_path, accept_changed)
+            ckpt.load_state(model, tensors, model_path)
         return read_log(log_path)
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not params:
         raise TrainingError(f"{label}: nothing to train, every parameter is frozen")
-    optimizer = make_optimizer(model, config, frozen)
-    average = {n: p.detach().clone() for n, p in params.items()} if config.ema else {}
-    step = 0
-    if state_path.exists():
-        tensors, meta = ckpt.load_tensors(state_path)
-        _check_run(meta, run_id, state_path)
-        ckpt.load_state(model, ckpt.unpack("model", tensors), state_path)
-        _load_optimizer(optimizer, ckpt.unpack("optimizer", tensors))
-        for name, value in ckpt.unpack("average", tensors).items():
-            average[name].copy_(value)
-        ckpt.set_rng_state(ckpt.unpack("rng", tensors))
-        step = meta["step"]
-    log = Log(log_path, step)
-    sums: dict[str, Tensor] = {}
-    since, first = time.perf_counter(), step
-    from tqdm import tqdm
-
-    with tqdm(
-        total=config.steps, initial=step, desc=label, unit="step", disable=not progress
-    ) as bar:
-        while step < config.steps:
-            parts = objective(step)
-            optimizer.zero_grad(set_to_none=True)
-            parts["loss"].backward()
-            parts["grad_norm"] = torch.nn.utils.clip_grad_norm_(
-                params.values(), config.clip or math.inf
-            )
-            factor = learning_rate(config, step)
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * factor * group["scale"]
-            decay_trained_slices(params, frozen, config.lr * factor, config.weight_decay)
-            optimizer.step()
-            step += 1
-            if average:
-                weight = 1 - min(config.ema or 0.0, step / (step + 10))  # a short memory at first
-                torch._foreach_lerp_(
-                    list(average.values()), [p.detach() for p in params.values()], weight
-                )
-            for key, value in parts.items():
-                sums[key] = sums.get(key, 0) + value.detach()
-            bar.update()
-            if step % config.log_every == 0 or step == config.steps:
-                entry = {k: float(v) / (step - first) for k, v in sums.items()}
-                if not all(map(math.isfinite, entry.values())):
-                    raise TrainingError(
-                        f"{label}: {entry} is not finite at step {step}; lower lr={config.lr}. "
-                        f"The last good state is in {folder}"
-                    )
-                now = time.perf_counter()
-                rate = (step - first) * config.batch_size / (now - since)
-                log.write(
-                    {"step": step, **entry, "lr": config.lr * factor, "samples_per_second": rate}
-                )
-                bar.set_postfix(loss=f"{entry['loss']:.4g}")
-                if step < config.steps:
-                    tensors = ckpt.pack("model", model.state_dict())
-                    tensors |= ckpt.pack("optimizer", _optimizer_tensors(optimizer))
-                    tensors |= ckpt.pack("average", average) | ckpt.pack("rng", ckpt.rng_state())
-                    ckpt.save_tensors(state_path, tensors, {"run": run_id, "step": step})
-                sums, since, first = {}, time.perf_counter(), step
-    if average:
-        with torch.no_grad():
-            for name, p in params.items():
-                p.copy_(average[name])
+    loop = _Loop(model, params, objective, config, folder, run_id, label, frozen, world)
+    loop.resume(accept_changed)
+    speed_up(model, config)
+    loop.run(progress, preview)
+    loop.average.apply()
     model.zero_grad(set_to_none=True)
-    ckpt.save_tensors(model_path, model.state_dict(), {"run": run_id, "step": step})
-    state_path.unlink(missing_ok=True)
+    result = dict(full_tensors(model.state_dict(), world))
+    if world.main:
+        ckpt.save_tensors(model_path, result, {"run": run_id, "step": loop.step})
+    loop.snapshots.clear()
     return read_log(log_path)
 
 
-def _check_run(meta: dict[str, Any], run_id: str, path: Path) -> None:
-    if meta.get("run") != run_id:
+class _Loop:
+    """State of one run: what a checkpoint holds, and how a step changes it."""
+
+    def __init__(self, model, params, objective, config, folder, run_id, label, frozen, world):
+        self.model, self.params, self.objective, self.config = model, params, objective, config
+        self.folder, self.run_id, self.label, self.frozen = folder, run_id, label, frozen
+        self.world = world
+        self.optimizer = make_optimizer(model, config, frozen)
+        self.average = Average(params, config.ema)
+        self.snapshots = snapshots.Snapshots(folder, world, config.keep, not config.async_save)
+        self.step = 0  # batches done, skipped ones included
+        self.skipped = 0  # in all
+        self.bad = 0  # in a row
+        self.saved = -1
+        self.report = _Report(self)
+
+    # --- checkpoints ---
+
+    def tensors(self) -> dict[str, Tensor]:
+        names = {id(p): n for n, p in self.params.items()}
+        state = ckpt.pack("model", self.model.state_dict())
+        state |= ckpt.pack("optimizer", optimizer_tensors(self.optimizer, names))
+        return state | ckpt.pack("average", self.average.values)
+
+    def save(self) -> None:
+        if self.saved != self.step:
+            meta = {"run": self.run_id, "skipped": self.skipped, "bad": self.bad}
+            self.snapshots.save(
+                self.step, self.tensors(), {**meta, "interval": self.report.state()}
+            )
+            self.saved = self.step
+
+    def resume(self, accept_changed: bool) -> None:
+        path = snapshots.newest(self.folder)
+        if path is None:
+            return
+        meta = snapshots.read_meta(path)
+        _check_run(meta, self.run_id, path, accept_changed)
+        start_state(self.optimizer)
+        snapshots.load(path, self.tensors(), self.world)
+        self.step, self.skipped, self.bad = meta["step"], meta["skipped"], meta["bad"]
+        self.saved = self.step
+        self.report.load(meta["interval"])
+
+    # --- steps ---
+
+    def run(self, progress: bool, preview: Preview | None) -> None:
+        from tqdm import tqdm
+
+        config, report = self.config, self.report
+        report.open()
+        bar = tqdm(
+            total=config.steps * config.batch_size,
+            initial=self.step * config.batch_size,
+            desc=self.label,
+            unit=" samples",
+            unit_scale=True,
+            disable=not (progress and self.world.main),
+        )
+        save_every = config.save_every or config.log_every
+        with bar, _stop_signals() as stop:
+            try:
+                while self.step < config.steps:
+                    self.advance()
+                    bar.update(config.batch_size)
+                    if self.step % config.log_every == 0 or self.step == config.steps:
+                        bar.set_postfix(report.write())
+                    if preview and config.preview_every and self.step % config.preview_every == 0:
+                        preview(self.model, self.step)
+                    if snapshots.same_everywhere(self.world, bool(stop)):
+                        self.save()
+                        self.snapshots.settle()
+                        raise KeyboardInterrupt
+                    if self.step % save_every == 0 and self.step < config.steps:
+                        self.save()
+                self.snapshots.settle()
+            finally:
+                report.close()
+
+    def advance(self) -> None:
+        """One step; it is skipped, before anything changes, if its gradient is not finite."""
+        config, step = self.config, self.step
+        self.optimizer.zero_grad(set_to_none=True)
+        parts, loads = backward(self.objective, step, config, self.world)
+        params = list(self.params.values())
+        parts["grad_norm"] = gradient_norm(params)
+        self.step += 1
+        good = bool(torch.isfinite(parts["loss"] + parts["grad_norm"]))
+        if snapshots.same_everywhere(self.world, not good):
+            self._skip(step, parts)
+            return
+        self.bad = 0
+        clip_gradients(params, parts["grad_norm"], config.clip)
+        factor = learning_rate(config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * factor * group["scale"]
+        decay_trained_slices(self.params, self.frozen, config.lr * factor, config.weight_decay)
+        self.optimizer.step()
+        self.average.update(self.step)
+        self.report.add(parts, loads, config.lr * factor)
+
+    def _skip(self, step: int, parts: dict[str, Tensor]) -> None:
+        self.bad, self.skipped = self.bad + 1, self.skipped + 1
+        values = {k: float(v) for k, v in parts.items()}
+        self.optimizer.zero_grad(set_to_none=True)
+        self.report.say(f"{self.label}: step {step} skipped, not finite: {values}")
+        if self.bad <= self.config.max_bad_steps:
+            return
+        dumped = dump_batch(self.objective, step, self.config, self.folder, self.world)
+        self.save()
+        self.snapshots.settle()
+        raise TrainingError(
+            f"{self.label}: loss or gradient not finite in {self.bad} steps in a row, the last of "
+            f"them step {step}: {values}. {dumped} The weights before the first of them are in "
+            f"{snapshots.newest(self.folder)}; lower lr={self.config.lr} or look into the data, "
+            "then go on with --accept-changed-config"
+        )
+
+
+class _Report:
+    """Means over a logging interval, on their way to the logs and the progress bar."""
+
+    def __init__(self, loop: _Loop):
+        self.loop = loop
+        self.utilisation = Utilisation()
+        self.sums: dict[str, Tensor] = {}
+        self.count, self.first, self.since, self.rate = 0, 0, 0.0, 0.0
+
+    def state(self) -> dict[str, Any]:
+        """The interval so far, for a checkpoint in the middle of it."""
+        return {
+            "sums": {k: float(v) for k, v in self.sums.items()},
+            "loads": {k: v.tolist() for k, v in self.utilisation.loads.items()},
+            "count": self.count,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        device = self.loop.world.device
+        self.sums = {k: torch.tensor(v, device=device) for k, v in state["sums"].items()}
+        loads = state["loads"].items()
+        wide = torch.float64
+        self.utilisation.loads = {k: torch.tensor(v, device=device, dtype=wide) for k, v in loads}
+        self.count = state["count"]
+
+    def open(self) -> None:
+        loop = self.loop
+        self.first, self.since = loop.step, time.perf_counter()
+        if loop.world.main:
+            self.log = Log(loop.folder / "log.jsonl", loop.step)
+            self.experts = Log(loop.folder / "experts.jsonl", loop.step)
+            self.trackers = Trackers(loop.config.loggers, loop.folder, loop.label)
+
+    def add(self, parts: dict[str, Tensor], loads: dict[str, Tensor], rate: float) -> None:
+        for key, value in parts.items():
+            self.sums[key] = self.sums.get(key, 0) + value.detach()
+        self.utilisation.add(loads)
+        self.count, self.rate = self.count + 1, rate
+
+    def write(self) -> dict[str, str]:
+        """One line for the steps since the last one; returns what the bar shows."""
+        loop, now = self.loop, time.perf_counter()
+        means = {k: float(v) / self.count for k, v in self.sums.items()}
+        table = self.utilisation.take()
+        samples = (loop.step - self.first) * loop.config.batch_size
+        entry = {"step": loop.step, **means, "lr": self.rate}
+        if table:
+            entry["expert_min"] = min(map(min, table.values()))
+            entry["expert_max"] = max(map(max, table.values()))
+        if loop.skipped:
+            entry["skipped"] = loop.skipped
+        entry["samples_per_second"] = samples / (now - self.since)
+        entry["peak_memory_gib"] = round(peak_memory_gib(loop.world.device), 3)
+        if self.loop.world.main:
+            self.log.write(entry)
+            if table:
+                self.experts.write({"step": loop.step, "load": table})
+            self.trackers.write(loop.step, entry)
+            if dead := self.utilisation.dead(table):
+                more = f" and {len(dead) - 8} more" if len(dead) > 8 else ""
+                self.say(
+                    f"{loop.label}: chosen by nobody since step {self.first}: "
+                    f"{', '.join(dead[:8])}{more}"
+                )
+        self.sums, self.count, self.first, self.since = {}, 0, loop.step, now
+        return {"loss": f"{means['loss']:.4g}"} if means else {}
+
+    def say(self, text: str) -> None:
+        if self.loop.world.main:
+            from tqdm import tqdm
+
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        if self.loop.world.main:
+            self.trackers.close()
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that SIGTERM and SIGINT fill; a second one interrupts at once."""
+    got: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield got
+        return
+
+    def on_signal(number: int, frame: Any) -> None:
+        if got:
+            raise KeyboardInterrupt
+        got.append(number)
+
+    before = {s: signal.signal(s, on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield got
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_run(meta: dict[str, Any], run_id: str, path: Path, accept_changed: bool) -> None:
+    if meta.get("run") != run_id and not accept_changed:
         raise CheckpointError(
             f"checkpoint {path} belongs to a run with other settings "
-            f"({meta.get('run')}, this is {run_id}); choose another output folder or remove it"
+            f"({meta.get('run')}, this is {run_id}); choose another output folder, remove it, or "
+            "go on with --accept-changed-config"
         )

@@ -1,0 +1,131 @@
+"""What a run tells: log.jsonl always, experts.jsonl, TensorBoard and wandb if asked for."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill import checkpoint as ckpt
+from distill.errors import UserError
+
+
+class Log:
+    """JSON lines, one a logging interval; on resume, lines after the checkpoint are dropped."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        lines = read_log(path) if path.exists() else []
+        kept = [json.dumps(line) for line in lines if line["step"] <= step]
+        ckpt.write_text(path, "".join(f"{line}\n" for line in kept))
+
+    def write(self, entry: dict[str, Any]) -> None:
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as err:
+            raise UserError(f"cannot write {self.path}: {err.strerror or err}") from err
+
+
+def read_log(path: Path | str) -> list[dict[str, Any]]:
+    """All complete lines of a log; a last line cut short by a crash is left out."""
+    entries = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries
+
+
+class Trackers:
+    """TensorBoard and wandb, whichever of them are named; each gets every number of the log."""
+
+    def __init__(self, names: Sequence[str], folder: Path, label: str):
+        self.label = label
+        self.board = self.run = None
+        if "tensorboard" in names:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as err:
+                raise _missing("tensorboard") from err
+            self.board = SummaryWriter(str(folder / "tensorboard"))
+        if "wandb" in names:
+            try:
+                import wandb
+            except ImportError as err:
+                raise _missing("wandb") from err
+            name = ckpt.fingerprint(
+                str(folder.resolve())
+            )  # a resumed run goes on in the same curve
+            self.run = wandb.init(dir=str(folder), name=label, id=name, resume="allow")
+
+    def write(self, step: int, entry: Mapping[str, Any]) -> None:
+        numbers = {k: v for k, v in entry.items() if k != "step" and isinstance(v, (int, float))}
+        if self.board is not None:
+            for key, value in numbers.items():
+                self.board.add_scalar(f"{self.label}/{key}", value, step)
+        if self.run is not None:
+            self.run.log(numbers, step=step)
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+        if self.run is not None:
+            self.run.finish()
+
+
+def _missing(name: str) -> UserError:
+    return UserError(
+        f"train.loggers has {name!r}, but the package is missing: pip install {name}, or take it "
+        "out; log.jsonl is written in any case"
+    )
+
+
+class Utilisation:
+    """How evenly experts (or blocks of a group) are used, over one logging interval.
+
+    1 is even: load / ideal, where ideal = slots / experts of the layer.
+    """
+
+    def __init__(self) -> None:
+        self.loads: dict[str, Tensor] = {}
+        self.called_out: set[tuple[str, int]] = set()
+
+    def add(self, loads: Mapping[str, Tensor]) -> None:
+        for name, load in loads.items():
+            now = load.detach().double()
+            self.loads[name] = self.loads[name] + now if name in self.loads else now
+
+    def take(self) -> dict[str, list[float]]:
+        """Layer -> load/ideal of each expert since the last call."""
+        table = {}
+        for name, load in self.loads.items():
+            total = load.sum().clamp(min=1)
+            table[name] = [round(v, 4) for v in (load * len(load) / total).tolist()]
+        self.loads = {}
+        return table
+
+    def dead(self, table: Mapping[str, Sequence[float]]) -> list[str]:
+        """Experts that nobody chose in the interval, each named once in a run."""
+        found = []
+        for name, values in table.items():
+            for expert, value in enumerate(values):
+                if value == 0 and (name, expert) not in self.called_out:
+                    self.called_out.add((name, expert))
+                    found.append(f"{name}: expert {expert}")
+        return found
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most this process has held: GPU memory by torch's allocator, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

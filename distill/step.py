@@ -1,0 +1,85 @@
+"""One step's gradient: in parts, on several ranks, in bf16 if wanted; the same but for rounding."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill import checkpoint as ckpt
+from distill.config import TrainConfig
+from distill.objective import Distillation, Statistics
+from distill.parallel import World, blocks
+
+
+def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
+    """bf16 products on fp32 weights.
+
+    Without autocast's cache, which would keep a bf16 copy of every weight until the step ends.
+    """
+    if config.compute_dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+
+def backward(
+    objective: Any, step: int, config: TrainConfig, world: World
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients of batch number `step`; returns (loss and its parts, slots that chose each expert).
+
+    With one part: forward, statistics over ranks, loss, backward. With several: all parts' forwards
+    without gradient give the statistics, then each part's forward and backward.
+    """
+    if not isinstance(objective, Distillation):
+        with autocast(config, world.device):
+            parts = objective(step)
+        parts["loss"].backward()
+        return {k: v.detach() for k, v in parts.items()}, {}
+    rows = world.rows(config.batch_size, config.micro_batch)
+    whole = None
+    if len(rows) > 1:
+        with torch.no_grad(), autocast(config, world.device):
+            each = [objective.terms(objective.batch(step, r)).statistics for r in rows]
+        whole = Statistics.combine(each, world)
+    sums: dict[str, Tensor] = {}
+    for r in rows:
+        alone = world.size == 1 and len(rows) == 1
+        with autocast(config, world.device):
+            terms = objective.terms(objective.batch(step, None if alone else r))
+            if whole is None:
+                whole = Statistics.combine([terms.statistics], world)
+            parts = objective.loss(terms, whole)
+        # FSDP takes the mean over ranks; the ranks' shares add up
+        (parts["loss"] * world.size if world.size > 1 else parts["loss"]).backward()
+        sums = {k: v.detach() + sums.get(k, 0) for k, v in parts.items()}
+    assert whole is not None
+    names = list(sums)
+    totals = world.sum(torch.stack([sums[k] for k in names]))
+    return dict(zip(names, totals.unbind(), strict=True)), whole.loads
+
+
+def speed_up(model: nn.Module, config: TrainConfig) -> None:
+    """Gradient checkpointing and torch.compile on the model's blocks, as configured."""
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if config.compile:
+        for block in blocks(model):
+            # the method, not the module: parameters keep their names, hooks (FSDP's) stay outside
+            block.forward = torch.compile(block.forward)
+
+
+def dump_batch(objective: Any, step: int, config: TrainConfig, folder: Path, world: World) -> str:
+    """Write this rank's rows of a batch; returns a sentence that says where they are."""
+    if not isinstance(objective, Distillation):
+        return f"The batch is number {step}."
+    rows = world.rows(config.batch_size)[0]
+    batch = objective.batch(step, rows)
+    names = [*batch.PER_SAMPLE, "img_ids", "txt_ids"]
+    tensors = {n: getattr(batch, n) for n in names if getattr(batch, n) is not None}
+    suffix = f"-rank{world.rank}" if world.size > 1 else ""
+    path = folder / f"bad-batch-{step}{suffix}.safetensors"
+    ckpt.save_tensors(path, tensors, {"step": step, "first_row": rows.start})
+    return f"Its batch is in {path}."
