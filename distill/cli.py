@@ -41,6 +41,11 @@ def parser() -> argparse.ArgumentParser:
     distil.add_argument("config", metavar="CONFIG.yaml", help="e.g. digits.yaml, which is built in")
     distil.add_argument("--out", help="output folder instead of the configuration's")
     distil.add_argument("--seed", type=int, help="instead of the configuration's")
+    distil.add_argument(
+        "--accept-changed-config",
+        action="store_true",
+        help="go on with a run that was begun with other settings",
+    )
     _device(distil)
     distil.set_defaults(run=run_distill)
 
@@ -184,8 +189,9 @@ def run_distill(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     one_thread()
     with _library_errors():
-        folder = distill(config, device)
-    print(f"wrote {folder}")
+        folder = distill(config, device, accept_changed=args.accept_changed_config)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"wrote {folder}")
 
 
 def run_sample(args: argparse.Namespace) -> None:

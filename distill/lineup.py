@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distill import checkpoint as ckpt
 from distill import evaluate as ev
-from distill.config import DemoConfig, StageConfig, TrainConfig, to_dict
+from distill.config import DemoConfig, StageConfig, TrainConfig, settings
 from distill.data import Digits
 from distill.stages import (
     VERSION,
@@ -49,7 +49,7 @@ class Run:
 
     def fingerprint(self, *parts: Any) -> str:
         """Of everything a model depends on before its own training."""
-        return ckpt.fingerprint(VERSION, to_dict(self.config), self.seed, self.device, *parts)
+        return ckpt.fingerprint(VERSION, settings(self.config), self.seed, self.device, *parts)
 
 
 def start(config: DemoConfig, seed: int, device: str, folder: Path, progress: bool) -> Run:

@@ -8,6 +8,7 @@ replicated `replicate` times (HSDP).
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -138,6 +139,8 @@ def shard_model(model: nn.Module, world: World) -> nn.Module:
     if world.size > 1:
         from torch.distributed.fsdp import fully_shard
 
+        # blocks return views of one sequence; nobody writes into them
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for block in blocks(model):
             fully_shard(block, mesh=world.mesh)
         fully_shard(model, mesh=world.mesh)

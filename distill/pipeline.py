@@ -9,9 +9,11 @@ from typing import Any
 from torch import nn
 
 from distill import checkpoint as ckpt
-from distill.config import DistillConfig, EvalConfig, to_dict
+from distill.config import DistillConfig, EvalConfig, settings
 from distill.data import Digits
 from distill.errors import CheckpointError, ConfigError, UserError
+from distill.parallel import World, shard_model, start_world, stop_world
+from distill.preview import Previews
 from distill.sources import open_source
 from distill.stages import VERSION, group_blocks, make_student, measure_importance, run_stage
 from distill.teacher import load_flux, load_teacher, modulation_inputs
@@ -37,70 +39,97 @@ def student_structure(config: DistillConfig, teacher: nn.Module) -> Any:
         raise ConfigError(f"student.structure: {err}") from err
 
 
-def distill(config: DistillConfig, device: str = "cpu", progress: bool = True) -> Path:
+def distill(
+    config: DistillConfig, device: str = "cpu", progress: bool = True, accept_changed: bool = False
+) -> Path:
     """Run the configured stages and save the student; returns its folder, OUT/model.
 
-    OUT/<stage>/ holds each stage's checkpoint and log; a run that was stopped goes on from there.
-    Settings that differ from those OUT was begun with are an error.
+    OUT/<stage>/ holds each stage's checkpoints and log; a run that was stopped goes on from there.
+    Settings that differ from those OUT was begun with are an error unless `accept_changed`. Under
+    torchrun all processes call this.
     """
-    out = ckpt.make_folder(config.out)
-    settings = {k: v for k, v in to_dict(config).items() if k != "out"}
-    _claim(out, {"settings": settings, "device": device.split(":")[0]})
+    world = start_world(config.parallel, device)
+    try:
+        return _distill(config, world, progress, accept_changed)
+    finally:
+        stop_world(world)
+
+
+def _distill(config: DistillConfig, world: World, progress: bool, accept_changed: bool) -> Path:
+    out, device = ckpt.make_folder(config.out), world.device
+    started = {"settings": settings(config), "device": device.type}
+    if world.main:
+        _claim(out, started, accept_changed)
     target = out / "model"
+    world.barrier()
     if target.exists():
         return target
-    teacher = load_teacher(config.teacher, config.data, config.seed, device, progress)
-    source = open_source(config.data, teacher, device)
+    teacher = world.first(
+        lambda: load_teacher(config.teacher, config.data, config.seed, str(device), progress)
+    )
+    source = open_source(config.data, teacher, str(device))
     structure = student_structure(config, teacher)
-    student, seed = config.student, config.seed
-    importance = measure_importance(teacher, source, student.importance_batches, seed)
-    temb = modulation_inputs(teacher, source, student.calibration, seed)
-    model = make_student(teacher, structure, importance, temb, seed)
-    parent, first = ckpt.fingerprint(VERSION, settings), 0
+    model = start_student(config, structure, teacher, source)
+    shard_model(teacher, world)
+    parent, first = ckpt.fingerprint(VERSION, started["settings"]), 0
     for stage in config.stages:
         if stage.stage == "mob":
             if structure.mob is None:
                 raise ConfigError("stages has 'mob', but the student's structure has no key 'mob'")
-            model = group_blocks(model, structure.mob, seed)
+            model = group_blocks(model, structure.mob, config.seed)
         elif structure.moe is None:
             raise ConfigError(
                 f"stages has {stage.stage!r}, but the student's structure has no key 'moe'"
             )
         parent = run_stage(
-            model,
+            model if world.size == 1 else model.cpu(),
             teacher,
             source,
             stage,
             out / stage.stage,
-            seed=seed,
+            seed=config.seed,
             first=first,
             parent=parent,
             label=stage.stage,
             progress=progress,
+            world=world,
+            accept_changed=accept_changed,
+            preview=Previews(source, out / stage.stage / "previews", config.seed, world),
         )
         first += stage.train.steps
-    ckpt.write_folder(target, model.cpu().save_pretrained)
+    if world.main:
+        ckpt.write_folder(target, model.cpu().save_pretrained)
+    world.barrier()
     return target
 
 
-def _claim(out: Path, settings: dict[str, Any]) -> None:
+def start_student(
+    config: DistillConfig, structure: Any, teacher: nn.Module, source: Any
+) -> nn.Module:
+    """The converted teacher: neurons ordered by eq. (6), AdaLN fitted, fp32 weights."""
+    student, seed = config.student, config.seed
+    importance = measure_importance(teacher, source, student.importance_batches, seed)
+    temb = modulation_inputs(teacher, source, student.calibration, seed)
+    return make_student(teacher, structure, importance, temb, seed).float()
+
+
+def _claim(out: Path, started: dict[str, Any], accept_changed: bool = False) -> None:
     """Write settings.json, or compare with the one that is there."""
     path = out / "settings.json"
-    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    if not path.exists():
-        ckpt.write_text(path, text)
-        return
-    old = path.read_text(encoding="utf-8")
-    if old != text:
+    text = json.dumps(started, indent=2, sort_keys=True) + "\n"
+    old = path.read_text(encoding="utf-8") if path.exists() else text
+    if old != text and not accept_changed:
         changed = [
             f"{a.strip()!r} -> {b.strip()!r}"
             for a, b in zip(old.splitlines(), text.splitlines(), strict=False)
             if a != b
         ]
         raise CheckpointError(
-            f"{out} holds a run with other settings ({'; '.join(changed[:3])}); "
-            "choose another output folder or remove it"
+            f"{out} holds a run with other settings ({'; '.join(changed[:3])}); choose another "
+            "output folder, remove it, or go on with --accept-changed-config"
         )
+    if old != text or not path.exists():
+        ckpt.write_text(path, text)
 
 
 def load_model(path: Path | str) -> nn.Module:

@@ -21,9 +21,9 @@ class Log:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        lines = read_log(path) if path.exists() else []
-        kept = [json.dumps(line) for line in lines if line["step"] <= step]
-        ckpt.write_text(path, "".join(f"{line}\n" for line in kept))
+        if path.exists():
+            kept = [json.dumps(line) for line in read_log(path) if line["step"] <= step]
+            ckpt.write_text(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, entry: dict[str, Any]) -> None:
         try:

@@ -15,8 +15,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def load(path: Path, tensors: Mapping[str, Tensor], world: World) -> None:
                 f"checkpoint {path} does not fit this model: missing {missing[:3]}, "
                 f"unknown {unknown[:3]}, wrong shapes {wrong[:3]}"
             )
-        dcp.load(dict(tensors), storage_reader=reader, no_dist=world.size == 1)
+        with _quiet():
+            dcp.load(dict(tensors), storage_reader=reader, no_dist=world.size == 1)
     except CheckpointError:
         raise
     except (SafetensorError, OSError, dcp.api.CheckpointException) as err:
@@ -128,10 +130,12 @@ class Snapshots:
             self.world.barrier()
             ckpt.save_tensors(tmp / f"rng-{self.world.rank:05d}.safetensors", ckpt.rng_state())
             if self.wait:
-                dcp.save(state, storage_writer=writer, no_dist=alone)
+                with _quiet():
+                    dcp.save(state, storage_writer=writer, no_dist=alone)
                 self._publish(step)
             else:
-                job = dcp.async_save(state, storage_writer=writer, no_dist=alone)
+                with _quiet():
+                    job = dcp.async_save(state, storage_writer=writer, no_dist=alone)
                 self.pending = (step, job)
         except (UserError, OSError, dcp.api.CheckpointException) as err:
             raise self._failed(step, err) from err
@@ -189,6 +193,14 @@ class Snapshots:
                 self._remove(path)
             (self.folder / "latest").unlink(missing_ok=True)
         self.world.barrier()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that one process saves alone, which is what was asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _flush(path: Path) -> None:

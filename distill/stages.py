@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from distill import checkpoint as ckpt
-from distill.config import StageConfig, to_dict
+from distill.config import StageConfig, settings
 from distill.data import generator
 from distill.importance import taylor_importance
 from distill.objective import Distillation
 from distill.optimizer import FrozenSlice
-from distill.train import train
+from distill.parallel import World, shard_copy
+from distill.train import Preview, train
 
 VERSION = 1  # raise when a change makes old checkpoints mean something else
 
@@ -166,36 +167,58 @@ def run_stage(
     parent: str,
     label: str,
     progress: bool = True,
+    world: World | None = None,
+    accept_changed: bool = False,
+    preview: Preview | None = None,
 ) -> str:
     """Train one stage in place (or load its result) and return its fingerprint, the next stage's
     parent.
+
+    Args:
+        world: with several ranks the model is whole and on the CPU, the teacher sharded; a sharded
+            copy is trained and its result loaded into the model.
+        accept_changed, preview: see `train`.
     """
-    frozen = prepare_stage(
-        model,
-        config.stage,
-        freeze_shared=config.freeze_shared,
-        train_isolated=config.train_isolated,
-    )
+    world = world or World(device=next(model.parameters()).device)
+
+    def prepare(student: nn.Module) -> list[FrozenSlice]:
+        return prepare_stage(
+            student,
+            config.stage,
+            freeze_shared=config.freeze_shared,
+            train_isolated=config.train_isolated,
+        )
+
+    done = (Path(folder) / "model.safetensors").exists()
+    trained, frozen = model, prepare(model)
+    if world.size > 1 and not done:
+        trained, frozen = shard_copy(model, world, prepare)
     features = None
     if config.stage == "mob":
         from d2m_models.output import group_names
 
         features = list(group_names(model.d2m_config))
     run_id = ckpt.fingerprint(
-        VERSION, parent, to_dict(config), model.d2m_config.to_dict(), seed, first
+        VERSION, parent, settings(config), model.d2m_config.to_dict(), seed, first
     )
     objective = Distillation(
-        teacher, model, source, config.loss, config.train.batch_size, seed, first, features
+        teacher, trained, source, config.loss, config.train.batch_size, seed, first, features
     )
+    options = {"run_id": run_id, "label": label, "accept_changed": accept_changed}
     train(
-        model,
+        trained,
         objective,
         config.train,
         folder,
-        run_id=run_id,
-        label=label,
         frozen=frozen,
         progress=progress,
+        world=world,
+        preview=preview,
+        **options,
     )
+    if world.size > 1:  # the result, whole, from where rank 0 has put it
+        del trained, objective
+        world.barrier()
+        train(model, lambda step: {}, config.train, folder, **options)
     finish_stage(model)
     return run_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,18 @@ def backward(
     names = list(sums)
     totals = world.sum(torch.stack([sums[k] for k in names]))
     return dict(zip(names, totals.unbind(), strict=True)), whole.loads
+
+
+def fill_gradients(params: Iterable[nn.Parameter]) -> None:
+    """Zero where there is no gradient: a MoB block that no sample of the batch has chosen.
+
+    Sharded, such a block has a zero gradient, as some rank may have chosen it. AdamW moves a
+    parameter whose gradient is zero (by momentum and decay) and passes over one that has none; so
+    that both train alike, it is zero here too.
+    """
+    for p in params:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
 
 
 def speed_up(model: nn.Module, config: TrainConfig) -> None:

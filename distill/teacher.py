@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distill import checkpoint as ckpt
-from distill.config import DataConfig, TeacherConfig, to_dict
+from distill.config import DataConfig, TeacherConfig, settings, to_dict
 from distill.data import Digits
 from distill.errors import CheckpointError, UserError
 from distill.importance import flow_matching_loss
@@ -63,7 +63,7 @@ def load_teacher(
         teacher = build_teacher(config, seed).to(device)
         digits = Digits("train", data.timesteps, data.timestep_grid)
         run_id = ckpt.fingerprint(
-            VERSION, to_dict(config), to_dict(data), seed, torch.device(device).type
+            VERSION, settings(config), to_dict(data), seed, torch.device(device).type
         )
         folder = cache_folder() / f"teacher-{run_id}"
         size = config.train.batch_size

@@ -36,7 +36,7 @@ from distill.optimizer import (
 )
 from distill.parallel import World, full_tensors
 from distill.progress import Log, Trackers, Utilisation, peak_memory_gib, read_log
-from distill.step import backward, dump_batch, speed_up
+from distill.step import backward, dump_batch, fill_gradients, speed_up
 
 __all__ = ["FrozenSlice", "learning_rate", "make_optimizer", "read_log", "train"]
 
@@ -184,6 +184,7 @@ class _Loop:
         self.optimizer.zero_grad(set_to_none=True)
         parts, loads = backward(self.objective, step, config, self.world)
         params = list(self.params.values())
+        fill_gradients(params)
         parts["grad_norm"] = gradient_norm(params)
         self.step += 1
         good = bool(torch.isfinite(parts["loss"] + parts["grad_norm"]))

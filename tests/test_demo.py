@@ -167,7 +167,7 @@ def test_interrupted_demo_continues_to_the_same_result(demo, d2m, cache, tmp_pat
         text=True,
     )
     deadline = time.time() + 600
-    while not list(out.glob("stages/*/mob-s/*/checkpoint.safetensors")):
+    while not list(out.glob("stages/*/mob-s/*/step-*")):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)

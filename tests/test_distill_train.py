@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,12 @@ pytest.importorskip("safetensors")
 pytest.importorskip("tqdm")
 
 from distill import checkpoint as ckpt  # noqa: E402
+from distill import snapshots  # noqa: E402
 from distill.config import TrainConfig  # noqa: E402
 from distill.errors import CheckpointError, TrainingError, UserError  # noqa: E402
 from distill.train import FrozenSlice, learning_rate, read_log, train  # noqa: E402
 
+MACHINE = ("samples_per_second", "peak_memory_gib")
 CONFIG = TrainConfig(steps=12, batch_size=4, lr=1e-2, warmup=2, ema=0.9, log_every=3)
 
 
@@ -54,7 +57,11 @@ def _states_equal(a, b):
 
 
 def _strip(log):
-    return [{k: v for k, v in e.items() if k != "samples_per_second"} for e in log]
+    return [{k: v for k, v in e.items() if k not in MACHINE} for e in log]
+
+
+def _newest_step(folder):
+    return snapshots.read_meta(snapshots.newest(folder))["step"]
 
 
 # --- resuming -------------------------------------------------------------------------------
@@ -65,11 +72,7 @@ def test_resume_is_bit_exact(tmp_path, stop_at):
     whole, log = _train(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         _train(tmp_path / "parts", stop_at=stop_at)
-    lost = stop_at - (
-        ckpt.load_tensors(tmp_path / "parts/checkpoint.safetensors")[1]["step"]
-        if stop_at >= 3
-        else 0
-    )
+    lost = stop_at - (_newest_step(tmp_path / "parts") if stop_at >= 3 else 0)
     assert lost <= CONFIG.log_every
     parts, resumed = _train(tmp_path / "parts")
     assert _states_equal(whole, parts)
@@ -83,15 +86,28 @@ def test_resume_needs_the_optimizer_and_rng(tmp_path):
         folder = tmp_path / group
         with pytest.raises(KeyboardInterrupt):
             _train(folder, stop_at=8)
-        path = folder / "checkpoint.safetensors"
-        tensors, meta = ckpt.load_tensors(path)
-        for name in tensors:
-            if name.startswith(f"{group}/"):
-                fresh = torch.get_rng_state() if group == "rng" else torch.zeros_like(tensors[name])
-                tensors[name] = fresh
-        ckpt.save_tensors(path, tensors, meta)
+        newest = snapshots.newest(folder)
+        if group == "rng":
+            ckpt.save_tensors(newest / "rng-00000.safetensors", {"cpu": torch.get_rng_state()})
+        else:
+            (path,) = (newest / "tensors").glob("*.safetensors")
+            _zero(path, f"{group}/")
         parts, _ = _train(folder)
         assert not _states_equal(whole, parts), group
+
+
+def _zero(path, prefix):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert any(name.startswith(prefix) for name in tensors)
+    for name in tensors:
+        if name.startswith(prefix):
+            tensors[name] = torch.zeros_like(tensors[name])
+    save_file(tensors, path, metadata=header)
 
 
 def test_finished_run_is_not_trained_again(tmp_path):
@@ -141,8 +157,6 @@ train(model, objective, config, sys.argv[1], run_id="id", label="t", progress=Fa
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGKILL])
 def test_killed_process_continues_to_the_same_result(tmp_path, sig):
-    from dataclasses import replace
-
     (tmp_path / "tests_train.py").write_text(Path(__file__).read_text())
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(root=str(tmp_path)))
@@ -152,14 +166,14 @@ def test_killed_process_continues_to_the_same_result(tmp_path, sig):
     command = [sys.executable, str(script), str(folder)]
     process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE)
     deadline = time.time() + 120
-    while not (folder / "checkpoint.safetensors").exists():
+    while not snapshots.complete(folder):
         assert process.poll() is None and time.time() < deadline, process.stderr.read()
         time.sleep(0.05)
     time.sleep(0.2)
     process.send_signal(sig)
     process.communicate(timeout=60)
     assert process.returncode != 0
-    step = ckpt.load_tensors(folder / "checkpoint.safetensors")[1]["step"]
+    step = _newest_step(folder)
     assert 0 < step < 120 and not (folder / "model.safetensors").exists()
     subprocess.run(command, env=env, check=True, timeout=120)
     threads = torch.get_num_threads()
@@ -222,17 +236,58 @@ def test_router_learning_rate_and_decay_groups():
     assert whole[id(model.up.bias)]["weight_decay"] == 0
 
 
-def test_non_finite_loss_stops_with_the_last_good_state(tmp_path):
-    model = _model()
+def _spoilt(model, bad):
+    inner = _objective(model)
 
     def objective(step):
-        parts = _objective(model)(step)
-        return {"loss": parts["loss"] * (math.nan if step == 7 else 1)}
+        parts = inner(step)
+        return {"loss": parts["loss"] * (math.nan if step in bad else 1)}
 
-    with pytest.raises(TrainingError, match="not finite at step 9"):
-        train(model, objective, CONFIG, tmp_path, run_id="id", label="test", progress=False)
-    tensors, meta = ckpt.load_tensors(tmp_path / "checkpoint.safetensors")
-    assert meta["step"] == 6 and all(v.float().isfinite().all() for v in tensors.values())
+    return objective
+
+
+def test_non_finite_steps_change_nothing_and_are_counted(tmp_path, capsys):
+    """The result is that of the same run in which the bad step's update never happens."""
+    model, frozen = _model().eval(), {}
+
+    def objective(step):
+        if step == 6:
+            frozen.update({k: v.clone() for k, v in model.state_dict().items()})
+        if step == 8:  # steps 6 and 7 were skipped
+            assert all(torch.equal(v, frozen[k]) for k, v in model.state_dict().items())
+        return _spoilt(model, {6, 7})(step)
+
+    options = {"run_id": "id", "label": "test", "progress": False}
+    log = train(model, objective, CONFIG, tmp_path, **options)
+    assert [e.get("skipped", 0) for e in log] == [0, 0, 2, 2]
+    assert all(math.isfinite(e["loss"]) for e in log)
+    assert all(v.isfinite().all() for v in model.state_dict().values())
+    err = capsys.readouterr().err
+    assert "step 6 skipped, not finite" in err and "step 7 skipped" in err
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path):
+    model = _model().eval()
+
+    def objective(step):
+        x = next(model.parameters()).sum()
+        broken = torch.sqrt(x - x) if step == 2 else 0 * x  # value 0, derivative infinite or NaN
+        return {"loss": _objective(model)(step)["loss"] + broken}
+
+    log = train(model, objective, CONFIG, tmp_path, run_id="id", label="t", progress=False)
+    assert log[-1]["skipped"] == 1 and all(p.isfinite().all() for p in model.parameters())
+
+
+def test_too_many_bad_steps_stop_with_the_last_good_state(tmp_path):
+    model = _model().eval()
+    config = replace(CONFIG, max_bad_steps=2, log_every=100, save_every=100)
+    options = {"run_id": "id", "label": "test", "progress": False}
+    with pytest.raises(TrainingError, match="3 steps in a row.*step 9.*step-0000010"):
+        train(model, _spoilt(model, {4, 7, 8, 9, 10}), config, tmp_path, **options)
+    assert _newest_step(tmp_path) == 10
+    fresh = _model().eval()
+    log = train(fresh, _spoilt(fresh, {4}), config, tmp_path, **options)  # goes on with batch 10
+    assert log[-1]["skipped"] == 4 and log[-1]["step"] == 12
 
 
 def test_nothing_to_train(tmp_path):

@@ -1,0 +1,53 @@
+"""Samples drawn while a student trains, always from the same noise and prompts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill import checkpoint as ckpt
+from distill.data import Batch
+from distill.parallel import World
+from distill.sample import sample
+
+
+class Previews:
+    """Called with (model, step): writes FOLDER/step-0000123.png, or .safetensors with the latents
+    where the source cannot turn latents into images.
+
+    Args:
+        source: batches; `noise_batch` and `to_images` are used if it has them.
+        count: pictures. steps: of Euler's method.
+    """
+
+    def __init__(
+        self, source: Any, folder: Path, seed: int, world: World, count: int = 10, steps: int = 12
+    ):
+        self.source, self.folder, self.seed, self.world = source, folder, seed, world
+        self.count, self.steps = count, steps
+
+    def noise(self) -> Batch:
+        if hasattr(self.source, "noise_batch"):
+            return self.source.noise_batch(self.seed, 1)
+        batch = self.source.batch(self.seed, 0, self.count, "sample")
+        return replace(batch, t=torch.ones_like(batch.t))
+
+    def __call__(self, model: nn.Module, step: int) -> None:
+        latents = sample(model, self.noise(), self.steps)  # sharded: every rank takes part
+        if not self.world.main:
+            return
+        path = ckpt.make_folder(self.folder) / f"step-{step:07d}.png"
+        if not hasattr(self.source, "to_images"):
+            ckpt.save_tensors(path.with_suffix(".safetensors"), {"latents": latents})
+            return
+        images = self.source.to_images(latents).clamp(0, 1)
+        if images.ndim == 3:  # grey [B, H, W]; else RGB [B, H, W, 3]
+            images = images[..., None].expand(-1, -1, -1, 3)
+        from matplotlib.image import imsave
+
+        row = torch.cat(list(images), dim=1)  # [H, B W, 3]
+        ckpt.write_atomic(path, lambda tmp: imsave(tmp, row.numpy(), format="png"))

@@ -1,0 +1,162 @@
+"""Runs of several gloo processes on a small model, for tests; `python tests/_ranks.py JOB` is one.
+
+A job is a JSON file: {"folder", "steps", "train": {...}, "kind": "moe" | "mob", ...}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def torchrun(processes: int, *arguments: str, **options: str) -> list[str]:
+    """The command that starts `processes` ranks on this machine, with a port of its own."""
+    extra = [f"--{k.replace('_', '-')}={v}" for k, v in options.items()]
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *(f"--nproc-per-node={processes}", *extra, *arguments),
+    ]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }
+
+
+def models(kind: str):
+    """(teacher, student ready for stage (b) or (c), structure) - the same in every process."""
+    import torch
+
+    from d2m_models import FluxMoEConfig, MoBConfig, MoEConfig
+    from distill.config import TeacherConfig, TrainConfig
+    from distill.data import Digits
+    from distill.stages import group_blocks, make_student, measure_importance
+    from distill.teacher import build_teacher, modulation_inputs
+
+    sizes = TeacherConfig(
+        num_layers=2,
+        num_single_layers=4,
+        heads=2,
+        head_dim=8,
+        rope=[2, 2, 4],
+        train=TrainConfig(steps=1, batch_size=4, lr=1e-3),
+    )
+    structure = FluxMoEConfig(
+        moe=MoEConfig(shared_ratio=1.0, expert_ratio=0.25, num_experts=12, top_k=2),
+        dense_double_blocks=(0,),
+        adaln_dim=8,
+        num_layers=2,
+        num_single_layers=4,
+    )
+    digits = Digits("train")
+    teacher = build_teacher(sizes, 0).eval().requires_grad_(False)
+    importance = measure_importance(teacher, digits, 1, 0)
+    temb = modulation_inputs(teacher, digits, 64, 0)
+    student = make_student(teacher, structure, importance, temb, 0)
+    if kind == "mob":
+        student = group_blocks(student, MoBConfig(single_groups=((1, 2),)), 0)
+        with torch.no_grad():  # routers that tell samples apart, so that ranks choose differently
+            for router in student.mob_routers["single_groups"]:
+                router.token_gate.weight.mul_(50)
+    return teacher, student, digits
+
+
+class Recorder:
+    """A source that writes down which samples a rank asked for in training, step by step."""
+
+    def __init__(self, source, path):
+        self.source, self.path = source, path
+
+    def __getattr__(self, name):
+        return getattr(self.source, name)
+
+    def batch(self, seed, step, count, stream="train", rows=None):
+        if stream == "train":
+            taken = self.source._indices(seed, step, count).tolist()
+            taken = taken if rows is None else taken[rows]
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "samples": taken}) + "\n")
+        return self.source.batch(seed, step, count, stream, rows)
+
+
+def harm(source, rank: int, folder: Path, job: dict) -> None:
+    """Signals that hit this process when it asks for a step: {"rank", "step"} of the job's keys
+
+    stop: SIGTERM. die: SIGKILL, as often as there are entries, each once.
+    """
+    inner = source.batch
+    stop = job.get("stop")
+
+    def batch(seed, step, *arguments, **options):
+        if stop == {"rank": rank, "step": step}:
+            os.kill(os.getpid(), 15)
+        for i, die in enumerate(job.get("die", [])):
+            if die == {"rank": rank, "step": step} and not (folder / f"died{i}").exists():
+                (folder / f"died{i}").touch()
+                os.kill(os.getpid(), 9)
+        return inner(seed, step, *arguments, **options)
+
+    source.batch = batch
+
+
+def run(job: dict, world) -> None:
+    """One stage on a fresh student; its weights before are kept in before.safetensors."""
+    from safetensors.torch import save_file
+
+    from distill.config import LossConfig, StageConfig, TrainConfig
+    from distill.parallel import shard_model
+    from distill.stages import run_stage
+
+    teacher, student, source = models(job["kind"])
+    shard_model(teacher, world)
+    folder = Path(job["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    if job.get("record"):
+        source = Recorder(source, folder / f"samples-{world.size}-{world.rank}.jsonl")
+    train = {"steps": 6, "batch_size": 8, "lr": 1e-3, "warmup": 0, "schedule": "constant"}
+    config = TrainConfig(**{**train, **job.get("train", {})})
+    stage = StageConfig(job["kind"], config, LossConfig())
+    harm(source, world.rank, folder, job)
+    if world.main:
+        save_file(student.state_dict(), folder / "before.safetensors")
+    run_stage(
+        student,
+        teacher,
+        source,
+        stage,
+        folder,
+        seed=0,
+        first=0,
+        parent="test",
+        label="test",
+        progress=False,
+        world=world,
+    )
+
+
+def main(jobs: list[dict]) -> None:
+    """All jobs one after another, by the same processes."""
+    import torch
+
+    torch.set_num_threads(1)
+    from distill.config import ParallelConfig
+    from distill.parallel import start_world, stop_world
+
+    world = start_world(ParallelConfig(**jobs[0].get("parallel", {}), timeout_minutes=2), "cpu")
+    try:
+        for job in jobs:
+            run(job, world)
+    finally:
+        stop_world(world)
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

@@ -1,0 +1,198 @@
+"""Several processes (gloo, FSDP2): the same result as one, whatever joins, leaves or dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from _ranks import ROOT, environment, models, torchrun
+
+pytest.importorskip("diffusers")
+pytest.importorskip("sklearn")
+
+from safetensors.torch import load_file  # noqa: E402
+
+from distill import snapshots  # noqa: E402
+from distill.config import ParallelConfig  # noqa: E402
+from distill.errors import ConfigError  # noqa: E402
+from distill.parallel import World, start_world  # noqa: E402
+from distill.progress import read_log  # noqa: E402
+
+slow = pytest.mark.slow
+LIMIT = 240  # seconds after which a run that hangs is ended
+
+
+def launch(jobs, processes, folder, check=True, **options):
+    """Run jobs on so many ranks; returns (exit status, output)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "jobs.json"
+    path.write_text(json.dumps([{"folder": str(folder), "kind": "moe", **j} for j in jobs]))
+    arguments = [str(ROOT / "tests/_ranks.py"), str(path)]
+    command = [sys.executable, *arguments]
+    if processes > 1:
+        command = torchrun(processes, *arguments, **options)
+    run = subprocess.Popen(
+        command,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = run.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, 9)
+        raise AssertionError(f"hung: {run.communicate()[0][-3000:]}") from None
+    assert not check or run.returncode == 0, output[-3000:]
+    return run.returncode, output
+
+
+def result(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def close(ours, reference, start, share=1e-3):
+    """Equal up to rounding: a small share of what training has changed."""
+    for name, value in reference.items():
+        if value.is_floating_point():
+            moved = (value - start[name]).norm()
+            assert (ours[name] - value).norm() <= share * moved + 1e-7, name
+        else:
+            assert torch.equal(ours[name], value), name
+
+
+def losses(folder):
+    return [[e[k] for k in ("loss", "feature", "balance")] for e in read_log(folder / "log.jsonl")]
+
+
+TRAIN = {"ema": 0.5, "weight_decay": 0.5, "log_every": 2}
+PARTS = {"micro_batch": 1, "gradient_checkpointing": True}
+HUNDRED = {"steps": 100, "batch_size": 2, "ema": 0.9, "weight_decay": 0.5, "log_every": 50}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Folder with the runs of one process, moe and mob."""
+    folder = tmp_path_factory.mktemp("alone")
+    jobs = [{"folder": str(folder / k), "kind": k, "train": TRAIN} for k in ("moe", "mob")]
+    launch(jobs, 1, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Folder with runs of two ranks."""
+    folder = tmp_path_factory.mktemp("two")
+    jobs = {
+        "moe": {"train": TRAIN},
+        "mob": {"kind": "mob", "train": {**TRAIN, **PARTS}},
+        "hundred": {"train": HUNDRED},
+    }
+    launch([{"folder": str(folder / k), **job} for k, job in jobs.items()], 2, folder)
+    return folder
+
+
+def equal(ours, reference):
+    close(result(ours), result(reference), load_file(reference / "before.safetensors"))
+    for mine, theirs in zip(losses(ours), losses(reference), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+@slow
+@pytest.mark.parametrize("kind", ["moe", "mob"])
+def test_two_ranks_equal_one_process(alone, two, kind):
+    """mob also in parts of one sample, with gradient checkpointing."""
+    equal(two / kind, alone / kind)
+
+
+@slow
+def test_hybrid_sharding_equals_one_process(alone, tmp_path):
+    """Parameters sharded over two ranks, in two copies."""
+    job = {"kind": "mob", "train": TRAIN, "parallel": {"shard": 2, "replicate": 2}}
+    launch([job], 4, tmp_path)
+    equal(tmp_path, alone / "mob")
+
+
+@slow
+def test_frozen_slices_stay_bitwise_for_a_hundred_steps_when_sharded(two):
+    from distill.stages import ffn_slices
+
+    folder = two / "hundred"
+    before, after = load_file(folder / "before.safetensors"), result(folder)
+    _, student, _ = models("moe")
+    for part, same in (("shared", True), ("experts", False)):
+        slices = ffn_slices(student, part)
+        assert slices
+        for f in slices:
+            old, new = (s[f.name].narrow(f.dim, f.start, f.stop - f.start) for s in (before, after))
+            assert torch.equal(old, new) == same, f
+
+
+@slow
+def test_four_then_two_then_four_ranks(alone, tmp_path):
+    """A signal to one rank stops all with a checkpoint that any number of ranks continues."""
+    folder = tmp_path / "run"
+    plan = [(4, {"rank": 3, "step": 1}, 2), (2, {"rank": 1, "step": 3}, 4), (4, None, None)]
+    for processes, stop, done in plan:
+        job = {"kind": "mob", "train": TRAIN, "record": True, "stop": stop}
+        status, output = launch([job], processes, folder, check=stop is None)
+        if stop is not None:
+            assert status != 0 and snapshots.newest(folder).name == f"step-{done:07d}", output
+    seen: dict[int, list[int]] = {}
+    for path in folder.glob("samples-*.jsonl"):
+        for line in path.read_text().splitlines():
+            entry = json.loads(line)
+            seen.setdefault(entry["step"], []).extend(entry["samples"])
+    _, _, digits = models("moe")
+    for step in range(6):
+        assert sorted(seen[step]) == sorted(digits._indices(0, step, 8).tolist())
+    equal(folder, alone / "mob")
+
+
+@slow
+def test_a_dead_rank_ends_all_and_a_restart_goes_on_from_the_checkpoint(alone, tmp_path):
+    """Killed at step 3, restarted by torchrun, killed again at step 5: the job ends; one process
+    finishes it.
+    """
+    deaths = [{"rank": 1, "step": 3}, {"rank": 1, "step": 5}]
+    job = {"train": TRAIN, "record": True, "die": deaths}
+    status, output = launch([job], 2, tmp_path, check=False, max_restarts="1")
+    ended = time.time() - (tmp_path / "died1").stat().st_mtime
+    assert status != 0 and ended < 60, output  # a few seconds on a machine with nothing else to do
+    assert snapshots.newest(tmp_path).name == "step-0000004"
+    lines = (tmp_path / "samples-2-1.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 2, 3, 4]
+    launch([job], 1, tmp_path)
+    equal(tmp_path, alone / "moe")
+
+
+# --- what needs no processes ----------------------------------------------------------------
+
+
+def test_rows_cover_the_batch_once():
+    for size in (1, 2, 4):
+        for micro in (None, 1, 3, 8, 100):
+            each = [World(r, size).rows(16, micro) for r in range(size)]
+            assert len({len(parts) for parts in each}) == 1  # ranks gather parameters together
+            rows = [i for parts in each for p in parts for i in range(16)[p]]
+            assert rows == list(range(16))
+            if micro:
+                assert all(p.stop - p.start <= micro for parts in each for p in parts)
+    with pytest.raises(ConfigError, match="batch_size is 10.*multiple of their number, 4"):
+        World(0, 4).rows(10)
+
+
+def test_parallel_settings_need_processes(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ConfigError, match="this is one process; start it with torchrun"):
+        start_world(ParallelConfig(shard=2), "cpu")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="3 x 1; expected the number of processes, 4"):
+        start_world(ParallelConfig(shard=3), "cpu")
