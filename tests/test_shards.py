@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from dataclasses import fields, replace
@@ -22,7 +23,13 @@ from distill.errors import CheckpointError, ConfigError, TrainingError, UserErro
 from distill.prefetch import Prefetch  # noqa: E402
 from distill.prepare import prepare  # noqa: E402
 from distill.prepare_run import Settings  # noqa: E402
-from distill.shard_files import ShardFile, read_manifest  # noqa: E402
+from distill.shard_files import (
+    FORMAT,
+    Sample,
+    ShardFile,
+    read_manifest,
+    write_shard,
+)  # noqa: E402
 from distill.shards import Shards, open_shards  # noqa: E402
 from distill.sources import open_source  # noqa: E402
 
@@ -189,6 +196,32 @@ def test_captions_are_dropped_at_the_asked_rate(online, cached, flux):
     assert 55 < sum(half) < 105  # of 160
     assert half == list(dropped(online, 0.5, text_encoders=str(flux)))
     assert not any(dropped(cached, 0.0)) and all(dropped(cached, 1.0))
+
+
+def test_memory_stays_while_every_sample_is_read(tmp_path):
+    psutil = pytest.importorskip("psutil")
+    shards = []
+    for i in range(40):
+        latent = torch.randn(3, 4096, 64, generator=torch.Generator().manual_seed(i)).half()
+        parts = torch.zeros(LENGTH, 4).bfloat16(), torch.zeros(4).bfloat16()
+        size = (1024, 1024)
+        group = [Sample(3 * i + j, "", "a", size, size, latent[j], *parts) for j in range(3)]
+        shards.append(write_shard(tmp_path, i, group, 3 * i + 3))
+    text = {"length": LENGTH, "dim": 4, "pooled_dim": 4}
+    buckets = {"1024x1024": {"samples": 120, "tokens": [64, 64]}}
+    about = {"format": FORMAT, "complete": True, "vae": {"channels": 64}, "text": text}
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({**about, "buckets": buckets, "shards": shards})
+    )
+    source, process = Shards(config(tmp_path)), psutil.Process()
+    seen, memory = set(), []
+    for step in range(120):
+        batch = source.batch(0, step, 1)
+        seen.add(batch.labels.item())
+        memory.append(process.memory_info().rss)
+    assert len(seen) == 120
+    size = sum(e["bytes"] for e in shards)  # 63 MB, of which a rank keeps 8 files of 1.6 MB mapped
+    assert max(memory[20:]) - min(memory[10:20]) < size / 2
 
 
 # --- damage ---------------------------------------------------------------------------------
