@@ -14,7 +14,7 @@ from distill.data import Digits
 from distill.errors import CheckpointError, ConfigError, UserError
 from distill.parallel import World, shard_model, start_world, stop_world
 from distill.preview import Previews
-from distill.sources import open_source
+from distill.sources import data_fingerprint, open_source
 from distill.stages import VERSION, group_blocks, make_student, measure_importance, run_stage
 from distill.teacher import load_flux, load_teacher, modulation_inputs
 
@@ -58,6 +58,8 @@ def distill(
 def _distill(config: DistillConfig, world: World, progress: bool, accept_changed: bool) -> Path:
     out, device = ckpt.make_folder(config.out), world.device
     started = {"settings": settings(config), "device": device.type}
+    if (data := data_fingerprint(config.data)) is not None:
+        started["data"] = data
     if world.main:
         _claim(out, started, accept_changed)
     target = out / "model"

@@ -20,7 +20,7 @@ class Previews:
     where the source cannot turn latents into images.
 
     Args:
-        source: batches; `noise_batch` and `to_images` are used if it has them.
+        source: batches; `noise_batch` and `to_images` or `decode` are used if it has them.
         count: pictures. steps: of Euler's method.
     """
 
@@ -37,14 +37,19 @@ class Previews:
         return replace(batch, t=torch.ones_like(batch.t))
 
     def __call__(self, model: nn.Module, step: int) -> None:
-        latents = sample(model, self.noise(), self.steps)  # sharded: every rank takes part
+        noise = self.noise()
+        latents = sample(model, noise, self.steps)  # sharded: every rank takes part
         if not self.world.main:
             return
         path = ckpt.make_folder(self.folder) / f"step-{step:07d}.png"
-        if not hasattr(self.source, "to_images"):
+        images = None
+        if hasattr(self.source, "to_images"):
+            images = self.source.to_images(latents).clamp(0, 1)
+        elif hasattr(self.source, "decode"):
+            images = self.source.decode(latents, noise.img_ids)
+        if images is None:
             ckpt.save_tensors(path.with_suffix(".safetensors"), {"latents": latents})
             return
-        images = self.source.to_images(latents).clamp(0, 1)
         if images.ndim == 3:  # grey [B, H, W]; else RGB [B, H, W, 3]
             images = images[..., None].expand(-1, -1, -1, 3)
         from matplotlib.image import imsave

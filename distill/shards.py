@@ -50,6 +50,13 @@ def manifests(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     return found
 
 
+def folder_fingerprint(config: DataConfig) -> str:
+    """Hash of the SHA-256s of all shards in their order."""
+    assert config.folder is not None
+    parts = manifests(Path(config.folder).expanduser())
+    return fingerprint([entry["sha256"] for _, m in parts for entry in m["shards"]])
+
+
 class Shards:
     """Latents and captions of a prepared folder.
 
@@ -84,7 +91,7 @@ class Shards:
         }
         self.order = BucketOrder([self.starts[name][-1] for name in names])
         self.offsets = [0, *accumulate(self.order.sizes)]
-        self.fingerprint = fingerprint([e["sha256"] for _, e in self.shards], first["text"])
+        self.vae: Any = None
         self.bad: dict[int, str] = {}
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
         self._lock = Lock()
@@ -190,6 +197,21 @@ class Shards:
         bucket = bisect_right(self.offsets, number) - 1
         with self._lock:
             return self._read(bucket, number - self.offsets[bucket])[1]
+
+    def decode(self, latents: Tensor, img_ids: Tensor) -> Tensor | None:
+        """Latents [B, S, C] at img_ids [S, 3] as images [B, H, W, 3] in 0..1, with the VAE that is
+        beside the text encoders; None if there is none.
+        """
+        model = self.config.text_encoders
+        if model is None or (Path(model).is_dir() and not (Path(model) / "vae").is_dir()):
+            return None
+        from distill.encode import LatentEncoder
+
+        if self.vae is None:
+            self.vae = LatentEncoder(model, self.device)
+        rows = int(img_ids[:, 1].max()) + 1
+        images = [self.vae.decode(one[None], rows)[0] for one in latents]
+        return torch.stack(images).permute(0, 2, 3, 1)
 
     # --- files ------------------------------------------------------------------------------
 

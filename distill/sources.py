@@ -28,6 +28,17 @@ def open_source(config: DataConfig, model: nn.Module | None = None, device: str 
     return source
 
 
+def data_fingerprint(config: DataConfig) -> str | None:
+    """What tells prepared data apart from other data in a folder of the same name, before anything
+    large is loaded; None for data that is built in.
+    """
+    if config.name != "shards":
+        return None
+    from distill.shards import folder_fingerprint
+
+    return folder_fingerprint(config)
+
+
 def _open(config: DataConfig, model: nn.Module | None, device: str) -> Any:
     if config.name == "digits":
         from distill.data import Digits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,7 +49,7 @@ def _config(tmp_path, flux, **data):
         "stages": [
             {"stage": "shared", "train": {"steps": 2, **TRAIN}},
             {"stage": "moe", "train": {"steps": 2, **TRAIN}},
-            {"stage": "mob", "train": {"steps": 4, **TRAIN}},
+            {"stage": "mob", "train": {"steps": 4, "preview_every": 4, **TRAIN}},
         ],
     }
     path = tmp_path / "config.yaml"
@@ -79,6 +80,23 @@ def test_from_images_to_a_student(tmp_path, guidance, capsys):
     for stage, steps in (("shared", 2), ("moe", 2), ("mob", 4)):
         log = (tmp_path / "run" / stage / "log.jsonl").read_text().splitlines()
         assert json.loads(log[-1])["step"] == steps
+    # a preview: pictures where the VAE is at hand, else latents
+    name = "step-0000004." + ("safetensors" if guidance else "png")
+    preview = tmp_path / "run" / "mob" / "previews" / name
+    assert preview.exists()
+    if not guidance:
+        from PIL import Image
+
+        with Image.open(preview) as picture:
+            sizes = {(10 * w, h) for h, w in ((64, 64), (48, 80), (96, 48))}
+            assert picture.size in sizes
+            assert len(np.unique(np.asarray(picture))) > 8
+    # other data under the same name is noticed
+    (tmp_path / "latents").rename(tmp_path / "before")
+    assert main([*prepare, "--seed", "1", "--latents", "sample"]) == 0
+    capsys.readouterr()
+    assert main(["distill", str(config), "--device", "cpu"]) == 2
+    assert '\'"data": ' in capsys.readouterr().err
 
 
 def test_a_model_of_other_sizes_is_refused(tmp_path):
