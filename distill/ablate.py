@@ -57,6 +57,8 @@ def run_arm(arm: str, context: Context, out: Path) -> tuple[dict[str, float], di
         return _measure_teacher(context, bench, text, out)
     if arm == "moe":
         model, shared = train_moe(context, arm, config.structure)
+        if context.share < 1:
+            return {"rel_mse": bench.rel_mse(model)}, {}
         values = {**bench.measure(model), "shared_only": bench.rel_mse(shared)}
         values |= am.by_top_k(bench, model, evaluate.top_k)
         values |= _few_steps(text, out, model)
@@ -88,7 +90,7 @@ def run_arm(arm: str, context: Context, out: Path) -> tuple[dict[str, float], di
         model = train_mob(context, arm, config.groups[rest])
     else:
         raise ValueError(f"arm is {arm!r}; expected one of {arm_names(config)}")
-    return bench.measure(model), {}
+    return bench.measure(model, samples=context.share == 1), {}
 
 
 def _measure_teacher(context: Context, bench: Any, text: str, out: Path) -> tuple[dict, dict]:
