@@ -51,6 +51,10 @@ class AblateEval:
     reference_steps: int = 24
     top_k: list[int] = field(default_factory=lambda: [0, 1, 2, 4, 12])
 
+    def __post_init__(self):
+        # with one sample a prompt, prompts in random order would be the same groups again
+        _check_least(self, "evaluate", held_out=1, per_prompt=2, sample_steps=2, reference_steps=1)
+
 
 @dataclass(frozen=True)
 class AblateConfig:

@@ -128,7 +128,7 @@ def experts_png(path: Path, tensors: Mapping[str, Tensor], names: tuple[str, ...
         for axis, kind in zip(row[:3], ("prompt", "timestep", "token"), strict=True):
             axis.imshow(tensors[f"moe/{layer}/{kind}"].numpy(), aspect="auto", cmap="magma",
                         vmin=0, interpolation="nearest")  # fmt: skip
-            axis.set(xlabel="expert", title=f"by {kind}")
+            axis.set(xlabel="expert", title=f"by {kind}", xticks=range(0, experts, 3))
             if kind == "prompt":
                 axis.set_yticks(range(len(names)), names, fontsize=5.5)
                 kind_, index, *_ = layer.split(".")

@@ -61,7 +61,7 @@ SMALL = {
     "hyper": {"grid": [1.0, 0.5], "substeps": 2, "train": ONE},
     "search": {"rates": [2e-3]},
     "seeds": [0, 1],
-    "evaluate": {"held_out": 16, "per_prompt": 1, "sample_steps": 2, "reference_steps": 3},
+    "evaluate": {"held_out": 16, "per_prompt": 2, "sample_steps": 2, "reference_steps": 3},
     "importance_batches": 1,
     "importance_samples": 4,
 }
@@ -220,6 +220,12 @@ def test_bench_of_the_teacher_itself_is_zero(teacher):
 def test_bad_grids_are_refused(grid):
     with pytest.raises(ConfigError, match="hyper.grid"):
         HyperConfig(grid, 2, TrainConfig(**ONE))
+
+
+def test_one_sample_a_prompt_is_refused():
+    # prompts in random order would then be the same groups again, and chance as good as the rest
+    with pytest.raises(ConfigError, match="evaluate.per_prompt is 1"):
+        from_dict(AblateConfig, {**SMALL, "evaluate": {"per_prompt": 1}})
 
 
 # --- workers --------------------------------------------------------------------------------
