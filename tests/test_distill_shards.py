@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 
 import numpy as np
 import pytest
@@ -14,11 +16,13 @@ pytest.importorskip("PIL")
 yaml = pytest.importorskip("yaml")
 
 from _flux_folder import LENGTH, flux_folder, image_folder  # noqa: E402
+from _ranks import environment, torchrun  # noqa: E402
 
 from distill.cli import main  # noqa: E402
 from distill.config import DataConfig  # noqa: E402
 from distill.errors import UserError  # noqa: E402
 from distill.pipeline import load_model  # noqa: E402
+from distill.progress import read_log  # noqa: E402
 from distill.sources import open_source  # noqa: E402
 
 TRAIN = {"batch_size": 4, "lr": 1e-3, "warmup": 1, "log_every": 1}
@@ -97,6 +101,43 @@ def test_from_images_to_a_student(tmp_path, guidance, capsys):
     capsys.readouterr()
     assert main(["distill", str(config), "--device", "cpu"]) == 2
     assert '\'"data": ' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_the_same(tmp_path):
+    flux = flux_folder(tmp_path / "flux")
+    images = image_folder(tmp_path / "images")
+    prepare = ["prepare", str(images), str(tmp_path / "latents"), "--model", str(flux)]
+    assert main([*prepare, "--size", "64", "--shard-mb", "0.01", "--device", "cpu"]) == 0
+    config = _config(tmp_path, flux, text_encoders=str(flux), caption_dropout=0.2)
+    command = ["distill", str(config), "--device", "cpu", "--out"]
+    assert main([*command, str(tmp_path / "one")]) == 0
+    run = subprocess.Popen(
+        torchrun(2, "-m", "distill", *command, str(tmp_path / "two")),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = run.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, 9)
+        raise AssertionError(f"hung: {run.communicate()[0][-3000:]}") from None
+    assert run.returncode == 0, output[-3000:]
+    losses = {
+        name: [
+            [entry[key] for key in ("loss", "feature", "balance")]
+            for stage in ("shared", "moe", "mob")
+            for entry in read_log(tmp_path / name / stage / "log.jsonl")
+        ]
+        for name in ("one", "two")
+    }
+    assert len(losses["one"]) == 2 + 2 + 4
+    torch.testing.assert_close(
+        torch.tensor(losses["two"]), torch.tensor(losses["one"]), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_a_model_of_other_sizes_is_refused(tmp_path):
