@@ -257,18 +257,21 @@ class StageConfig:
 class StudentConfig:
     """The student: a preset name or a structure (the fields of `FluxMoEConfig`), never both.
 
-    importance_batches: batches of eq. (6). calibration: samples of silu(temb) for the AdaLN basis.
+    importance_batches: batches of eq. (6), 128 samples each. importance_rows: how many of them go
+    through the teacher at once; null for all. calibration: samples of silu(temb) for the AdaLN
+    basis.
     """
 
     preset: str | None = None
     structure: dict[str, Any] | None = None
     importance_batches: int = 8
+    importance_rows: int | None = None
     calibration: int = 1024
 
     def __post_init__(self):
         if (self.preset is None) == (self.structure is None):
             raise ConfigError("student needs exactly one of the keys 'preset' and 'structure'")
-        _check_least(self, "student", importance_batches=1, calibration=1)
+        _check_least(self, "student", importance_batches=1, importance_rows=1, calibration=1)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,24 @@ def flow_matching_loss(model: nn.Module, batch: Batch) -> Tensor:
     return (prediction.float() - batch.velocity.float()).square().mean()
 
 
-def taylor_importance(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
+def _backward(model: nn.Module, batch: Batch | Iterable[Batch]) -> int:
+    """Accumulates the gradient of the loss, times the number of rows if the batch comes in parts;
+    returns that factor.
+    """
+    with torch.enable_grad():
+        if isinstance(batch, Batch):
+            flow_matching_loss(model, batch).backward()
+            return 1
+        rows = 0
+        for part in batch:
+            (flow_matching_loss(model, part) * len(part)).backward()
+            rows += len(part)
+        return rows
+
+
+def taylor_importance(
+    model: nn.Module, batches: Iterable[Batch | Iterable[Batch]]
+) -> dict[str, Tensor]:
     """Eq. (6), I_i = |dL/dw_i w_i|, summed over each neuron's weights and over batches.
 
     L is the flow-matching loss on real data. The distillation loss would not do: it and its
@@ -55,7 +72,8 @@ def taylor_importance(model: nn.Module, batches: Iterable[Batch]) -> dict[str, T
 
     Args:
         model: the dense teacher, in any training mode; its gradients are cleared afterwards.
-        batches: each gives one gradient; |g w| is summed, not the gradients.
+        batches: each gives one gradient; |g w| is summed, not the gradients. A batch that does not
+            fit into memory is given as its parts, one after another.
 
     Returns:
         FFN name -> scores [F] fp32 on the CPU, larger = more important.
@@ -70,10 +88,9 @@ def taylor_importance(model: nn.Module, batches: Iterable[Batch]) -> dict[str, T
     try:
         for batch in batches:
             model.zero_grad(set_to_none=True)
-            with torch.enable_grad():
-                flow_matching_loss(model, batch).backward()
+            rows = _backward(model, batch)
             for name, (up, down, first) in linears.items():
-                score = neuron_importance(up, down, first).cpu()
+                score = neuron_importance(up, down, first).cpu() / rows
                 scores[name] = scores[name] + score if name in scores else score
     finally:
         model.zero_grad(set_to_none=True)

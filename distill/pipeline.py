@@ -110,7 +110,9 @@ def start_student(
 ) -> nn.Module:
     """The converted teacher: neurons ordered by eq. (6), AdaLN fitted, fp32 weights."""
     student, seed = config.student, config.seed
-    importance = measure_importance(teacher, source, student.importance_batches, seed)
+    importance = measure_importance(
+        teacher, source, student.importance_batches, seed, student.importance_rows
+    )
     temb = modulation_inputs(teacher, source, student.calibration, seed)
     return make_student(teacher, structure, importance, temb, seed).float()
 

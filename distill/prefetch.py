@@ -32,7 +32,9 @@ class Prefetch:
     def batch(
         self, seed: int, step: int, count: int, stream: str = "train", rows: slice | None = None
     ) -> Batch:
-        """Exactly `source.batch(...)`."""
+        """Exactly `source.batch(...)`; only training's batches are read ahead."""
+        if stream != "train":
+            return self.source.batch(seed, step, count, stream, rows)
         cut = None if rows is None else (rows.start, rows.stop, rows.step)
         run = (seed, count, stream)
         self._learn(run, step, cut)

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from distill import checkpoint as ckpt
 from distill.config import StageConfig, settings
-from distill.data import generator
+from distill.data import Batch, generator
 from distill.importance import taylor_importance
 from distill.objective import Distillation
 from distill.optimizer import FrozenSlice
@@ -32,13 +32,18 @@ VERSION = 1  # raise when a change makes old checkpoints mean something else
 
 
 def measure_importance(
-    teacher: nn.Module, source: Any, batches: int, seed: int
+    teacher: nn.Module, source: Any, batches: int, seed: int, rows: int | None = None
 ) -> dict[str, Tensor]:
-    """Eq. (6) over `batches` batches of 128 training samples."""
-    device = next(teacher.parameters()).device
-    return taylor_importance(
-        teacher, (source.batch(seed, i, 128, "calibrate").to(device) for i in range(batches))
-    )
+    """Eq. (6) over `batches` batches of 128 training samples, `rows` of them at a time."""
+    device, size = next(teacher.parameters()).device, 128
+
+    def batch(number: int) -> Batch | Iterator[Batch]:
+        if rows is None or rows >= size:
+            return source.batch(seed, number, size, "calibrate").to(device)
+        cuts = (slice(i, min(i + rows, size)) for i in range(0, size, rows))
+        return (source.batch(seed, number, size, "calibrate", cut).to(device) for cut in cuts)
+
+    return taylor_importance(teacher, map(batch, range(batches)))
 
 
 def neuron_orders(

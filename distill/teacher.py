@@ -107,7 +107,11 @@ def load_flux(path: Path | str, subfolder: str | None = None) -> nn.Module:
 
 def modulation_inputs(teacher: nn.Module, source: Any, count: int, seed: int) -> Tensor:
     """temb [count, D] of random (t, guidance, prompt): calibration data for the AdaLN basis."""
-    batch = source.batch(seed, 0, count, "calibrate").to(next(teacher.parameters()).device)
-    times = [v * 1000 for v in (batch.t, batch.guidance) if v is not None]
+    device, kept = next(teacher.parameters()).device, []
+    for start in range(0, count, 64):  # a prompt's T5 embedding takes 8 MB, its pooled one 3 KB
+        rows = slice(start, min(start + 64, count))
+        part = source.batch(seed, 0, count, "calibrate", rows)
+        kept.append([v for v in (part.t, part.guidance, part.pooled) if v is not None])
+    *times, pooled = (torch.cat(column).to(device) for column in zip(*kept, strict=True))
     with torch.no_grad():
-        return teacher.time_text_embed(*times, batch.pooled)
+        return teacher.time_text_embed(*(v * 1000 for v in times), pooled)

@@ -22,6 +22,7 @@ from distill.stages import (  # noqa: E402
     ffn_slices,
     group_blocks,
     make_student,
+    measure_importance,
     prepare_stage,
     run_stage,
 )
@@ -105,6 +106,34 @@ def test_importance_sums_absolute_values_over_batches(teacher, digits):
     each = [taylor_importance(teacher, [b]) for b in batches]
     for name in both:
         torch.testing.assert_close(both[name], each[0][name] + each[1][name])
+
+
+def test_importance_of_a_batch_in_parts_is_the_batchs(teacher, digits):
+    asked = []
+
+    class Source:
+        def batch(self, *arguments):
+            asked.append(arguments)
+            return digits.batch(*arguments)
+
+    whole = measure_importance(teacher, Source(), 2, 0)
+    assert [a[1:3] for a in asked] == [(0, 128), (1, 128)]
+    parts = measure_importance(teacher, Source(), 2, 0, rows=50)
+    assert [a[4] for a in asked[2:5]] == [slice(0, 50), slice(50, 100), slice(100, 128)]
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-7)
+
+
+def test_modulation_inputs_are_read_in_parts(teacher, digits):
+    class Source:
+        def batch(self, seed, step, count, stream, rows):
+            assert rows.stop - rows.start <= 64
+            return digits.batch(seed, step, count, stream, rows)
+
+    batch = digits.batch(3, 0, 150, "calibrate")
+    with torch.no_grad():
+        expected = teacher.time_text_embed(batch.t * 1000, batch.pooled)
+    assert torch.equal(modulation_inputs(teacher, Source(), 150, 3), expected)
 
 
 def test_importance_needs_the_diffusion_loss_not_kd(teacher, digits, importance):

@@ -381,6 +381,7 @@ def test_prefetched_batches_are_the_same(cached):
         ahead.close()
     run = [a for a in inner.calls if a[3] == "train" and a[4] is None]
     assert [a[1] for a in run[:5]] == [9, 10, 11, 12, 13]  # each computed once, in order
+    assert [a[1] for a in inner.calls if a[3] == "test"] == [0]  # not read ahead
     halves = [(a[1], a[4].start) for a in inner.calls if a[4] is not None]
     assert halves[-4:-2] == [(3, 0), (3, 2)] or (3, 2) in halves
     assert len(halves) <= 8 + 3  # little is computed in vain
