@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
-pytest.importorskip("yaml")
+yaml = pytest.importorskip("yaml")
 
 from distill.config import (  # noqa: E402
+    DataConfig,
     DemoConfig,
     DistillConfig,
     EvalConfig,
@@ -117,3 +121,10 @@ def test_files(tmp_path):
     bad.write_text("")
     with pytest.raises(ConfigError, match="bad.yaml: the configuration is None"):
         load_config(DistillConfig, bad)
+
+
+def test_the_data_section_of_the_docs_is_valid():
+    page = (Path(__file__).parents[1] / "docs" / "distill.md").read_text(encoding="utf-8")
+    blocks = [yaml.safe_load(b) for b in re.findall(r"```yaml\n(.*?)```", page, re.S)]
+    sections = [b["data"] for b in blocks if "data" in b]
+    assert "shards" in [from_dict(DataConfig, s).name for s in sections]

@@ -25,7 +25,7 @@ from distill.pipeline import load_model  # noqa: E402
 from distill.progress import read_log  # noqa: E402
 from distill.sources import open_source  # noqa: E402
 
-TRAIN = {"batch_size": 4, "lr": 1e-3, "warmup": 1, "log_every": 1}
+TRAIN = {"batch_size": 4, "micro_batch": 1, "lr": 1e-3, "warmup": 1, "log_every": 1}
 
 
 def _config(tmp_path, flux, **data):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -406,13 +408,13 @@ def test_other_settings_models_or_sources_are_refused(flux, images, tmp_path):
 def test_a_full_disk_is_named_and_loses_nothing(flux, images, tmp_path, monkeypatch):
     import errno
 
-    replace_file, done = os.replace, []
+    rename, done = os.replace, []
 
     def full(*args):
         done.append(args)
         if len(done) == 6:  # the second shard
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        replace_file(*args)
+        rename(*args)
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError, match="cannot write .*shard-00001.*No space left on device"):
@@ -423,6 +425,30 @@ def test_a_full_disk_is_named_and_loses_nothing(flux, images, tmp_path, monkeypa
     run(images, tmp_path / "out", flux)
     run(images, tmp_path / "straight", flux)
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+def test_a_signal_stops_it_and_the_same_command_goes_on(
+    flux, images, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    command = ["prepare", str(images), str(out), "--model", str(flux), "--device", "cpu"]
+    command += ["--size", "64", "--shard-mb", "0.004", "--batch", "3"]
+    encode, calls = LatentEncoder.encode, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return encode(*args)
+
+    monkeypatch.setattr(LatentEncoder, "encode", stopped)
+    assert main(command) == 130
+    assert "the same command continues" in capsys.readouterr().err
+    begun = read_manifest(out)
+    assert begun["shards"] and not begun["complete"] and check(out)[-1].startswith("it is not")
+    assert main(command) == 0
+    run(images, tmp_path / "straight", flux, replace(SMALL, max_upscale=1.0))
+    assert contents(out) == contents(tmp_path / "straight")
 
 
 def test_two_runs_at_once_are_refused(flux, images, tmp_path):
