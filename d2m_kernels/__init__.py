@@ -3,6 +3,7 @@
 from d2m_kernels._version import __version__
 from d2m_kernels.combine import combine
 from d2m_kernels.grouped_gemm import grouped_gemm
+from d2m_kernels.modulate import modulate_route
 from d2m_kernels.moe_ffn import moe_ffn
 from d2m_kernels.permute import permute
 from d2m_kernels.route import route
@@ -15,6 +16,7 @@ __all__ = [
     "__version__",
     "combine",
     "grouped_gemm",
+    "modulate_route",
     "moe_ffn",
     "moe_ffn_pair",
     "permute",

@@ -178,7 +178,7 @@ def _stream(x: torch.Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream
 
 
-def _cuda_route(x_TD, router_ED, top_k, mask_T, permuted):
+def _cuda_route(x_TD, router_ED, top_k, mask_T, permuted, adaln=None):
     m = _need_cuda()
     (T, D), E = x_TD.shape, router_ED.shape[0]
     if router_ED.dtype not in (torch.float32, x_TD.dtype):
@@ -193,12 +193,16 @@ def _cuda_route(x_TD, router_ED, top_k, mask_T, permuted):
     mask_T = _flat(mask_T, torch.bool)
     if T:
         with torch.cuda.device(x_TD.device):
-            m.route(
-                *_matrix(x_TD), *_matrix(router_ED), _address(mask_T), T, D, E, top_k,
-                probs_TE.data_ptr(), weights_TK.data_ptr(), ids_TK.data_ptr(),
-                offsets.data_ptr(), _address(order_N if permuted and top_k else None),
-                inverse_N.data_ptr(), workspace.data_ptr(), _stream(x_TD),
+            tail = (
+                *_matrix(router_ED), _address(mask_T), T, D, E, top_k, probs_TE.data_ptr(),
+                weights_TK.data_ptr(), ids_TK.data_ptr(), offsets.data_ptr(),
+                _address(order_N if permuted and top_k else None), inverse_N.data_ptr(),
+                workspace.data_ptr(), _stream(x_TD),
             )  # fmt: skip
+            if adaln is None:
+                m.route(*_matrix(x_TD), *tail)
+            else:
+                m.modulate_route(*_matrix(x_TD), *adaln, *tail)
     return probs_TE, weights_TK, ids_TK, offsets, order_N, inverse_N
 
 
@@ -213,6 +217,21 @@ def cuda_route_permute(x_TD, router_ED, top_k: int, mask_T=None):
     -> probs, weights, ids, offsets [E + 1], order [N], inverse [N].
     """
     return _cuda_route(x_TD, router_ED, top_k, mask_T, permuted=True)
+
+
+def cuda_modulate_route(x_TD, scale_BD, shift_BD, eps, router_ED, top_k: int, mask_T=None):
+    """LayerNorm(x) * (1 + scale) + shift [T, D], and `cuda_route_permute` of it."""
+    out_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+    scale_BD, shift_BD = (
+        t if t.dtype == x_TD.dtype and t.stride(-1) == 1 else t.to(x_TD.dtype).contiguous()
+        for t in (scale_BD, shift_BD)
+    )
+    tokens = x_TD.shape[0] // max(scale_BD.shape[0], 1)
+    adaln = (
+        scale_BD.data_ptr(), scale_BD.stride(0), shift_BD.data_ptr(), shift_BD.stride(0), tokens,
+        eps, out_TD.data_ptr(),
+    )  # fmt: skip
+    return out_TD, *_cuda_route(x_TD, router_ED, top_k, mask_T, True, adaln)
 
 
 def cuda_permute(ids_TK, num_experts: int):

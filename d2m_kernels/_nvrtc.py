@@ -209,13 +209,35 @@ def route(
     x, x_dtype, x_stride, router, router_dtype, router_stride, mask, T, D, E, K,
     probs, weights, ids, offsets, order, inverse, workspace, stream,
 ):  # fmt: skip
+    _route(
+        x, x_dtype, x_stride, 0, 0, 0, 0, 1, 0.0, 0, router, router_dtype, router_stride, mask,
+        T, D, E, K, probs, weights, ids, offsets, order, inverse, workspace, stream,
+    )  # fmt: skip
+
+
+def _route(
+    x, x_dtype, x_stride, scale, scale_stride, shift, shift_stride, tokens, eps, modulated,
+    router, router_dtype, router_stride, mask, T, D, E, K,
+    probs, weights, ids, offsets, order, inverse, workspace, stream,
+):  # fmt: skip
     c = constants()
     size, router_size = _SIZES[x_dtype], _SIZES[router_dtype]
     vec = D % (16 // size) == 0 and not (
         x % 16 or x_stride * size % 16 or router % 16 or router_stride * router_size % 16
-    )
+        or scale % 16 or scale_stride * size % 16 or shift % 16 or shift_stride * size % 16
+        or modulated % 16
+    )  # fmt: skip
     eg = _group(E, vec)
     fused = eg >= E
+    adaln = (_p(scale), _l(scale_stride), _p(shift), _l(shift_stride), _i(tokens), _f(eps))
+    if modulated and not fused:
+        warps = c["kModulateWarps"]
+        _launch(
+            f"d2m::modulate_kernel<{_TYPES[x_dtype]}, {16 // size if vec else 1}>", "route.cuh",
+            (-(-T // warps), 1), 32 * warps,
+            (_p(x), _l(x_stride), *adaln, _i(T), _i(D), _p(modulated)), stream,
+        )  # fmt: skip
+        x, x_stride, modulated = modulated, D, 0
     tile = c["kTokens"] * c["kTokenWarps"]
     blocks, span = _spans(T, tile)
     chunk = c["kStep"] * c["kDepthWarps"]
@@ -225,8 +247,9 @@ def route(
     _launch(
         f"d2m::route_kernel<{_TYPES[x_dtype]}, {_TYPES[router_dtype]}, {eg}, {flags}>",
         "route.cuh", (blocks, -(-E // eg)), 32 * c["kTokenWarps"] * c["kDepthWarps"],
-        (_p(x), _l(x_stride), _p(router), _l(router_stride), _p(mask), _i(T), _i(D), _i(E), _i(K),
-         _i(span // tile), _p(probs), _p(weights), _p(ids), _p(workspace)),
+        (_p(x), _l(x_stride), _p(router), _l(router_stride), _p(mask), *adaln, _p(modulated),
+         _i(T), _i(D), _i(E), _i(K), _i(span // tile), _p(probs), _p(weights), _p(ids),
+         _p(workspace)),
         stream, shared,
     )  # fmt: skip
     if not fused:
@@ -238,6 +261,9 @@ def route(
         )  # fmt: skip
     if order:
         _rank(ids, T * K, E, blocks, span * K, offsets, order, inverse, workspace, stream)
+
+
+modulate_route = _route
 
 
 def _rank(ids, N, E, blocks, span, offsets, order, inverse, workspace, stream):

@@ -86,6 +86,9 @@ def groups_streams(name: str) -> bool:
     return groups is not None and groups()
 
 
+groups_streams._dynamo_marked_constant = True
+
+
 def explain(device_type: str, dtype: torch.dtype) -> dict[str, str | None]:
     """Every back-end, best first, with None where it serves or the reason why it does not."""
     return {name: why_not(name, device_type, dtype) for name in BACKENDS}

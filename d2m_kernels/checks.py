@@ -89,6 +89,33 @@ def mask(token_mask, x) -> None:
     same_device("token_mask", token_mask, x)
 
 
+def modulation(x, pair) -> None:
+    """(scale, shift), each [B, D] for x [B, ..., D] or for B equal runs of tokens of x [T, D]."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(f"modulation: expected (scale, shift), got {type(pair).__name__}")
+    for name, t in zip(("scale", "shift"), pair, strict=True):
+        per_sample(name, t, x)
+    if pair[0].shape != pair[1].shape:
+        raise ValueError(
+            f"shift: expected scale's shape {tuple(pair[0].shape)}, got {shape_of(pair[1])}"
+        )
+
+
+def per_sample(name: str, t, x) -> None:
+    """t [B, D], a row for each sample of x."""
+    tensor(name, t, 2, "[B, D]")
+    floating(name, t)
+    same_device(name, t, x)
+    B, D = t.shape
+    tokens = x.shape[:-1].numel()
+    fits = B in (1, x.shape[0]) if x.dim() > 2 else B > 0 and tokens % B == 0
+    if D != x.shape[-1] or not fits:
+        samples = f"1 or {x.shape[0]}" if x.dim() > 2 else f"a divisor of T = {tokens}"
+        raise ValueError(
+            f"{name}: expected [B, D = {x.shape[-1]}] with B = {samples}, got {shape_of(t)}"
+        )
+
+
 def weights(x, router, w1, w2, b1, b2, k, shared, act, dtype) -> None:
     """w1 [F, D] (gated [2F, D] or a pair), w2 [D, F], b1, b2, and how F splits into experts."""
     activation(act)

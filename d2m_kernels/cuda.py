@@ -36,6 +36,10 @@ def route(x_TD, router_ED, top_k, mask_T=None):
     return _ext.cuda_route_permute(x_TD, router_ED, top_k, mask_T)
 
 
+def modulate_route(x_TD, scale_BD, shift_BD, eps, router_ED, top_k, mask_T=None):
+    return _ext.cuda_modulate_route(x_TD, scale_BD, shift_BD, eps, router_ED, top_k, mask_T)
+
+
 def permute(ids_TK, num_experts: int):
     return _ext.cuda_permute(ids_TK, num_experts)
 
@@ -46,6 +50,10 @@ def combine(y_ND, inverse_TK, weights_TK, offsets, base_TD=None, bias_D=None, sc
 
 def grouped_gemm(*args):
     return _products().grouped_gemm(*args)
+
+
+def grouped_gemm_bwd(*args):
+    return _products().grouped_gemm_bwd(*args)
 
 
 def ffn_fwd(*args):

@@ -1,6 +1,7 @@
 """`moe_ffn`: a dense FFN run as a Mixture of Experts (Dense2MoE, eqs. 1-3).
 
-Shapes: T tokens, D model, F hidden = S shared + E * H, E experts, K top-k, N = T*K slots.
+Shapes: B samples, T tokens, D model, F hidden = S shared + E * H, E experts, K top-k, N = T*K
+slots.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from d2m_kernels import backends, checks
 from d2m_kernels import ops as _ops  # noqa: F401  (registers d2m::*)
 from d2m_kernels.amp import autocast_dtype, without_autocast
 from d2m_kernels.combine import unit
+from d2m_kernels.modulate import modulate_route_tokens
+from d2m_kernels.reference import finish_block, modulate
 from d2m_kernels.route import needs_grad, reroute, route_tokens, tokens_of
 from d2m_kernels.routing import Routing
 
@@ -33,6 +36,10 @@ def moe_ffn(
     token_mask=None,
     routing=None,
     freeze_shared=False,
+    modulation=None,
+    norm_eps=1e-6,
+    gate=None,
+    residual=None,
     backend=None,
     return_routing=False,
 ):
@@ -59,6 +66,12 @@ def moe_ffn(
         routing: ids and order of an earlier call to reuse; probs and weights are recomputed from
             x, so that gradients flow.
         freeze_shared: the first S neurons of w1, b1 and w2 get gradient zero, at no cost.
+        modulation: (scale, shift), each [B, D], of an AdaLN in front: the layer runs on
+            LayerNorm(x) * (1 + scale) + shift instead of x. B is x's first size, or 1; for x of
+            [T, D] any divisor of T, the samples lying one after another.
+        norm_eps: of that LayerNorm.
+        gate, residual: [B, D] and shaped as x: the result is residual + gate * y, as a DiT block
+            ends. Fused where no gradient is wanted and the back-end can.
         backend: None (the best available), or "triton", "cuda", "cpu", "torch", "reference".
         return_routing: also return the `Routing`.
 
@@ -71,7 +84,7 @@ def moe_ffn(
     """
     call = prepare(
         x, router, w1, w2, b1, b2, top_k, shared, activation, gate_first, routed_scale, token_mask,
-        routing, freeze_shared, backend, return_routing,
+        routing, freeze_shared, modulation, norm_eps, gate, residual, backend, return_routing,
     )  # fmt: skip
     y = run(call).view(x.shape)
     return (y, call.routing) if return_routing else y
@@ -86,11 +99,22 @@ class Call(NamedTuple):
     frozen: int
     backend: str
     routing: Routing | None
+    gate: torch.Tensor | None  # [B, D]
+    residual: torch.Tensor | None  # [T, D]
+
+    def fuses_the_end(self) -> bool:
+        """Whether gate and residual go into the last product's epilogue."""
+        x, given = self.tensors[0], [t for t in (self.gate, self.residual) if t is not None]
+        return (
+            all(t.dtype == x.dtype for t in given)
+            and not needs_grad(*self.tensors, self.slots[0], *given)
+            and backends.groups_streams(self.backend)
+        )
 
 
 def prepare(
     x, router, w1, w2, b1, b2, top_k, shared, activation, gate_first, routed_scale, token_mask,
-    routing, freeze_shared, backend, return_routing,
+    routing, freeze_shared, modulation, norm_eps, gate, residual, backend, return_routing,
 ) -> Call:  # fmt: skip
     """Checks the arguments of `moe_ffn` and routes."""
     checks.input_and_router(x, router)
@@ -100,6 +124,14 @@ def prepare(
     k = checks.top_k(top_k, router.shape[0])
     checks.weights(x, router, w1, w2, b1, b2, k, shared, activation, None if autocast else dtype)
     checks.mask(token_mask, x)
+    if modulation is not None:
+        checks.modulation(x, modulation)
+    if gate is not None:
+        checks.per_sample("gate", gate, x)
+    if residual is not None:
+        checks.shape("residual", residual, tuple(x.shape), "x.shape")
+        checks.same_device("residual", residual, x)
+        residual = tokens_of(residual)
     if not isinstance(routed_scale, (int, float)) or isinstance(routed_scale, bool):
         raise TypeError(f"routed_scale: expected a float, got {type(routed_scale).__name__}")
     name = backends.resolve(backend, device, dtype)
@@ -111,8 +143,17 @@ def prepare(
     w1, w1_gate = w1 if isinstance(w1, (tuple, list)) else (w1, None)
     b1, b1_gate = b1 if isinstance(b1, (tuple, list)) else (b1, None)
     with without_autocast(device):
-        if k or return_routing:
-            routing = _route(x_TD, router, k, token_mask, routing, name, device)
+        if modulation is not None and routing is None:
+            router_backend = _router_backend(x_TD, router, name)
+            x_TD, *fields = modulate_route_tokens(
+                x_TD, *modulation, norm_eps, router, k, _flat(token_mask), router_backend
+            )
+            routing = Routing(*fields)
+        else:
+            if modulation is not None:
+                x_TD = modulate(x_TD, *modulation, norm_eps)
+            if k or return_routing:
+                routing = _route(x_TD, router, k, token_mask, routing, name)
         tensors = (x_TD, w1, w1_gate, w2, unit(b1), unit(b1_gate), unit(b2))
         if autocast:
             tensors = tuple(t if t is None else t.to(dtype) for t in tensors)
@@ -122,26 +163,41 @@ def prepare(
             slots = _no_slots(x_TD, router)
     always = w2.shape[1] if top_k == "dense" else shared
     attrs = (always, activation, gate_first, float(routed_scale))
-    return Call(tensors, slots, attrs, shared if freeze_shared else 0, name, routing)
+    frozen = shared if freeze_shared else 0
+    return Call(tensors, slots, attrs, frozen, name, routing, unit(gate), residual)
 
 
 def run(call: Call) -> torch.Tensor:
     """y [T, D] of one prepared call."""
-    tensors, slots, attrs, frozen, name, _ = call
+    tensors, slots, attrs, frozen, name, _, gate, residual = call
+    plain = gate is None and residual is None
     with without_autocast(tensors[0].device.type):
+        if not plain and call.fuses_the_end():
+            return torch.ops.d2m.ffn_streams_fwd.default(
+                [*tensors, *slots], [gate, residual], *attrs, False, name
+            )[0]
         if needs_grad(*tensors, slots[0]):
-            return FFNFunction.apply(*tensors, *slots, *attrs, frozen, name)
-        return torch.ops.d2m.ffn_fwd.default(*tensors, *slots, *attrs, False, name)[0]
+            y_TD = FFNFunction.apply(*tensors, *slots, *attrs, frozen, name)
+        else:
+            y_TD = torch.ops.d2m.ffn_fwd.default(*tensors, *slots, *attrs, False, name)[0]
+        return y_TD if plain else finish_block(y_TD, gate, residual)
 
 
-def _route(x_TD, router, k, token_mask, routing, name, device) -> Routing:
+def _router_backend(x_TD, router, name: str) -> str:
+    """The router's own dtypes may be ones that the FFN's back-end does not take (fp64 by fp32)."""
+    wide = torch.promote_types(x_TD.dtype, router.dtype) == torch.float64
+    return "reference" if wide else name
+
+
+def _flat(token_mask):
+    return None if token_mask is None else token_mask.reshape(-1)
+
+
+def _route(x_TD, router, k, token_mask, routing, name) -> Routing:
     if routing is not None:
         return reroute(x_TD, router, routing)
-    # The router's own dtypes may be ones that the FFN's back-end does not take (fp64 beside fp32).
-    if torch.promote_types(x_TD.dtype, router.dtype) == torch.float64:
-        name = "reference"
-    mask_T = None if token_mask is None else token_mask.reshape(-1)
-    return Routing(*route_tokens(x_TD, router, k, mask_T, name))
+    backend = _router_backend(x_TD, router, name)
+    return Routing(*route_tokens(x_TD, router, k, _flat(token_mask), backend))
 
 
 def _no_slots(x_TD, router):

@@ -9,11 +9,16 @@ import torch
 
 from d2m_kernels import backends
 from d2m_kernels.activations import is_gated
-from d2m_kernels.reference import FFNGrads, FFNInputs
+from d2m_kernels.reference import FFNGrads, FFNInputs, finish_block, modulate
 
 _ROUTE = (
     "(Tensor x, Tensor router, int top_k, Tensor? token_mask, str backend)"
     " -> (Tensor probs, Tensor weights, Tensor ids, Tensor offsets, Tensor order, Tensor inverse)"
+)
+_MODULATE_ROUTE = (
+    "(Tensor x, Tensor scale, Tensor shift, float eps, Tensor router, int top_k,"
+    " Tensor? token_mask, str backend) -> (Tensor modulated, Tensor probs, Tensor weights,"
+    " Tensor ids, Tensor offsets, Tensor order, Tensor inverse)"
 )
 _PERMUTE = (
     "(Tensor ids, int num_experts, str backend) -> (Tensor offsets, Tensor order, Tensor inverse)"
@@ -46,7 +51,10 @@ _FFN_BWD = (
     " Tensor db2, Tensor dweights)"
 )
 # Two streams: the eleven tensors of each (x .. inverse) in one list, results in one list.
-_FFN_STREAMS_FWD = f"(Tensor?[] inputs, {_FFN_ATTRS}, bool save, str backend) -> Tensor[]"
+# `ends` is empty, or holds each stream's AdaLN gate [B, D] and residual [T, D].
+_FFN_STREAMS_FWD = (
+    f"(Tensor?[] inputs, Tensor?[] ends, {_FFN_ATTRS}, bool save, str backend) -> Tensor[]"
+)
 _FFN_STREAMS_BWD = (
     f"(Tensor[] dys, Tensor?[] inputs, Tensor[] saved, {_FFN_ATTRS}, int frozen, bool[] needs,"
     " str backend) -> Tensor[]"
@@ -93,6 +101,10 @@ def _route(x, router, top_k, token_mask, backend):
 
 @torch.library.register_fake("d2m::route")
 def _(x, router, top_k, token_mask, backend):
+    return _fake_routing(x, router, top_k)
+
+
+def _fake_routing(x, router, top_k):
     T, E = x.shape[0], router.shape[0]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     ids = x.new_empty(T, top_k, dtype=torch.int32)
@@ -105,6 +117,21 @@ def _(x, router, top_k, token_mask, backend):
         slots,
         torch.empty_like(slots),
     )
+
+
+@_define("modulate_route", _MODULATE_ROUTE)
+def _modulate_route(x, scale, shift, eps, router, top_k, token_mask, backend):
+    module = backends.module(backend)
+    if hasattr(module, "modulate_route"):
+        return module.modulate_route(x, scale, shift, eps, router, top_k, token_mask)
+    modulated = modulate(x, scale, shift, eps)
+    return modulated, *module.route(modulated, router, top_k, token_mask)
+
+
+@torch.library.register_fake("d2m::modulate_route")
+def _(x, scale, shift, eps, router, top_k, token_mask, backend):
+    modulated = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return modulated, *_fake_routing(x, router, top_k)
 
 
 @_define("permute", _PERMUTE)
@@ -138,10 +165,7 @@ def _(x, w, offsets, w_gate, gather, bias, bias_gate, activation, backend):
 def _grouped_gemm_bwd(
     dout, x, w, offsets, w_gate, gather, bias, bias_gate, activation, needs, backend
 ):
-    module = backends.module(backend)
-    if not hasattr(module, "grouped_gemm_bwd"):
-        module = backends.module("torch")
-    gradients = module.grouped_gemm_bwd(
+    gradients = backends.module(backend).grouped_gemm_bwd(
         dout, x, w, offsets, w_gate, gather, bias, bias_gate, activation, needs
     )
     return tuple(x.new_empty(0) if g is None else g for g in gradients)
@@ -249,20 +273,22 @@ def per_stream(flat, size):
 
 
 @_define("ffn_streams_fwd", _FFN_STREAMS_FWD)
-def _ffn_streams_fwd(inputs, shared, activation, gate_first, scale, save, backend):
+def _ffn_streams_fwd(inputs, ends, shared, activation, gate_first, scale, save, backend):
     module = backends.module(backend)
     streams = [_ffn_inputs(t, activation, gate_first) for t in per_stream(inputs, PER_STREAM)]
     attrs = (shared, activation, scale, save)
     if backends.groups_streams(backend):
-        results = module.ffn_streams_fwd(streams, *attrs)
+        results = module.ffn_streams_fwd(streams, *attrs, per_stream(ends, 2))
     else:
         results = [module.ffn_fwd(*s, *attrs) for s in streams]
+        for i, (gate, residual) in enumerate(per_stream(ends, 2)):
+            results[i] = (finish_block(results[i][0], gate, residual), *results[i][1:])
     empty = streams[0].x.new_empty
     return [empty(0) if t is None else t for result in results for t in result]
 
 
 @torch.library.register_fake("d2m::ffn_streams_fwd")
-def _(inputs, shared, activation, gate_first, scale, save, backend):
+def _(inputs, ends, shared, activation, gate_first, scale, save, backend):
     results = []
     for x, _, _, w2, _, _, _, _, offsets, order, _ in per_stream(inputs, PER_STREAM):
         results.append(torch.empty_like(x, memory_format=torch.contiguous_format))

@@ -87,18 +87,26 @@ class RouteFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dprobs_TE, dweights_TK, *_):
-        x_TD, router_ED, probs_TE, weights_TK, ids_TK = ctx.saved_tensors
-        dlogits_TE = softmax_backward(probs_TE, dprobs_TE)
-        if ids_TK.shape[1]:
-            dchosen_TK = softmax_backward(weights_TK, dweights_TK)
-            dchosen_TK = torch.where(ids_TK >= 0, dchosen_TK, 0)
-            dlogits_TE = dlogits_TE.scatter_add(1, ids_TK.clamp(min=0).long(), dchosen_TK)
-        dx_TD = drouter_ED = None
-        if ctx.needs_input_grad[0]:
-            dx_TD = (dlogits_TE @ wide(router_ED)).to(x_TD.dtype)
-        if ctx.needs_input_grad[1]:
-            drouter_ED = (dlogits_TE.T @ wide(x_TD)).to(router_ED.dtype)
-        return dx_TD, drouter_ED, None, None, None
+        x_TD, router_ED, *routed = ctx.saved_tensors
+        need_x, need_router, *_ = ctx.needs_input_grad
+        dx_TD, drouter_ED = router_backward(
+            x_TD, router_ED, *routed, dprobs_TE, dweights_TK, need_x, need_router
+        )
+        return None if dx_TD is None else dx_TD.to(x_TD.dtype), drouter_ED, None, None, None
+
+
+def router_backward(
+    x_TD, router_ED, probs_TE, weights_TK, ids_TK, dprobs_TE, dweights_TK, need_x, need_router
+):
+    """The gradient of both softmaxes: dx in the wide dtype, drouter in the router's; or None."""
+    dlogits_TE = softmax_backward(probs_TE, dprobs_TE)
+    if ids_TK.shape[1]:
+        dchosen_TK = softmax_backward(weights_TK, dweights_TK)
+        dchosen_TK = torch.where(ids_TK >= 0, dchosen_TK, 0)
+        dlogits_TE = dlogits_TE.scatter_add(1, ids_TK.clamp(min=0).long(), dchosen_TK)
+    dx_TD = dlogits_TE @ wide(router_ED) if need_x else None
+    drouter_ED = (dlogits_TE.T @ wide(x_TD)).to(router_ED.dtype) if need_router else None
+    return dx_TD, drouter_ED
 
 
 def softmax_backward(p, dp):

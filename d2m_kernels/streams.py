@@ -17,6 +17,7 @@ from d2m_kernels import ops
 from d2m_kernels.amp import without_autocast
 from d2m_kernels.combine import unit
 from d2m_kernels.moe_ffn import Call, prepare, run
+from d2m_kernels.reference import finish_block
 from d2m_kernels.route import needs_grad
 from d2m_kernels.routing import Routing
 
@@ -39,14 +40,18 @@ class Stream:
     token_mask: torch.Tensor | None = None
     routing: Routing | None = None
     freeze_shared: bool = False
+    modulation: tuple[torch.Tensor, torch.Tensor] | None = None
+    norm_eps: float = 1e-6
+    gate: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
 
 
 def moe_ffn_pair(first: Stream, second: Stream, *, backend=None, return_routing=False):
     """(moe_ffn(first), moe_ffn(second)), with one launch a stage for both where that is possible.
 
     Contract, semantics and gradients are those of two `moe_ffn` calls. The streams may differ in
-    the number and shape of their tokens, in biases, masks and routings; where they differ in
-    anything else (`why_two_calls` says in what) they run one after the other.
+    the number and shape of their tokens, in biases, masks, routings, modulation, gate and residual;
+    where they differ in anything else (`why_two_calls` says in what) they run one after the other.
 
     Args:
         first, second: the streams, e.g. image and text tokens.
@@ -129,9 +134,17 @@ def _run_pair(a: Call, b: Call) -> tuple[torch.Tensor, ...]:
     tensors = (*a.tensors, *a.slots, *b.tensors, *b.slots)
     with without_autocast(tensors[0].device.type):
         if needs_grad(*a.tensors, a.slots[0], *b.tensors, b.slots[0]):
-            return FFNStreamsFunction.apply(*a.attrs, a.frozen, a.backend, *tensors)
-        results = torch.ops.d2m.ffn_streams_fwd.default(list(tensors), *a.attrs, False, a.backend)
-    return tuple(results[::3])
+            ys, fused = FFNStreamsFunction.apply(*a.attrs, a.frozen, a.backend, *tensors), False
+        else:
+            fused = a.fuses_the_end() and b.fuses_the_end()
+            ends = [a.gate, a.residual, b.gate, b.residual] if fused else []
+            results = torch.ops.d2m.ffn_streams_fwd.default(
+                list(tensors), ends, *a.attrs, False, a.backend
+            )
+            ys = results[::3]
+        if fused:
+            return tuple(ys)
+        return tuple(finish_block(y, c.gate, c.residual) for y, c in zip(ys, (a, b), strict=True))
 
 
 class FFNStreamsFunction(torch.autograd.Function):
@@ -141,7 +154,7 @@ class FFNStreamsFunction(torch.autograd.Function):
     def forward(ctx, shared, activation, gate_first, scale, frozen, backend, *tensors):
         save = any(ctx.needs_input_grad)
         results = torch.ops.d2m.ffn_streams_fwd.default(
-            list(tensors), shared, activation, gate_first, scale, save, backend
+            list(tensors), [], shared, activation, gate_first, scale, save, backend
         )
         if save:
             z = [t for _, *z in ops.per_stream(results, 3) for t in z]

@@ -23,15 +23,21 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2m_kernels import Routing
+from d2m_kernels import Routing, backends
 from d2m_models.config import MoEConfig
 from d2m_models.moe import ExpertLayer, MoEFeedForward, can_run_together, run_together
+from d2m_models.weights import is_bare
 
 
 def narrow_adaln(norm: nn.Module, width: int) -> None:
     """Lets an AdaLN module read the compressed conditioning, to which silu is already applied."""
     norm.silu = nn.Identity()
     norm.linear = nn.Linear(width, norm.linear.out_features)
+
+
+def fuses_adaln(backend: str | None, x: Tensor) -> bool:
+    """Whether the back-end for x takes a block's AdaLN along; for the others it is no gain."""
+    return backends.groups_streams(backends.resolve(backend, x.device.type, x.dtype))
 
 
 def _reuse(layer: ExpertLayer, key: str, saved: dict[str, Routing] | None, x, mask):
@@ -98,15 +104,22 @@ class FluxMoETransformerBlock(FluxTransformerBlock):
         routing: dict[str, Routing] = {}
 
         x = x + x_gate_attn.unsqueeze(1) * x_attn
-        x_normed = self.norm2(x) * (1 + x_scale[:, None]) + x_shift[:, None]
         c = c + c_gate_attn.unsqueeze(1) * c_attn
-        c_normed = self.norm2_context(c) * (1 + c_scale[:, None]) + c_shift[:, None]
-        x_ff, c_ff = self._feed_forwards(x_normed, c_normed, token_mask, saved_routing, routing)
-
-        x = x + x_gate.unsqueeze(1) * x_ff
+        if saved_routing is None and self._adaln_goes_along(x):
+            # The same arithmetic, rounded less often, in the launches of the FFN itself.
+            along = (
+                dict(modulation=(x_scale, x_shift), gate=x_gate, norm_eps=self.norm2.eps),
+                dict(modulation=(c_scale, c_shift), gate=c_gate, norm_eps=self.norm2_context.eps),
+            )
+            x, c = self._run_together(x, c, token_mask, None, routing, along)
+        else:
+            x_normed = self.norm2(x) * (1 + x_scale[:, None]) + x_shift[:, None]
+            c_normed = self.norm2_context(c) * (1 + c_scale[:, None]) + c_shift[:, None]
+            x_ff, c_ff = self._feed_forwards(x_normed, c_normed, token_mask, saved_routing, routing)
+            x = x + x_gate.unsqueeze(1) * x_ff
+            c = c + c_gate.unsqueeze(1) * c_ff
         if ip_attn:
             x = x + ip_attn[0]
-        c = c + c_gate.unsqueeze(1) * c_ff
         if c.dtype == torch.float16:
             c = c.clip(-65504, 65504)
         return (c, x, routing) if return_routing else (c, x)
@@ -116,13 +129,29 @@ class FluxMoETransformerBlock(FluxTransformerBlock):
         if not can_run_together(self.ff, self.ff_context):
             x_ff = self._feed_forward("ff", x, None, saved, routing)
             return x_ff, self._feed_forward("ff_context", c, mask, saved, routing)
+        return self._run_together(x, c, mask, saved, routing)
+
+    def _run_together(self, x, c, mask, saved, routing, along=({}, {})):
         reuse = (
             _reuse(self.ff, "ff", saved, x, None),
             _reuse(self.ff_context, "ff_context", saved, c, mask),
         )
-        results = run_together(self.ff, self.ff_context, (x, c), reuse, (None, mask))
+        if along[0]:
+            along = tuple({**a, "residual": r} for a, r in zip(along, (x, c), strict=True))
+        results = run_together(self.ff, self.ff_context, (x, c), reuse, (None, mask), along)
         (x_ff, routing["ff"]), (c_ff, routing["ff_context"]) = results
         return x_ff, c_ff
+
+    def _adaln_goes_along(self, x) -> bool:
+        """Whether LayerNorm, modulation, gate and residual can ride in the FFNs' launches."""
+        norms = (self.norm2, self.norm2_context)
+        return (
+            not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(x.device.type)
+            and can_run_together(self.ff, self.ff_context)
+            and all(type(n) is nn.LayerNorm and n.weight is None and is_bare(n) for n in norms)
+            and fuses_adaln(self.ff.backend, x)
+        )
 
     def _feed_forward(self, name, x, mask, saved, routing):
         layer = getattr(self, name)

@@ -229,8 +229,12 @@ def run_together(
     xs: tuple[Tensor, Tensor],
     routings: tuple[Routing | None, Routing | None] = (None, None),
     token_masks: tuple[Tensor | None, Tensor | None] = (None, None),
+    blocks: tuple[dict[str, Any], dict[str, Any]] = ({}, {}),
 ) -> tuple[tuple[Tensor, Routing], tuple[Tensor, Routing]]:
-    """Both layers' (output, Routing) by `moe_ffn_pair`: one launch a stage for image and text."""
+    """Both layers' (output, Routing) by `moe_ffn_pair`: one launch a stage for image and text.
+
+    `blocks`: modulation, norm_eps, gate and residual of each, where the block's AdaLN goes along.
+    """
 
     def stream(i, layer, router_ED, w1_FD, b1_F, w2_DF, b2_D):
         return Stream(
@@ -243,6 +247,7 @@ def run_together(
             **layer.settings(),
             token_mask=token_masks[i],
             routing=routings[i],
+            **blocks[i],
         )
 
     return first.with_weights(

@@ -23,6 +23,11 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024}
 KERNELS = {
     "route": ["d2m::route_select_kernel"]
     + [
+        f"d2m::modulate_kernel<{x}, {vec}>"
+        for x, wide in [("float", 4), ("d2m::bf16", 8), ("d2m::f16", 8)]
+        for vec in (1, wide)
+    ]
+    + [
         f"d2m::route_kernel<{x}, {w}, {group}, {vec}>"
         for x, w in [
             ("float", "float"),

@@ -259,6 +259,80 @@ def test_orders_agree_bitwise(machine, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+# --------------------------------------------------------------------- AdaLN in front of route
+
+
+def modulate_job(
+    x, scale, shift, router, K, eps, x_pad=0, adaln_pad=0, order="forward", blocks=1024
+):
+    (T, D), E, B = x.shape, router.shape[0], scale.shape[0]
+    line = (
+        f"modulate_route {order} {blocks} {T} {D} {E} {K} {CODE[x.dtype]} {D + x_pad} {B} "
+        f"{D + adaln_pad} {eps} {CODE[router.dtype]}"
+    )
+    inputs = [padded(x, D + x_pad), padded(scale, D + adaln_pad), padded(shift, D + adaln_pad)]
+    outputs = route_job(x, router, K).outputs
+    return Job(line, [*inputs, raw(router)], [((T, D), x.dtype), *outputs])
+
+
+# T, D, E, K, B, x_pad, adaln_pad: in the route kernel (E <= 12) and before it, aligned and odd
+# rows, samples that end inside a tile, several chunks of columns.
+MODULATE_CASES = [
+    (1, 1, 1, 1, 1, 0, 0),
+    (6, 33, 3, 2, 2, 0, 1),
+    (40, 520, 7, 2, 4, 8, 8),
+    (75, 1032, 12, 2, 3, 0, 2064),
+    (20, 100, 5, 0, 1, 1, 0),
+    (10, 512, 14, 3, 5, 0, 8),
+    (4, 24, 256, 7, 2, 0, 0),
+    (9, 35, 6, 2, 3, 0, 3),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_modulate_route(machine, tmp_path, dtype):
+    """x with a mean of 20 standard deviations, where a plain sum of squares would lose digits."""
+    g = torch.Generator().manual_seed(CODE[dtype])
+    jobs, wants = [], []
+    for i, (T, D, E, K, B, x_pad, adaln_pad) in enumerate(MODULATE_CASES):
+        x = (torch.randn(T, D, generator=g) + (20 if i % 2 else 0)).to(dtype)
+        scale, shift = (torch.randn(B, D, generator=g).to(dtype) for _ in range(2))
+        router = torch.randn(E, D, generator=g).to(combos(dtype)[i % len(combos(dtype))])
+        order, blocks = ORDERS[i % 3], (1, 3, 1024)[i % 3]
+        job = modulate_job(x, scale, shift, router, K, 1e-6, x_pad, adaln_pad, order, blocks)
+        jobs.append(job)
+        wide = x.double()
+        normed = (wide - wide.mean(1, keepdim=True)) / (wide.var(1, False)[:, None] + 1e-6).sqrt()
+        rows = torch.arange(T) // (T // B)
+        factor = 1 + scale.double()[rows]
+        # fp32 knows the mean, and x less the mean, to the mean's last digits.
+        room = 1e-6 * (1 + wide.abs().amax(1, keepdim=True)) * (1 + factor.abs())
+        wants.append((normed * factor + shift.double()[rows], room, router, K))
+    unit = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    results = execute(machine, tmp_path, jobs)
+    for (want, room, router, K), (out, *routed) in zip(wants, results, strict=True):
+        assert not out.isnan().any()
+        assert ((out.double() - want).abs() <= unit * want.abs() + room).all()
+        check_route(out, router, K, None, routed)
+
+
+def test_modulated_rows_do_not_touch_each_other(machine, tmp_path):
+    g = torch.Generator().manual_seed(16)
+    x, router = torch.randn(50, 72, generator=g), torch.randn(12, 72, generator=g)
+    scale, shift = torch.randn(2, 72, generator=g), torch.randn(2, 72, generator=g)
+    dirty = x.clone()
+    dirty[[0, 5, 36]], dirty[49, 3] = float("nan"), float("inf")
+    clean, got = execute(
+        machine, tmp_path, [modulate_job(t, scale, shift, router, 2, 1e-6) for t in (x, dirty)]
+    )
+    others = torch.ones(50, dtype=torch.bool)
+    others[[0, 5, 36, 49]] = False
+    for a, b in zip(clean[:4], got[:4], strict=True):
+        assert torch.equal(a[others], b[others])
+    assert got[3].min() >= 0 and got[3].max() < 12
+    check_permutation(got[3], 12, *got[4:])
+
+
 # -------------------------------------------------------------------------------------- permute
 
 

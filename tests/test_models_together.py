@@ -96,3 +96,34 @@ def test_what_hangs_on_a_layer_is_not_passed_by(pairs, kind):
             layer.forward = lambda *a, own=own, **k: seen.append(1) or own(*a, **k)
     assert torch.equal(model(**flux_inputs()).sample, expected)
     assert len(seen) == 2 and not pairs
+
+
+@pytest.mark.parametrize("top_k", [0, 2, "dense"])
+def test_the_blocks_adaln_goes_along(pairs, monkeypatch, top_k):
+    """In inference, where the back-end fuses it; here the CPU's is made to believe that it does."""
+    model = converted()
+    model.set_top_k(top_k)
+    inputs = flux_inputs()
+    with torch.no_grad():
+        expected = model(**inputs, output_aux=True)
+        monkeypatch.setattr(blocks, "fuses_adaln", lambda *_: True)
+        pairs.clear()
+        got = model(**inputs, output_aux=True)
+    assert len(pairs) == 2 and all(s.residual is s.x for pair in pairs for s in pair)
+    torch.testing.assert_close(got.sample, expected.sample, rtol=1e-5, atol=1e-5)
+    for name, routing in expected.aux.routing.items():
+        assert torch.equal(got.aux.routing[name].ids, routing.ids), name
+
+
+def test_adaln_stays_apart_in_training_and_under_hooks(pairs, monkeypatch):
+    monkeypatch.setattr(blocks, "fuses_adaln", lambda *_: True)
+    model, inputs, seen = converted(), flux_inputs(), []
+    model(**inputs)
+    assert len(pairs) == 2 and all(s.residual is None for pair in pairs for s in pair)
+    for block in model.transformer_blocks:
+        block.norm2.register_forward_hook(lambda *_: seen.append(1))
+    pairs.clear()
+    with torch.no_grad():
+        model(**inputs)
+    assert len(seen) == len(pairs) == 2
+    assert all(s.residual is None for pair in pairs for s in pair)

@@ -45,7 +45,8 @@ def arguments(backend: str, activation: str = "gelu_tanh"):
         "ffn_fwd": fwd,
         "ffn_bwd": (torch.ones_like(y), *weights, *slots, z_shared, z_routed, *attrs, 2, needs,
                     backend),
-        "ffn_streams_fwd": (two, *attrs, True, backend),
+        "ffn_streams_fwd": (two, [p["x"][:3], p["x"], None, x2], *attrs, True, backend),
+        "modulate_route": (p["x"], p["w1"][:3], p["w1"][3:6], 1e-6, p["router"], 2, None, backend),
         "ffn_streams_bwd": ([y + 1, short[0]], two, [z_shared, z_routed, *short[1:]], *attrs, 2,
                             needs + [True, False, False, True, False, False, False, True],
                             backend),
@@ -53,7 +54,7 @@ def arguments(backend: str, activation: str = "gelu_tanh"):
 
 
 OPS = ["route", "permute", "grouped_gemm", "grouped_gemm_bwd", "combine", "ffn_fwd", "ffn_bwd",
-       "ffn_streams_fwd", "ffn_streams_bwd"]  # fmt: skip
+       "ffn_streams_fwd", "ffn_streams_bwd", "modulate_route"]  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)

@@ -149,6 +149,8 @@ def small_stages(experts: int, x_dtype: str, router_dtype: str):
     router = torch.empty(experts, D, dtype=getattr(torch, router_dtype), device="meta")
     mask = torch.empty(T, dtype=torch.bool, device="meta")
     _, weights, ids, offsets, _, inverse = triton_.route(x, router, K, mask)
+    adaln = torch.empty(1, 6 * D, dtype=x.dtype, device="meta")
+    triton_.modulate_route(x, adaln[:, :D], adaln[:, D : 2 * D], 1e-6, router, K)
     triton_.permute(ids, experts)
     triton_.combine(x.new_empty(T * K, D), inverse.view(T, K), weights, offsets, x, x[0])
 

@@ -48,7 +48,16 @@ if INTERPRETED:
         stream,
     )
 
-    from d2m_kernels import combine, moe_ffn, reference, route, triton_, why_two_calls
+    from d2m_kernels import (
+        Stream,
+        combine,
+        moe_ffn,
+        moe_ffn_pair,
+        reference,
+        route,
+        triton_,
+        why_two_calls,
+    )
     from d2m_kernels.reference import FFNGrads
     from d2m_kernels.triton_ import configs
     from d2m_kernels.triton_.down import Shared, down_shared
@@ -246,6 +255,56 @@ def test_grouped_gemm(pin, dtype, M, K, N, E, activation, bias, gathered, view, 
     exact = reference.grouped_gemm(x64, w64, offsets, rest[0], gather, *rest[1:], activation)
     own = own_grouped_gemm(x, w, offsets, w_gate, gather, b, b_gate, activation)
     assert_as_good_as_torch(out, exact, own, "grouped_gemm")
+
+
+@interpreted
+@pytest.mark.parametrize("pin", PINS[:2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "M,K,N,E,activation,bias,gathered",
+    [
+        (129, 33, 100, 7, None, True, False),
+        (127, 128, 64, 3, "gelu_tanh", True, True),
+        (70, 64, 64, 2, "swiglu", True, True),
+        (90, 40, 33, 12, "geglu", False, False),
+        (0, 5, 4, 3, "silu", True, False),
+        (9, 1, 1, 2, None, True, True),
+    ],
+)
+def test_grouped_gemm_backward(pin, dtype, M, K, N, E, activation, bias, gathered, monkeypatch):
+    monkeypatch.setenv(configs.ENV, pin)
+    gated = activation in ("swiglu", "geglu")
+    g = torch.Generator().manual_seed(M)
+    x = randn(M, 2 * K, dtype=dtype)[:, :K]
+    gather = torch.randint(0, M, (M + 3,), generator=g, dtype=torch.int32) if gathered else None
+    R = M + 3 if gathered else M
+    cuts = torch.randint(0, max(R - 2, 1), (E,), generator=g).sort().values  # the last rows: a tail
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), cuts]).to(torch.int32)
+    w = randn(E, N + 3, K + 5, dtype=dtype, seed=1)[:, 1 : N + 1, 2 : K + 2]
+    w_gate = randn(E, N, K, dtype=dtype, seed=2) if gated else None
+    b = randn(E, N, dtype=dtype, seed=3) if bias else None
+    b_gate = randn(E, N, dtype=dtype, seed=4) if bias and gated else None
+    dout = randn(R, N, dtype=dtype, seed=5)
+    dout[int(offsets[-1]) :] = float("nan")  # of rows that no expert owns
+    needs = [True, True, gated, bias, bias and gated]
+    tensors = (dout, x, w, offsets, w_gate, gather, b, b_gate)
+    actual = triton_.grouped_gemm_bwd(*tensors, activation, needs)
+    wide = [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
+    exact = reference.grouped_gemm_bwd(*wide, activation, needs)
+    # torch's own: autograd through its arithmetic in this dtype
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, w, w_gate, b, b_gate)]
+    out = own_grouped_gemm(
+        leaves[0], leaves[1], offsets, leaves[2], gather, *leaves[3:], activation
+    )
+    live = torch.where(dout.isnan(), 0, dout)
+    leaves = [t for t in leaves if t is not None]
+    loss = (out * live).sum() + sum((t * 0).sum() for t in leaves)  # without rows: still a graph
+    own = iter(torch.autograd.grad(loss, leaves))
+    for name, a, e in zip(("x", "w", "w_gate", "b", "b_gate"), actual, exact, strict=True):
+        if e is None:
+            assert a is None
+        else:
+            assert_as_good_as_torch(a, e, next(own), f"{name} {activation}")
 
 
 @interpreted
@@ -553,6 +612,91 @@ def test_a_bad_row_of_one_stream_leaves_the_other_alone():
     for name in clean[1]:
         assert torch.equal(clean[1][name], broken[1][name]), name
     assert broken[0]["y"][11].isnan().all()
+
+
+# ------------------------------------------------------------- a block's AdaLN, gate and residual
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "T,D,E,K,B,mean",
+    [(1, 1, 1, 1, 1, 0), (10, 33, 3, 2, 2, 30), (66, 100, 12, 2, 3, 30), (130, 64, 14, 3, 1, 0),
+     (9, 300, 64, 0, 3, 3), (0, 5, 3, 2, 1, 0), (4, 24, 256, 2, 2, 0)],
+)  # fmt: skip
+def test_modulate_route(dtype, T, D, E, K, B, mean):
+    x = (randn(T, 2 * D, dtype=torch.float64)[:, :D] + mean).to(dtype)
+    scale, shift = (randn(B, 3 * D, dtype=dtype, seed=i)[:, D : 2 * D] for i in (1, 2))
+    router = randn(E, D)
+    modulated, *routing = triton_.modulate_route(x, scale, shift, 1e-6, router, K)
+    wide = reference.modulate(x.double(), scale.double(), shift.double(), 1e-6)
+    unit = torch.finfo(dtype).eps  # and fp32 knows x - mean to mean * 6e-8
+    assert ((modulated.double() - wide).abs() <= unit * wide.abs() + 3e-6 * (1 + mean)).all()
+    for a, e in zip(routing, triton_.route(modulated, router, K), strict=True):
+        torch.testing.assert_close(a, e, rtol=2e-6, atol=2e-6)
+
+
+@interpreted
+def test_modulated_rows_do_not_touch_each_other():
+    x, router = randn(70, 33), randn(7, 33)
+    scale, shift = randn(2, 33, seed=1), randn(2, 33, seed=2)
+    clean = triton_.modulate_route(x, scale, shift, 1e-6, router, 3)
+    x[3], x[40, 5] = float("nan"), float("inf")
+    broken = triton_.modulate_route(x, scale, shift, 1e-6, router, 3)
+    rest = torch.ones(70, dtype=torch.bool)
+    rest[[3, 40]] = False
+    for a, b in zip(clean[:4], broken[:4], strict=True):
+        assert torch.equal(a[rest], b[rest])
+    assert broken[3].min() >= 0 and broken[3].max() < 7
+
+
+@interpreted
+@pytest.mark.parametrize("S,k", [(8, 2), (0, 2), (8, 0), (8, "dense")])
+@pytest.mark.parametrize("pair", [False, True])
+def test_block_in_the_layers_launches(S, k, pair, monkeypatch):
+    """LayerNorm, modulation, gate and residual, fused, against the block written out."""
+    case = Case(T=36, D=32, S=S, H=8, E=4, k=k, scale=1.3)
+    p = case.build(grad=False)
+    x, residual, six = p.pop("x").view(3, 12, 32) + 1, randn(3, 12, 32), randn(3, 4 * 32)
+    scale, shift, gate, _ = six.chunk(4, -1)
+    for name in ("moe_ffn", "streams"):  # not to be needed
+        monkeypatch.setattr(importlib.import_module(f"d2m_kernels.{name}"), "finish_block", None)
+    ends = dict(modulation=(scale, shift), gate=gate, residual=residual)
+    if pair:
+        first = Stream(x, **p, **case.kwargs(), **ends)
+        second = Stream(x[:, :2], **p, **case.kwargs())
+        y, other = moe_ffn_pair(first, second, backend="triton")
+        alone = moe_ffn(**vars(second), backend="reference")
+        torch.testing.assert_close(other, alone, rtol=1e-4, atol=1e-5)
+    else:
+        y = moe_ffn(x, **p, **case.kwargs(), **ends, backend="triton")
+    modulated = torch.nn.functional.layer_norm(x, (32,), eps=1e-6)
+    modulated = modulated * (1 + scale[:, None]) + shift[:, None]
+    inner = moe_ffn(modulated, **p, **case.kwargs(), backend="reference")
+    torch.testing.assert_close(y, residual + gate[:, None] * inner, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------ many experts
+
+
+@interpreted
+@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+def test_forward_with_256_experts(activation):
+    case = Case(T=40, D=8, S=4, H=2, E=256, k=3, activation=activation)
+    p = case.build(grad=False)
+    y, r = call(case, "triton", return_routing=True)(p)
+    expected, routing = call(case, "reference", return_routing=True)(p)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    equal_integers(
+        (r.ids, r.offsets, r.order), (routing.ids, routing.offsets, routing.order), "ioo"
+    )
+    h = randn(256, 6, 8)
+    gemm = (p["x"], h, r.offsets, None, r.order // 3, None, None, "silu")
+    out = triton_.grouped_gemm(*gemm)
+    torch.testing.assert_close(out, reference.grouped_gemm(*gemm), rtol=1e-4, atol=1e-5)
+    y = randn(120, 8)
+    slots = (y, r.inverse.view(40, 3), r.weights, r.offsets)
+    torch.testing.assert_close(triton_.combine(*slots), reference.combine(*slots))
 
 
 # ------------------------------------------------------------------------------- the table of tiles

@@ -39,11 +39,32 @@ PYBIND11_MODULE(_d2m_cuda, m) {
                       addr probs, addr weights, addr ids, addr offsets, addr order, addr inverse,
                       addr workspace, addr stream) {
         check("route", d2m::route(ptr<const void>(x), x_dtype, x_stride, ptr<const void>(router),
-                                  router_dtype, router_stride, ptr<const unsigned char>(mask), T, D,
-                                  E, K, ptr<float>(probs), ptr<float>(weights), ptr<int>(ids),
-                                  ptr<int>(offsets), ptr<int>(order), ptr<int>(inverse),
-                                  ptr<int>(workspace), reinterpret_cast<Stream>(stream)));
+                                  router_dtype, router_stride, ptr<const unsigned char>(mask), {},
+                                  T, D, E, K, ptr<float>(probs), ptr<float>(weights),
+                                  ptr<int>(ids), ptr<int>(offsets), ptr<int>(order),
+                                  ptr<int>(inverse), ptr<int>(workspace),
+                                  reinterpret_cast<Stream>(stream)));
     });
+    m.def("modulate_route",
+          [](addr x, int x_dtype, int64_t x_stride, addr scale, int64_t scale_stride, addr shift,
+             int64_t shift_stride, int64_t tokens, float eps, addr out, addr router,
+             int router_dtype, int64_t router_stride, addr mask, int64_t T, int64_t D, int64_t E,
+             int64_t K, addr probs, addr weights, addr ids, addr offsets, addr order, addr inverse,
+             addr workspace, addr stream) {
+              const d2m::AdaLN adaln{ptr<const void>(scale),
+                                     scale_stride,
+                                     ptr<const void>(shift),
+                                     shift_stride,
+                                     tokens,
+                                     eps,
+                                     ptr<void>(out)};
+              check("modulate_route",
+                    d2m::route(ptr<const void>(x), x_dtype, x_stride, ptr<const void>(router),
+                               router_dtype, router_stride, ptr<const unsigned char>(mask), adaln,
+                               T, D, E, K, ptr<float>(probs), ptr<float>(weights), ptr<int>(ids),
+                               ptr<int>(offsets), ptr<int>(order), ptr<int>(inverse),
+                               ptr<int>(workspace), reinterpret_cast<Stream>(stream)));
+          });
     m.def("permute", [](addr ids, int64_t N, int64_t E, addr offsets, addr order, addr inverse,
                         addr workspace, addr stream) {
         check("permute", d2m::permute(ptr<const int>(ids), N, E, ptr<int>(offsets), ptr<int>(order),

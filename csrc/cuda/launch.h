@@ -39,10 +39,21 @@ inline int64_t workspace_ints(int64_t E) {
     return (E + 1) * D2M_MAX_BLOCKS;
 }
 
+// Modulation in front of route: scale and shift [B, D] in x's dtype, T / B = tokens of a sample; the
+// modulated x [T, D] goes to out. Without out there is none.
+struct AdaLN {
+    const void* scale = nullptr;
+    int64_t scale_stride = 0;
+    const void* shift = nullptr;
+    int64_t shift_stride = 0, tokens = 1;
+    float eps = 0;
+    void* out = nullptr;
+};
+
 int route(const void* x, int x_dtype, int64_t x_stride, const void* router, int router_dtype,
-          int64_t router_stride, const unsigned char* mask, int64_t T, int64_t D, int64_t E,
-          int64_t K, float* probs, float* weights, int* ids, int* offsets, int* order, int* inverse,
-          int* workspace, Stream stream);
+          int64_t router_stride, const unsigned char* mask, const AdaLN& adaln, int64_t T,
+          int64_t D, int64_t E, int64_t K, float* probs, float* weights, int* ids, int* offsets,
+          int* order, int* inverse, int* workspace, Stream stream);
 int permute(const int* ids, int64_t N, int64_t E, int* offsets, int* order, int* inverse,
             int* workspace, Stream stream);
 int permute_rank(const int* ids, int64_t N, int64_t E, int blocks, int span, int* offsets,

@@ -17,11 +17,16 @@
 // - 36 tokens a block make 128 blocks, one wave, each reading the router once (19 MB from L2).
 // - The router is staged by cp.async into two buffers of 24 KB, a barrier for every 512 columns.
 //
+// - With a modulation (AdaLN) each warp first normalises and modulates whole rows of the tile and
+//   writes them; the products then read what was written, out of L1 and L2. No register more: the
+//   sums are not alive yet.
+//
 // More than 12 experts: blockIdx.y takes them in groups, the logits go through probs_TE, and
 // route_select_kernel does the rest.
 #pragma once
 
 #include "common.cuh"
+#include "modulate.cuh"
 #include "select.cuh"
 
 namespace d2m {
@@ -166,9 +171,11 @@ struct Scatter<N, 0> {
 // FUSED: E <= EG, everything in this launch, counts_EG included. Else logits go to probs_TE.
 template <class X, class W, int EG, bool VEC, bool FUSED>
 __global__ void __launch_bounds__(kRouteThreads, 1)
-    route_kernel(const X* x_TD, long long x_stride, const W* router_ED, long long router_stride,
-                 const unsigned char* mask_T, int T, int D, int E, int K, int tiles,
-                 float* probs_TE, float* weights_TK, int* ids_TK, int* counts_EG) {
+    route_kernel(const X* source, long long source_stride, const W* router_ED, long long router_stride,
+                 const unsigned char* mask_T, const X* scale_BD, long long scale_stride,
+                 const X* shift_BD, long long shift_stride, int tokens, float eps, X* modulated_TD,
+                 int T, int D, int E, int K, int tiles, float* probs_TE, float* weights_TK,
+                 int* ids_TK, int* counts_EG) {
     using Shared = RouteShared<W, EG>;
     D2M_DYNAMIC_SHARED(shared);
     W* const router = reinterpret_cast<W*>(shared);
@@ -188,11 +195,20 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
          ++tile) {  // a block's tiles are neighbours, so its slots are one span
         const int t0 = (blockIdx.x * tiles + tile) * kTile;
         if (t0 >= T) break;
+        if (FUSED && modulated_TD != nullptr) {
+            const Modulation<X> m = {scale_BD, shift_BD, scale_stride, shift_stride, tokens, eps};
+            constexpr int kVec = VEC ? 16 / (int)sizeof(X) : 1;
+            for (long long t = t0 + warp; t < t0 + kTile && t < T; t += kRouteThreads / 32)
+                modulate_row<kVec>(source + t * source_stride, modulated_TD + t * D, t, D, m);
+            __syncthreads();
+        }
         float acc[kTokens * EG];
 #pragma unroll
         for (int i = 0; i < kTokens * EG; ++i) acc[i] = 0.0f;
         const int t_warp = t0 + token_warp * kTokens < T ? t0 + token_warp * kTokens : T - 1;
-        const X* const rows = x_TD + t_warp * x_stride;
+        const bool modulated = FUSED && modulated_TD != nullptr;
+        const long long x_stride = modulated ? D : source_stride;
+        const X* const rows = (modulated ? modulated_TD : source) + t_warp * x_stride;
         const int last = T - 1 - t_warp;
         int column = depth_warp * kStep + lane_column<X>(lane, 0);
         uint4 raw[kTokens];

@@ -1,7 +1,8 @@
 """Back-end "triton": every stage as Triton kernels for CUDA GPUs, or under Triton's interpreter.
 
-route, permute      route.py         one pass over x, counting sort
+route, permute      route.py         one pass over x, counting sort; modulate_route: AdaLN in front
 grouped_gemm        grouped_gemm.py  persistent over the device's offsets; also up
+grouped_gemm_bwd    grouped_gemm_bwd.py
 combine             combine.py       deterministic gather and sum
 ffn_fwd             ffn.py, down.py  three launches
 ffn_bwd             backward.py, act_bwd.py, weight_grads.py
@@ -16,11 +17,12 @@ from d2m_kernels.triton_.combine import combine
 from d2m_kernels.triton_.common import INTERPRET
 from d2m_kernels.triton_.ffn import ffn_fwd, ffn_streams_fwd
 from d2m_kernels.triton_.grouped_gemm import grouped_gemm
-from d2m_kernels.triton_.route import permute, route
+from d2m_kernels.triton_.grouped_gemm_bwd import grouped_gemm_bwd
+from d2m_kernels.triton_.route import modulate_route, permute, route
 
 __all__ = [
     "combine", "ffn_bwd", "ffn_fwd", "ffn_streams_bwd", "ffn_streams_fwd", "grouped_gemm",
-    "permute", "route",
+    "grouped_gemm_bwd", "modulate_route", "permute", "route",
 ]  # fmt: skip
 
 NAME = "triton"

@@ -8,7 +8,7 @@ three launches.
 
 import torch
 
-from d2m_kernels.reference import FFNInputs
+from d2m_kernels.reference import FFNInputs, finish_block
 from d2m_kernels.triton_.combine import combine_into
 from d2m_kernels.triton_.down import Shared, down_shared
 from d2m_kernels.triton_.grouped_gemm import Operands, grouped_matmul
@@ -29,13 +29,17 @@ def ffn_fwd(
     return ffn_streams_fwd([stream], shared, activation, scale, save)[0]
 
 
-def ffn_streams_fwd(streams, shared: int, activation: str, scale: float, save: bool):
-    """`ffn_fwd` of one or two streams of equal D, F, E, K and dtype: [(y, z_shared, z_routed)]."""
+def ffn_streams_fwd(streams, shared: int, activation: str, scale: float, save: bool, ends=()):
+    """`ffn_fwd` of one or two streams of equal D, F, E, K and dtype: [(y, z_shared, z_routed)].
+
+    `ends`: for each stream the AdaLN gate [B, D] and the residual [T, D] of its block, or None:
+    y is then residual + gate * y.
+    """
     first = streams[0]
     D, K, gated = first.x.shape[1], first.weights.shape[1], first.gate is not None
     H = (first.up.shape[0] - shared) // (first.offsets.shape[0] - 1)
-    ups, downs, ends, saved = [], [], [], []
-    for s in streams:
+    ups, downs, lasts, saved = [], [], [], []
+    for s, (adaln, residual) in zip(streams, ends or [(None, None)] * len(streams), strict=True):
         new, T, N = s.x.new_empty, s.x.shape[0], s.order.shape[0]
         h_shared, h_routed = new(T, shared), new(N, H)
         z_shared = new(T, shared * (1 + gated)) if save else None
@@ -53,16 +57,17 @@ def ffn_streams_fwd(streams, shared: int, activation: str, scale: float, save: b
         if y2_ND is not None:
             downs.append(Operands(h_routed, s.offsets, w2, y2_ND))
         y_TD = torch.empty_like(s.x, memory_format=torch.contiguous_format)
-        ends.append(
-            Shared(h_shared, w2, y_TD, s.offsets, y2_ND, s.inverse.view(T, K), s.weights, s.b2)
-        )
+        lasts.append(
+            Shared(h_shared, w2, y_TD, s.offsets, y2_ND, s.inverse.view(T, K), s.weights, s.b2,
+                   adaln_BD=adaln, residual_TD=residual)
+        )  # fmt: skip
     grouped_matmul(
         "up_gated" if gated else "up", ups, N=H, K=D, gather_div=max(K, 1), bias_at=shared,
         bias_step=H, activation=activation,
     )  # fmt: skip
     grouped_matmul("down", downs, N=D, K=H)
-    finish("down_combine", ends, shared, scale=scale)
-    return [(end.out, *z) for end, z in zip(ends, saved, strict=True)]
+    finish("down_combine", lasts, shared, scale=scale)
+    return [(last.out, *z) for last, z in zip(lasts, saved, strict=True)]
 
 
 def finish(stage, ends: list[Shared], shared: int, *, scale=1.0, trans=False):
@@ -77,3 +82,5 @@ def finish(stage, ends: list[Shared], shared: int, *, scale=1.0, trans=False):
             s.out.zero_()
         else:
             s.out.copy_(s.bias.expand_as(s.out))
+        if s.adaln_BD is not None or s.residual_TD is not None:
+            s.out.copy_(finish_block(s.out, s.adaln_BD, s.residual_TD))

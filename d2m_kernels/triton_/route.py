@@ -1,29 +1,65 @@
 """Route and permute: one pass over x, then a stable counting sort without atomics.
 
-Shapes: T tokens, D model, E experts, K top-k, N = T*K slots (slot t*K + j); a block is BLOCK_T
-tokens in `route`, BLOCK_S slots in `permute`. Two launches for `route` (the first also counts), two
-for `permute` alone. A slot's place is: offsets[e] + what earlier blocks hold of e + its rank inside
-its block, so neither scheduling nor atomics can change the order.
+Shapes: B samples, T tokens, D model, E experts, K top-k, N = T*K slots (slot t*K + j); a block is
+BLOCK_T tokens in `route`, BLOCK_S slots in `permute`. Two launches for `route` (the first counts
+as well), two for `permute` alone. A slot's place is: offsets[e] + what earlier blocks hold of e +
+its rank inside its block, so neither scheduling nor atomics can change the order.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from d2m_kernels.triton_.common import INTERPRET, even
+from d2m_kernels.triton_.common import INTERPRET, _rounded, even
 from d2m_kernels.triton_.launch import power_of_two
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
+def _load_columns(ptrs, k0, offs_k, D, EVEN_K: tl.constexpr):
+    if EVEN_K:
+        return tl.load(ptrs + k0)
+    return tl.load(ptrs + k0, mask=(offs_k < D - k0)[None, :], other=0.0)
+
+
+@triton.jit
+def _statistics(x_ptrs, offs_k, D, eps, EVEN_K: tl.constexpr, BLOCK_T: tl.constexpr,
+                BLOCK_K: tl.constexpr):  # fmt: skip
+    """Mean and 1 / sqrt(variance + eps) of each row, in one pass over it.
+
+    Welford's update on BLOCK_K columns apart from each other, put together once at the end: no sum
+    of squares that a large mean would cancel, and no reduction across threads on the way.
+    """
+    means = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
+    count = 0.0
+    for k0 in tl.range(0, D, BLOCK_K):
+        x = _load_columns(x_ptrs, k0, offs_k, D, EVEN_K).to(tl.float32)
+        count += 1.0
+        delta = x - means
+        if not EVEN_K:
+            delta = tl.where((offs_k < D - k0)[None, :], delta, 0.0)
+        means += delta * (1.0 / count)
+        squares += delta * (x - means)  # where delta is zeroed, so is this
+    counts = (tl.maximum(D - offs_k + BLOCK_K - 1, 0) // BLOCK_K).to(tl.float32)
+    mean = tl.sum(means * counts[None, :], axis=1) / D
+    apart = means - mean[:, None]
+    total = tl.sum(squares + apart * apart * counts[None, :], axis=1)
+    return mean, tl.rsqrt(total / D + eps)
+
+
+@triton.jit(do_not_specialize=["T", "tokens_per_sample"])
 def _route_fwd_kernel(
-    x_ptr, router_ptr, mask_ptr, probs_ptr, weights_ptr, ids_ptr, counts_ptr,
-    T, D, E, stride_xt, stride_re,
+    x_ptr, router_ptr, mask_ptr, scale_ptr, shift_ptr, modulated_ptr,
+    probs_ptr, weights_ptr, ids_ptr, counts_ptr,
+    T, D, E, stride_xt, stride_re, stride_sb, stride_hb, tokens_per_sample, eps,
     TOP_K: tl.constexpr, EVEN_K: tl.constexpr, SAME: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Logits, softmax, the top K and its softmax, and how many slots of this block each expert got.
 
-    counts[block, e]; column E counts the slots of masked tokens.
+    counts[block, e]; column E counts the slots of masked tokens. With a scale, x is first
+    normalised and modulated; that is what is routed, and stored in modulated_ptr. Its rows are
+    read twice, the second time out of L2: 32 rows of 6 KB on 132 SMs are half of it.
     """
     block = tl.program_id(0)
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -33,14 +69,28 @@ def _route_fwd_kernel(
     e_ok = e < E
     x_ptrs = x_ptr + (tl.minimum(t, T - 1).to(tl.int64) * stride_xt)[:, None] + offs_k[None, :]
     r_ptrs = router_ptr + (e.to(tl.int64) * stride_re)[None, :] + offs_k[:, None]
+    if scale_ptr is not None:
+        mean, rstd = _statistics(x_ptrs, offs_k, D, eps, EVEN_K, BLOCK_T, BLOCK_K)
+        sample = tl.minimum(t, T - 1).to(tl.int64) // tokens_per_sample
+        scale_ptrs = scale_ptr + (sample * stride_sb)[:, None] + offs_k[None, :]
+        shift_ptrs = shift_ptr + (sample * stride_hb)[:, None] + offs_k[None, :]
+        out_ptrs = modulated_ptr + (t.to(tl.int64) * D)[:, None] + offs_k[None, :]
     logits = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.float32)
     for k0 in tl.range(0, D, BLOCK_K):
+        x = _load_columns(x_ptrs, k0, offs_k, D, EVEN_K)
         if EVEN_K:
-            x = tl.load(x_ptrs + k0)
             w = tl.load(r_ptrs + k0, mask=e_ok[None, :], other=0.0)
         else:
-            x = tl.load(x_ptrs + k0, mask=(offs_k < D - k0)[None, :], other=0.0)
             w = tl.load(r_ptrs + k0, mask=e_ok[None, :] & (offs_k < D - k0)[:, None], other=0.0)
+        if scale_ptr is not None:
+            factor = _load_columns(scale_ptrs, k0, offs_k, D, EVEN_K).to(tl.float32) + 1.0
+            shift = _load_columns(shift_ptrs, k0, offs_k, D, EVEN_K).to(tl.float32)
+            normed = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
+            x = _rounded(normed * factor + shift, x.dtype)
+            k_ok = (offs_k < D - k0)[None, :]
+            tl.store(out_ptrs + k0, x, mask=t_ok[:, None] & k_ok)
+            if not EVEN_K:
+                x = tl.where(k_ok, x, 0.0)
         if INTERPRET:
             logits = tl.dot(x.to(tl.float32), w.to(tl.float32), logits, input_precision="ieee")
         elif SAME:  # products of two 16-bit numbers are exact in fp32
@@ -154,6 +204,17 @@ _STAGES = 4  # 4.3 TB/s x 0.7 us of latency is 23 KB in flight on each SM
 
 def route(x_TD, router_ED, top_k: int, mask_T=None):
     """probs [T, E], weights [T, K] fp32, ids [T, K], offsets [E+1], order [N], inverse [N]."""
+    return _route(x_TD, router_ED, top_k, mask_T)
+
+
+def modulate_route(x_TD, scale_BD, shift_BD, eps: float, router_ED, top_k: int, mask_T=None):
+    """LayerNorm(x) * (1 + scale) + shift [T, D], and `route` of it, in the launches of `route`."""
+    modulated_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+    adaln = (scale_BD, shift_BD, modulated_TD, eps)
+    return modulated_TD, *_route(x_TD, router_ED, top_k, mask_T, *adaln)
+
+
+def _route(x_TD, router_ED, top_k, mask_T, scale=None, shift=None, modulated=None, eps=0.0):
     (T, D), E = x_TD.shape, router_ED.shape[0]
     new = x_TD.new_empty
     probs_TE = new(T, E, dtype=torch.float32)
@@ -161,6 +222,8 @@ def route(x_TD, router_ED, top_k: int, mask_T=None):
     ids_TK = new(T, top_k, dtype=torch.int32)
     BLOCK_E = power_of_two(E, 16)
     BLOCK_T = 16 if BLOCK_E > 64 else (32 if T <= _MANY_TOKENS else 64)
+    if scale is not None:
+        BLOCK_T = min(BLOCK_T, 32)  # two statistics a number beside it have to fit the registers
     blocks = triton.cdiv(T, BLOCK_T)
     counts = new(blocks, E + 1, dtype=torch.int32)
     if T:
@@ -169,10 +232,12 @@ def route(x_TD, router_ED, top_k: int, mask_T=None):
         BLOCK_K = _columns(x_TD, router_ED, BLOCK_T, BLOCK_E)
         # maxnreg: ptxas would rather spill a word than have one program less on an SM
         _route_fwd_kernel[(blocks,)](
-            x_TD, router_ED, mask_T, probs_TE, weights_TK, ids_TK, counts, T, D, E,
-            x_TD.stride(0), router_ED.stride(0), TOP_K=top_k, EVEN_K=even(D, BLOCK_K), SAME=same,
-            PRECISION=exact, BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E, BLOCK_K=BLOCK_K,
-            num_warps=4 if BLOCK_E <= 64 else 8, num_stages=_STAGES, maxnreg=255,
+            x_TD, router_ED, mask_T, scale, shift, modulated, probs_TE, weights_TK, ids_TK, counts,
+            T, D, E, x_TD.stride(0), router_ED.stride(0),
+            0 if scale is None else scale.stride(0), 0 if scale is None else shift.stride(0),
+            1 if scale is None else T // scale.shape[0], float(eps), TOP_K=top_k,
+            EVEN_K=even(D, BLOCK_K), SAME=same, PRECISION=exact, BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E,
+            BLOCK_K=BLOCK_K, num_warps=4 if BLOCK_E <= 64 else 8, num_stages=_STAGES, maxnreg=255,
         )  # fmt: skip
     return probs_TE, weights_TK, ids_TK, *_place(ids_TK, E, counts, BLOCK_T * top_k)
 

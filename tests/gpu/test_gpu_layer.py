@@ -9,7 +9,16 @@ import pytest
 import torch
 from moe_cases import Case, available, call, compare, compare_pair, run, run_pair, stream
 
-from d2m_kernels import moe_ffn, moe_ffn_pair, permute, route, why_two_calls
+from d2m_kernels import (
+    Stream,
+    modulate_route,
+    moe_ffn,
+    moe_ffn_pair,
+    permute,
+    reference,
+    route,
+    why_two_calls,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -243,6 +252,56 @@ def test_two_streams_without_host_sync_and_in_a_graph(backend):
         graph.replay()
         expected = moe_ffn_pair(*streams, backend=backend)
         assert all(torch.equal(y, e) for y, e in zip(ys, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "T,D,E,k,B,mean",
+    [
+        (4608, 3072, 12, 2, 1, 0),
+        (4096, 3072, 12, 2, 2, 5),
+        (66, 100, 7, 2, 3, 20),
+        (9, 33, 3, 1, 3, 0),
+        (512, 256, 14, 3, 2, 0),
+        (100, 64, 256, 5, 4, 0),
+        (0, 8, 4, 2, 1, 0),
+        (30_000, 64, 12, 2, 3, 0),
+    ],
+)
+def test_modulate_route(backend, dtype, T, D, E, k, B, mean):
+    serves(backend, dtype)
+    g = torch.Generator().manual_seed(T)
+    x = (torch.randn(T, D, generator=g) + mean).to("cuda", dtype)
+    scale, shift, _ = torch.randn(B, 3 * D, generator=g).to("cuda", dtype).chunk(3, -1)
+    router = torch.randn(E, D, generator=g).cuda()
+    modulated, r = modulate_route(x, scale, shift, router, top_k=k, backend=backend)
+    wide = reference.modulate(x.double(), scale.double(), shift.double(), 1e-6)
+    room = torch.finfo(dtype).eps * wide.abs() + 3e-6 * (1 + mean)
+    assert ((modulated.double() - wide).abs() <= room).all()
+    again = route(modulated, router, top_k=k, backend=backend)
+    for name in ("ids", "offsets", "order", "inverse"):
+        assert torch.equal(getattr(r, name), getattr(again, name)), name
+
+
+@pytest.mark.parametrize("k", [0, 2, "dense"])
+@pytest.mark.parametrize("S", [0, 128])
+def test_a_blocks_adaln_gate_and_residual(backend, k, S):
+    case = Case(T=600, D=256, S=S, H=64, E=12, k=k, dtype=torch.bfloat16, device="cuda")
+    p = case.build(grad=False)
+    x = p.pop("x").view(3, 200, 256)
+    residual, six = torch.randn_like(x), torch.randn(3, 768, device="cuda").bfloat16()
+    scale, shift, gate = six.chunk(3, -1)
+    block = dict(modulation=(scale, shift), gate=gate, residual=residual)
+    y = moe_ffn(x, **p, **case.kwargs(), **block, backend=backend)
+    modulated, _ = modulate_route(x, scale, shift, p["router"], backend=backend)
+    inner = moe_ffn(modulated, **p, **case.kwargs(), backend=backend)
+    torch.testing.assert_close(y, residual + gate[:, None] * inner, rtol=3e-2, atol=6e-2)
+    pair = (Stream(x, **p, **case.kwargs(), **block), Stream(x[:, :50], **p, **case.kwargs()))
+    y_pair, bare = moe_ffn_pair(*pair, backend=backend)
+    torch.testing.assert_close(y_pair, y, rtol=3e-2, atol=6e-2)
+    torch.testing.assert_close(
+        bare, moe_ffn(**vars(pair[1]), backend=backend), rtol=3e-2, atol=3e-2
+    )
 
 
 @pytest.mark.parametrize("k", [2, "dense"])

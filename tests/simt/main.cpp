@@ -72,8 +72,36 @@ int route(std::istream& in) {
         workspace(d2m::workspace_ints(E));
     const int err = d2m::route(
         x.data, int(x_dtype), x_stride, router.data, int(router_dtype), router_stride,
-        mask.as<unsigned char>(), T, D, E, K, probs.data.get(), weights.data.get(), ids.data.get(),
+        mask.as<unsigned char>(), {}, T, D, E, K, probs.data.get(), weights.data.get(), ids.data.get(),
         offsets.data.get(), order.data.get(), inverse.data.get(), workspace.data.get(), nullptr);
+    probs.write();
+    weights.write();
+    ids.write();
+    offsets.write();
+    order.write();
+    inverse.write();
+    return err;
+}
+
+int modulate_route(std::istream& in) {
+    int64_t T, D, E, K, dtype, x_stride, B, adaln_stride, router_dtype;
+    float eps;
+    in >> T >> D >> E >> K >> dtype >> x_stride >> B >> adaln_stride >> eps >> router_dtype;
+    const size_t size = dtype_size(dtype);
+    Input x(((T - 1) * x_stride + D) * size), scale(((B - 1) * adaln_stride + D) * size),
+        shift(((B - 1) * adaln_stride + D) * size), router(E * D * dtype_size(router_dtype));
+    Output<char> out(T * D * size);
+    Output<float> probs(T * E), weights(T * K);
+    Output<int> ids(T * K), offsets(E + 1), order(T * K), inverse(T * K),
+        workspace(d2m::workspace_ints(E));
+    const d2m::AdaLN adaln{scale.data, adaln_stride, shift.data,    adaln_stride,
+                           T / B,      eps,          out.data.get()};
+    const int err =
+        d2m::route(x.data, int(dtype), x_stride, router.data, int(router_dtype), D, nullptr, adaln,
+                   T, D, E, K, probs.data.get(), weights.data.get(), ids.data.get(),
+                   offsets.data.get(), order.data.get(), inverse.data.get(), workspace.data.get(),
+                   nullptr);
+    out.write();
     probs.write();
     weights.write();
     ids.write();
@@ -156,6 +184,7 @@ int main(int argc, char** argv) {
         if (op == "broken") err = broken(in);
 #ifndef SIMT_PERMUTE_ONLY
         if (op == "route") err = route(in);
+        if (op == "modulate_route") err = modulate_route(in);
         if (op == "combine") err = combine(in);
 #endif
         if (err) {
