@@ -214,18 +214,16 @@ def _open_folder(path: Path, columns: tuple[str, ...], part: tuple[int, int]) ->
 
 
 def _sidecar(image: Path, columns: tuple[str, ...]) -> str:
-    text, meta = image.with_suffix(".txt"), image.with_suffix(".json")
-    if text.is_file():
-        return sidecar_caption({"txt": text.read_bytes()}, columns)
-    if meta.is_file():
-        return sidecar_caption({"json": meta.read_bytes()}, columns)
-    raise ValueError(f"no caption: neither {text.name} nor {meta.name} is there")
+    files = {s: image.with_suffix(f".{s}") for s in ("txt", "json")}
+    return sidecar_caption({s: f.read_bytes() for s, f in files.items() if f.is_file()}, columns)
 
 
 def sidecar_caption(files: Mapping[str, bytes], columns: tuple[str, ...]) -> str:
-    """From a .txt, else from a .json; a column that was asked for is only in the .json."""
+    """From a .txt, or from a .json where that is empty, missing or not what was asked for."""
     if "txt" in files and (len(columns) > 1 or "json" not in files):
-        return caption_of({"txt": files["txt"].decode("utf-8")}, ("txt",))
+        text = files["txt"].decode("utf-8")
+        if text.strip() or "json" not in files:
+            return caption_of({"txt": text}, ("txt",))
     if "json" in files:
         row = json.loads(files["json"])
         return caption_of(row if isinstance(row, dict) else {}, columns)

@@ -237,10 +237,18 @@ def test_compressed_tars_braces_and_another_column(flux, tmp_path):
     assert _captions(tmp_path / "out") == [f"coyo {i}" for i in range(6)]
 
 
-def test_coyos_text_column_without_txt(flux, tmp_path):
-    _tar(tmp_path / "0.tar", {"a.png": _png(0), "a.json": b'{"url": "x", "text": "one cat"}'})
+@pytest.mark.parametrize("texts", [{}, {"txt": b" \n"}])
+def test_coyos_text_column_without_txt(flux, tmp_path, texts):
+    texts = {**texts, "json": b'{"url": "x", "text": "one cat"}'}
+    _tar(tmp_path / "0.tar", {"a.png": _png(0), **{f"a.{s}": t for s, t in texts.items()}})
     run(tmp_path / "0.tar", tmp_path / "out", flux, layout="coyo")
     assert _captions(tmp_path / "out") == ["one cat"]
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "a.png").write_bytes(_png(0))
+    for suffix, text in texts.items():
+        (tmp_path / "files" / f"a.{suffix}").write_bytes(text)
+    run(tmp_path / "files", tmp_path / "out-files", flux)
+    assert _captions(tmp_path / "out-files") == ["one cat"]
 
 
 @pytest.mark.parametrize("file", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
