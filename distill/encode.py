@@ -6,16 +6,19 @@ C = 4c = 64 channels of a token, L text tokens, J text width, P pooled width.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from distill.errors import CheckpointError, UserError
 
+R = TypeVar("R")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -80,6 +83,20 @@ def weights_fingerprint(module: nn.Module, settings: Any, head: int | None = Non
     return digest.hexdigest()[:16]
 
 
+def _own_precision(method: Callable[..., R]) -> Callable[..., R]:
+    """Runs a method of an encoder without gradients and outside a surrounding autocast: what it
+    gives must not depend on who asks.
+    """
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **options: Any) -> R:
+        kind = torch.device(self.device).type
+        with torch.no_grad(), torch.autocast(kind, enabled=False):
+            return method(self, *args, **options)
+
+    return run
+
+
 class LatentEncoder:
     """`AutoencoderKL` of a FLUX folder or hub name: images to packed, scaled latents.
 
@@ -107,7 +124,7 @@ class LatentEncoder:
         """(rows, columns) of tokens that an image of `bucket` pixels becomes."""
         return bucket[0] // (2 * self.factor), bucket[1] // (2 * self.factor)
 
-    @torch.no_grad()
+    @_own_precision
     def encode(self, images: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
         """uint8 [B, 3, H, W] -> fp32 [B, S, C] on the CPU.
 
@@ -123,7 +140,7 @@ class LatentEncoder:
             z = z + posterior.std.float() * noise.to(z.device)
         return pack((z - self.shift) * self.scale).cpu()
 
-    @torch.no_grad()
+    @_own_precision
     def decode(self, tokens: Tensor, rows: int) -> Tensor:
         """The way back: [B, S, C] of `rows` rows of tokens -> images [B, 3, H, W] in 0..1 on the
         CPU.
@@ -163,7 +180,7 @@ class TextEncoder:
         parts = [weights_fingerprint(m, {}, 4096) for m in (self.clip, self.t5)]
         self.fingerprint = "-".join(parts)
 
-    @torch.no_grad()
+    @_own_precision
     def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Captions -> (text [B, L, J], pooled [B, P]) on the encoders' device, in their dtype.
 

@@ -31,6 +31,8 @@ def open_shards(config: DataConfig, device: str = "cpu", guidance: float | None 
     """The source of a `DataConfig` named "shards", read ahead as `config.prefetch` says."""
     from distill.prefetch import Prefetch
 
+    if device == "cuda":  # a thread of its own would take the first GPU
+        device = f"cuda:{torch.cuda.current_device()}"
     source = Shards(config, device, guidance)
     return Prefetch(source, config.prefetch) if config.prefetch else source
 

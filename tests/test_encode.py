@@ -72,6 +72,20 @@ def test_an_embedding_does_not_depend_on_the_batch(folder):
         assert torch.equal(alone[0][0], text[i]) and torch.equal(alone[1][0], pooled[i])
 
 
+def test_autocast_around_them_changes_nothing(folder):
+    text, vae = TextEncoder(str(folder), dtype="float32", length=LENGTH), LatentEncoder(str(folder))
+    pixels = torch.from_numpy(fit(draw(64, 64, 1), (64, 64)))[None]
+
+    def everything():
+        latents = vae.encode(pixels)
+        return *text.encode(CAPTIONS[:1]), latents, vae.decode(latents, 4)
+
+    plain = everything()
+    with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
+        cast = everything()
+    assert all(torch.equal(a, b) and not b.requires_grad for a, b in zip(plain, cast, strict=True))
+
+
 def test_latents_are_the_vaes(folder, pipe):
     image = draw(64, 96, 0)
     pixels = torch.from_numpy(fit(to_rgb(image), (64, 96)))[None]
