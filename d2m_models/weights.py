@@ -13,8 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+# FakeTensor: shapes without data, for whoever plans or traces a model before it is loaded.
+_ORDINARY = (nn.Parameter, Tensor, FakeTensor)
 
 
 class _StopAtLinear(TorchFunctionMode):
@@ -40,7 +44,7 @@ def is_plain(linear: nn.Module) -> bool:
         and "forward" not in linear.__dict__
         and not linear._forward_pre_hooks
         and not linear._forward_hooks
-        and type(linear.weight) in (nn.Parameter, Tensor)
+        and type(linear.weight) in _ORDINARY
     )
 
 
@@ -141,7 +145,7 @@ def _unreadable(linear: nn.Module, why: str) -> str:
 
 def _dense(weight: Tensor, linear: nn.Module) -> Tensor:
     """A quantized tensor subclass as an ordinary tensor."""
-    if type(weight) in (nn.Parameter, Tensor):
+    if type(weight) in _ORDINARY:
         if not weight.is_floating_point():
             raise RuntimeError(_unreadable(linear, f"it is packed as {weight.dtype}"))
         return weight

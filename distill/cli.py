@@ -46,6 +46,21 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on with a run that was begun with other settings",
     )
+    distil.add_argument(
+        "--plan",
+        action="store_true",
+        help="print memory a GPU, FLOPs a sample and time, and load nothing",
+    )
+    distil.add_argument("--gpus", type=int, help="--plan: how many (default: as parallel says)")
+    distil.add_argument(
+        "--size", type=int, default=1024, help="--plan: images' side (default: %(default)s)"
+    )
+    distil.add_argument(
+        "--tflops",
+        type=float,
+        default=400,
+        help="--plan: what a GPU really does, in TFLOP/s (default: %(default)s)",
+    )
     _device(distil)
     distil.set_defaults(run=run_distill)
 
@@ -181,6 +196,17 @@ def run_distill(args: argparse.Namespace) -> None:
         config = replace(config, out=args.out)
     if args.seed is not None:
         config = replace(config, seed=args.seed)
+    if args.plan:
+        from distill.plan import plan, render
+
+        if args.tflops <= 0 or (args.gpus or 1) < 1 or args.size < 16 or args.size % 16:
+            raise UserError(
+                f"--tflops is {args.tflops}, --gpus {args.gpus}, --size {args.size}; expected "
+                "positive numbers, the size a multiple of 16"
+            )
+        gpus = args.gpus or (config.parallel.shard or 1) * config.parallel.replicate
+        print(render(plan(config, gpus, args.size), gpus, args.tflops))
+        return
     from distill.checkpoint import make_folder
 
     make_folder(config.out)

@@ -135,11 +135,16 @@ class ParallelConfig:
 class TeacherConfig:
     """The dense teacher: a digits model trained here, or a saved FLUX transformer.
 
-    path: folder of a saved `FluxTransformer2DModel`; then `train` and the sizes are not used.
-    width = heads * head_dim; rope are the per-axis rotary dimensions and add up to head_dim.
+    path: folder or hub name of a saved `FluxTransformer2DModel`; then `train` and the sizes are not
+    used. dtype: of its weights, "float32" or "bfloat16". lora, lora_scale: a LoRA file that is
+    fused into it, such as that of a few-step HyperFLUX. width = heads * head_dim; rope are the
+    per-axis rotary dimensions and add up to head_dim.
     """
 
     path: str | None = None
+    dtype: str = "float32"
+    lora: str | None = None
+    lora_scale: float = 1.0
     num_layers: int = 4
     num_single_layers: int = 8
     heads: int = 4
@@ -150,6 +155,9 @@ class TeacherConfig:
     def __post_init__(self):
         if (self.path is None) == (self.train is None):
             raise ConfigError("teacher needs exactly one of the keys 'path' and 'train'")
+        _check_choice("teacher", "dtype", self.dtype, ("float32", "bfloat16"))
+        if self.path is None and (self.lora is not None or self.dtype != "float32"):
+            raise ConfigError("teacher.lora and teacher.dtype are for a teacher with a 'path'")
         if sum(self.rope) != self.head_dim or any(r % 2 for r in self.rope):
             raise ConfigError(
                 f"teacher.rope is {self.rope}; expected even numbers that add up to "
@@ -296,6 +304,12 @@ class DistillConfig:
             raise ConfigError(
                 f"stages are {[s.stage for s in self.stages]}; expected each at most once, "
                 "in the order shared, moe, mob"
+            )
+        half = [s.stage for s in self.stages if s.train.compute_dtype == "bfloat16"]
+        if self.teacher.dtype == "bfloat16" and len(half) < len(self.stages):
+            raise ConfigError(
+                "teacher.dtype is 'bfloat16'; expected compute_dtype 'bfloat16' in every stage, as "
+                "both models are given the same inputs"
             )
 
 

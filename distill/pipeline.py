@@ -21,14 +21,14 @@ from distill.teacher import load_flux, load_teacher, modulation_inputs
 
 def student_structure(config: DistillConfig, teacher: nn.Module) -> Any:
     """The student's FluxMoEConfig; depth defaults to the teacher's."""
-    from d2m_models import PRESETS, FluxMoEConfig
+    from d2m_models import FluxMoEConfig
+    from d2m_models.presets import find_preset
 
     if config.student.preset is not None:
-        if config.student.preset not in PRESETS:
-            raise ConfigError(
-                f"student.preset is {config.student.preset!r}; expected one of {sorted(PRESETS)}"
-            )
-        return PRESETS[config.student.preset]
+        try:
+            return find_preset(config.student.preset)
+        except ValueError as err:
+            raise ConfigError(f"student.preset: {err}") from err
     depth = {
         "num_layers": len(teacher.transformer_blocks),
         "num_single_layers": len(teacher.single_transformer_blocks),

@@ -16,8 +16,8 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,8 @@ def load(path: Path, tensors: Mapping[str, Tensor], world: World) -> None:
                 f"checkpoint {path} does not fit this model: missing {missing[:3]}, "
                 f"unknown {unknown[:3]}, wrong shapes {wrong[:3]}"
             )
-        with _quiet():
-            dcp.load(dict(tensors), storage_reader=reader, no_dist=world.size == 1)
+        _quiet()
+        dcp.load(dict(tensors), storage_reader=reader, no_dist=world.size == 1)
     except CheckpointError:
         raise
     except (SafetensorError, OSError, dcp.api.CheckpointException) as err:
@@ -118,6 +118,7 @@ class Snapshots:
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
         self.settle()
+        _quiet()
         tmp = self.folder / f".step-{step:07d}.tmp"
         writer = HuggingFaceStorageWriter(str(tmp / "tensors"), save_distributed=True)
         state = {name: tensor.detach() for name, tensor in tensors.items()}
@@ -130,12 +131,10 @@ class Snapshots:
             self.world.barrier()
             ckpt.save_tensors(tmp / f"rng-{self.world.rank:05d}.safetensors", ckpt.rng_state())
             if self.wait:
-                with _quiet():
-                    dcp.save(state, storage_writer=writer, no_dist=alone)
+                dcp.save(state, storage_writer=writer, no_dist=alone)
                 self._publish(step)
             else:
-                with _quiet():
-                    job = dcp.async_save(state, storage_writer=writer, no_dist=alone)
+                job = dcp.async_save(state, storage_writer=writer, no_dist=alone)
                 self.pending = (step, job)
         except (UserError, OSError, dcp.api.CheckpointException) as err:
             raise self._failed(step, err) from err
@@ -145,12 +144,14 @@ class Snapshots:
 
     def settle(self) -> None:
         """Wait for the save under way, if any, and make it a checkpoint."""
+        from torch.distributed.checkpoint.api import CheckpointException
+
         if self.pending is not None:
             (step, job), self.pending = self.pending, None
             try:
                 job.result()
                 self._publish(step)
-            except Exception as err:  # whatever the writing thread met
+            except (Exception, CheckpointException) as err:  # whatever the writing thread met
                 raise self._failed(step, err) from err
 
     def _failed(self, step: int, err: BaseException) -> UserError:
@@ -195,12 +196,11 @@ class Snapshots:
         self.world.barrier()
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warning that one process saves alone, which is what was asked for."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def _quiet() -> None:
+    """No warning that one process saves alone: it is what was asked for, and also comes from the
+    thread of an asynchronous save.
+    """
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def _flush(path: Path) -> None:

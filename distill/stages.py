@@ -34,8 +34,13 @@ VERSION = 1  # raise when a change makes old checkpoints mean something else
 def measure_importance(
     teacher: nn.Module, source: Any, batches: int, seed: int, rows: int | None = None
 ) -> dict[str, Tensor]:
-    """Eq. (6) over `batches` batches of 128 training samples, `rows` of them at a time."""
-    device, size = next(teacher.parameters()).device, 128
+    """Eq. (6) over `batches` batches of 128 training samples, `rows` of them at a time; in bf16 if
+    the teacher is.
+
+    A large teacher's blocks are recomputed in the backward pass.
+    """
+    weight, size = next(teacher.parameters()), 128
+    device, low = weight.device, weight.dtype == torch.bfloat16
 
     def batch(number: int) -> Batch | Iterator[Batch]:
         if rows is None or rows >= size:
@@ -43,7 +48,15 @@ def measure_importance(
         cuts = (slice(i, min(i + rows, size)) for i in range(0, size, rows))
         return (source.batch(seed, number, size, "calibrate", cut).to(device) for cut in cuts)
 
-    return taylor_importance(teacher, map(batch, range(batches)))
+    large = sum(p.numel() for p in teacher.parameters()) > 1e9
+    if large:
+        teacher.enable_gradient_checkpointing()
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=low, cache_enabled=False):
+            return taylor_importance(teacher, map(batch, range(batches)))
+    finally:
+        if large:
+            teacher.disable_gradient_checkpointing()
 
 
 def neuron_orders(

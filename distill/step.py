@@ -74,11 +74,11 @@ def fill_gradients(params: Iterable[nn.Parameter]) -> None:
             p.grad = torch.zeros_like(p)
 
 
-def speed_up(model: nn.Module, config: TrainConfig) -> None:
+def speed_up(model: nn.Module, config: TrainConfig, compile_blocks: bool = True) -> None:
     """Gradient checkpointing and torch.compile on the model's blocks, as configured."""
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    if config.compile:
+    if config.compile and compile_blocks:
         for block in blocks(model):
             # the method, not the module: parameters keep their names, hooks (FSDP's) stay outside
             block.forward = torch.compile(block.forward)

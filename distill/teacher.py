@@ -57,7 +57,11 @@ def load_teacher(
     all its settings, so a second run starts at once.
     """
     if config.path is not None:
-        teacher = load_flux(config.path)
+        teacher = load_flux(config.path, dtype=getattr(torch, config.dtype))
+        if config.lora is not None:
+            from d2m_models.fuse import fuse_lora, read_lora
+
+            fuse_lora(teacher, read_lora(config.lora, config.lora_scale))
     else:
         assert config.train is not None
         teacher = build_teacher(config, seed).to(device)
@@ -83,7 +87,9 @@ def load_teacher(
     return teacher.to(device).eval().requires_grad_(False)
 
 
-def load_flux(path: Path | str, subfolder: str | None = None) -> nn.Module:
+def load_flux(
+    path: Path | str, subfolder: str | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
     """A dense `FluxTransformer2DModel` from a folder, a pipeline's folder or a hub name."""
     from diffusers import FluxTransformer2DModel
 
@@ -98,7 +104,7 @@ def load_flux(path: Path | str, subfolder: str | None = None) -> nn.Module:
         state = "has no config.json" if folder.is_dir() else "does not exist"
         raise UserError(f"{folder} {state}; expected the folder of a saved FluxTransformer2DModel")
     try:
-        return FluxTransformer2DModel.from_pretrained(path, subfolder=subfolder)
+        return FluxTransformer2DModel.from_pretrained(path, subfolder=subfolder, torch_dtype=dtype)
     except Exception as err:  # diffusers, safetensors and the hub client raise many kinds
         raise CheckpointError(
             f"cannot load a FLUX transformer from {folder}: {' '.join(str(err).split())}"
@@ -107,11 +113,12 @@ def load_flux(path: Path | str, subfolder: str | None = None) -> nn.Module:
 
 def modulation_inputs(teacher: nn.Module, source: Any, count: int, seed: int) -> Tensor:
     """temb [count, D] of random (t, guidance, prompt): calibration data for the AdaLN basis."""
-    device, kept = next(teacher.parameters()).device, []
+    weight, kept = next(teacher.parameters()), []
     for start in range(0, count, 64):  # a prompt's T5 embedding takes 8 MB, its pooled one 3 KB
         rows = slice(start, min(start + 64, count))
         part = source.batch(seed, 0, count, "calibrate", rows)
         kept.append([v for v in (part.t, part.guidance, part.pooled) if v is not None])
-    *times, pooled = (torch.cat(column).to(device) for column in zip(*kept, strict=True))
+    *times, pooled = (torch.cat(column).to(weight.device) for column in zip(*kept, strict=True))
     with torch.no_grad():
-        return teacher.time_text_embed(*(v * 1000 for v in times), pooled)
+        temb = teacher.time_text_embed(*(v * 1000 for v in times), pooled.to(weight.dtype))
+    return temb.float()

@@ -32,9 +32,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def models(kind: str):
-    """(teacher, student ready for stage (b) or (c), structure) - the same in every process."""
-    import torch
-
+    """(teacher, student before stage (b) or (c), data); the same in every process."""
     from d2m_models import FluxMoEConfig, MoBConfig, MoEConfig
     from distill.config import TeacherConfig, TrainConfig
     from distill.data import Digits
@@ -63,10 +61,21 @@ def models(kind: str):
     student = make_student(teacher, structure, importance, temb, 0)
     if kind == "mob":
         student = group_blocks(student, MoBConfig(single_groups=((1, 2),)), 0)
-        with torch.no_grad():  # routers that tell samples apart, so that ranks choose differently
-            for router in student.mob_routers["single_groups"]:
-                router.token_gate.weight.mul_(50)
+        split_by_condition(student, modulation_inputs(teacher, digits, 64, 0))
     return teacher, student, digits
+
+
+def split_by_condition(student, temb_ND) -> None:
+    """Block routers that send about half of the samples to each of a group's two blocks."""
+    import torch
+
+    mean_D = temb_ND.mean(0)
+    *_, directions = torch.linalg.svd(temb_ND - mean_D)
+    way_D = directions[0] - mean_D * (mean_D @ directions[0]) / (mean_D @ mean_D)
+    with torch.no_grad():
+        for router in student.mob_routers["single_groups"]:
+            router.condition_gate.weight.copy_(torch.stack([way_D, -way_D]) * 100)
+            router.token_gate.weight.mul_(0.1)
 
 
 class Recorder:

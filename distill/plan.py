@@ -1,0 +1,419 @@
+"""`d2m distill --plan`: what a run needs, before anything is loaded.
+
+Models are built without memory (meta device). Weights, gradients, optimizer state and averages are
+counted parameter by parameter; activations are what autograd would keep, found by running the
+objective itself on tensors that have shapes but no data.
+
+Shapes: b samples a GPU computes at once, S image tokens, L text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.config import DistillConfig, StageConfig, TeacherConfig
+from distill.data import Batch, Digits
+from distill.errors import ConfigError
+from distill.objective import Distillation
+from distill.optimizer import FrozenSlice
+from distill.parallel import blocks
+from distill.step import autocast, speed_up
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes a GPU, by kind, and the most that is held at once.
+
+    peak: of a step. Gradients grow as activations go, so both together are less than their sum.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    ema: int
+    teacher: int
+    gathered: int
+    activations: int
+    peak: int
+
+    def rows(self) -> dict[str, int]:
+        """Kind -> bytes, the peak last."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage. flops: of a sample, both models, backward and recomputation included."""
+
+    stage: str
+    trained: int
+    memory: Memory
+    flops: float
+    steps: int
+    samples: int
+
+
+# --- models without memory ------------------------------------------------------------------
+
+
+def teacher_skeleton(config: TeacherConfig) -> nn.Module:
+    """The teacher on the meta device; a hub name stands for FLUX.1 [dev]."""
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        if config.path is None:
+            from distill.teacher import build_teacher
+
+            return build_teacher(config, 0)
+        folder = Path(config.path)
+        for at in (folder / "transformer", folder):
+            if (at / "config.json").is_file():
+                model = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(at))
+                break
+        else:
+            model = FluxTransformer2DModel(guidance_embeds=True)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, config.dtype))
+    return model
+
+
+def student_skeleton(teacher: nn.Module, structure: Any) -> nn.Module:
+    from d2m_models import FluxMoETransformer2DModel
+    from d2m_models.conversion import model_arguments
+
+    with torch.device("meta"):
+        return FluxMoETransformer2DModel(**model_arguments(teacher, structure))
+
+
+class _Shapes:
+    """A source whose batches have no content."""
+
+    def __init__(self, teacher: nn.Module, image_tokens: int, text_tokens: int):
+        self.config, self.image, self.text = teacher.config, image_tokens, text_tokens
+
+    def batch(self, seed, step, count, stream="train", rows=None) -> Batch:
+        n, c = (count if rows is None else rows.stop - rows.start), self.config
+        return Batch(
+            x0=torch.zeros(n, self.image, c.in_channels),
+            noise=torch.zeros(n, self.image, c.in_channels),
+            t=torch.zeros(n),
+            text=torch.zeros(n, self.text, c.joint_attention_dim),
+            pooled=torch.zeros(n, c.pooled_projection_dim),
+            labels=torch.zeros(n, dtype=torch.long),
+            img_ids=torch.zeros(self.image, 3),
+            txt_ids=torch.zeros(self.text, 3),
+            guidance=torch.zeros(n) if c.guidance_embeds else None,
+        )
+
+
+# --- activations ----------------------------------------------------------------------------
+
+
+@contextmanager
+def _first_blocks_chosen() -> Iterator[None]:
+    """Every sample runs the first blocks of its groups: routers have no data to choose by."""
+    from d2m_models.mob import MixtureOfBlocks, MoBRouting
+
+    route = MixtureOfBlocks.route
+
+    def fixed(self, x, c, y, group=None):
+        probs = route(self, x, c, y, group).probs
+        return MoBRouting(probs, _Chosen(x.shape[0], self.active, x.device))
+
+    MixtureOfBlocks.route = fixed
+    try:
+        yield
+    finally:
+        MixtureOfBlocks.route = route
+
+
+class _Chosen:
+    """Stands for ids [B, kappa]: 0 .. kappa-1 for every sample."""
+
+    def __init__(self, batch: int, active: int, device: Any):
+        self.batch, self.active, self.device = batch, active, device
+        self.shape = (batch, active)
+
+    def tolist(self) -> list[list[int]]:
+        return [list(range(self.active))] * self.batch
+
+    def long(self) -> Tensor:
+        return torch.arange(self.active, device=self.device).expand(self.shape)
+
+    def __len__(self) -> int:
+        return self.batch
+
+
+class Kept:
+    """Bytes that autograd keeps for the backward pass, each storage once, parameters left out."""
+
+    def __init__(self, model: nn.Module):
+        self.parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+        self.storages: dict[int, Any] = {}
+        self.bytes = 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.parameters and storage._cdata not in self.storages:
+            self.storages[storage._cdata] = storage  # alive, so that its address is not used again
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+def activations(
+    teacher: nn.Module,
+    student: nn.Module,
+    stage: StageConfig,
+    features: list[str] | None,
+    samples: int,
+    image_tokens: int,
+    text_tokens: int,
+) -> tuple[list[int], int]:
+    """(bytes kept after each block and at the end, bytes of one more block's inside).
+
+    The second is what gradient checkpointing recomputes; 0 without it.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    source = _Shapes(teacher, image_tokens, text_tokens)
+    marks: dict[nn.Module, int] = {}
+    inside = 0
+    copies = [deepcopy(m) for m in (teacher, student)]
+    with FakeTensorMode(allow_non_fake_inputs=True), _first_blocks_chosen():
+        copies = [_fill(m) for m in copies]
+        model = copies[1]
+        kept = Kept(model)
+        for p in copies[0].parameters():
+            kept.parameters.add(p.untyped_storage()._cdata)
+        objective = Distillation(*copies, source, stage.loss, samples, 0, 0, features)
+        speed_up(model, stage.train, compile_blocks=False)
+
+        def mark(block: nn.Module, *_: Any) -> None:
+            marks[block] = kept.bytes
+
+        hooks = [b.register_forward_hook(mark) for b in blocks(model)]
+        with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda t: t):
+            with autocast(stage.train, torch.device("cpu")):
+                terms = objective.terms(objective.batch(0))
+                objective.loss(terms, terms.statistics)
+        for hook in hooks:
+            hook.remove()
+        if stage.train.gradient_checkpointing:
+            inside = _largest_inside(model, objective, stage)
+    after = []
+    for block in blocks(model):  # one that does not run keeps nothing
+        after.append(marks.get(block, after[-1] if after else 0))
+    return [*after, kept.bytes], inside
+
+
+def _fill(model: nn.Module) -> nn.Module:
+    """Fake CPU tensors in place of meta ones, in place; call it under FakeTensorMode."""
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                fake = torch.empty(p.shape, dtype=p.dtype)
+                module._parameters[name] = nn.Parameter(fake, requires_grad=p.requires_grad)
+        for name, b in module._buffers.items():
+            if b is not None:
+                module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+    return model
+
+
+def _largest_inside(model: nn.Module, objective: Distillation, stage: StageConfig) -> int:
+    """Bytes that a block keeps while it is recomputed: the largest block's."""
+    model.disable_gradient_checkpointing()
+    marks = [0]
+    kept = Kept(model)
+    hooks = [b.register_forward_hook(lambda *_: marks.append(kept.bytes)) for b in blocks(model)]
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda t: t):
+        with autocast(stage.train, torch.device("cpu")):
+            model(**objective.batch(0).inputs(), output_aux=True)
+    for hook in hooks:
+        hook.remove()
+    return max(b - a for a, b in zip(marks, marks[1:], strict=False))
+
+
+# --- a stage --------------------------------------------------------------------------------
+
+
+def _bytes(parameters: Iterator[nn.Parameter] | list[nn.Parameter], each: int | None = None) -> int:
+    return sum(p.numel() * (each or p.element_size()) for p in parameters)
+
+
+def state_bytes(trained: list[nn.Parameter], optimizer: str) -> int:
+    """Both moments of AdamW: fp32, or a byte each and an fp32 scale for every 256 (torchao)."""
+    if optimizer == "adamw":
+        return _bytes(trained, 2 * FP32)
+    # torchao keeps small or oddly sized tensors in fp32
+    coded = [p for p in trained if p.numel() >= 4096 and p.numel() % 256 == 0]
+    rest = [p for p in trained if p.numel() < 4096 or p.numel() % 256]
+    return _bytes(coded, 2) + 2 * FP32 * _bytes(coded, 1) // 256 + _bytes(rest, 2 * FP32)
+
+
+def plan_stage(
+    teacher: nn.Module,
+    student: nn.Module,
+    stage: StageConfig,
+    *,
+    shard: int,
+    gpus: int,
+    image_tokens: int,
+    text_tokens: int,
+) -> StagePlan:
+    """What a stage needs of each of `gpus` GPUs, over `shard` of which parameters are sharded."""
+    from d2m_models.output import group_names
+    from distill.stages import prepare_stage
+
+    train = stage.train
+    _: list[FrozenSlice] = prepare_stage(
+        student, stage.stage, freeze_shared=stage.freeze_shared, train_isolated=stage.train_isolated
+    )
+    if train.batch_size % gpus:
+        raise ConfigError(
+            f"train.batch_size is {train.batch_size}; expected a multiple of the {gpus} GPUs"
+        )
+    share = train.batch_size // gpus
+    at_once = min(train.micro_batch or share, share)
+    parts = -(-share // at_once)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    features = list(group_names(student.d2m_config)) if stage.stage == "mob" else None
+    kept, inside = activations(
+        teacher, student, stage, features, at_once, image_tokens, text_tokens
+    )
+    gradients = [_bytes([p for p in b.parameters() if p.requires_grad]) for b in blocks(student)]
+    whole = _bytes(trained)
+    gathered = 0
+    if shard > 1:
+        gathered = _gathered(student) + _gathered(teacher)
+        gathered += 2 * max(gradients)  # a block's whole gradient, and what is being scattered
+    memory = {
+        "weights": _bytes(student.parameters()) // shard,
+        "gradients": whole // shard,
+        "optimizer": state_bytes(trained, train.optimizer) // shard,
+        "ema": whole // shard if train.ema else 0,
+        "teacher": _bytes(teacher.parameters()) // shard,
+        "gathered": gathered,
+        "activations": kept[-1] + inside,
+    }
+    static = sum(memory[k] for k in ("weights", "optimizer", "ema", "teacher", "gathered"))
+    moving = _backward_peak(kept, gradients, whole, inside, shard, before=parts > 1)
+    return StagePlan(
+        stage=stage.stage,
+        trained=sum(p.numel() for p in trained),
+        memory=Memory(**memory, peak=static + moving),
+        flops=sample_flops(teacher, student, train, parts, image_tokens, text_tokens),
+        steps=train.steps,
+        samples=train.batch_size,
+    )
+
+
+def _backward_peak(
+    kept: list[int], gradients: list[int], whole: int, inside: int, shard: int, before: bool
+) -> int:
+    """The most that activations and gradients take together.
+
+    The backward pass goes through the blocks from the last to the first; at block i what blocks
+    0..i keep is still there, and the gradients of blocks i.. are. With several parts a step the
+    gradients of earlier parts are there all the time.
+    """
+    if before:
+        return kept[-1] + inside + whole // shard
+    peak, done = kept[-1], whole - sum(gradients)
+    for i in reversed(range(len(gradients))):
+        done += gradients[i]
+        peak = max(peak, kept[i] + inside + done // shard)
+    return max(peak, whole // shard)
+
+
+def _gathered(model: nn.Module) -> int:
+    """Whole parameters that FSDP holds at once: those of no block, and two blocks."""
+    each = sorted(_bytes(list(b.parameters())) for b in blocks(model))
+    return _bytes(model.parameters()) - sum(each) + sum(each[-2:])
+
+
+def sample_flops(
+    teacher: nn.Module, student: nn.Module, train: Any, parts: int, image: int, text: int
+) -> float:
+    """FLOPs of the matrix products of a training step, a sample.
+
+    Student: forward, twice that backward, forward again where blocks are recomputed. Teacher:
+    forward. With several parts a step both run forward once more, for the statistics.
+    """
+    from d2m_models import account
+
+    sizes = {"image_tokens": image, "text_tokens": text}
+    own, known = account(student, **sizes).flops, account(teacher, **sizes).flops
+    more = parts > 1
+    return own * (3 + train.gradient_checkpointing + more) + known * (1 + more)
+
+
+# --- a run ----------------------------------------------------------------------------------
+
+
+def plan(config: DistillConfig, gpus: int | None = None, size: int = 1024) -> list[StagePlan]:
+    """Every stage of a run.
+
+    Args:
+        gpus: processes; by default parallel.shard x parallel.replicate.
+        size: side of the (square) images in pixels; built-in data has its own.
+    """
+    from dataclasses import replace
+
+    from distill.pipeline import student_structure
+
+    parallel = config.parallel
+    gpus = gpus or (parallel.shard or 1) * parallel.replicate
+    shard = parallel.shard or gpus // parallel.replicate
+    if shard * parallel.replicate != gpus:
+        raise ConfigError(
+            f"parallel.shard x parallel.replicate is {shard} x {parallel.replicate}; expected the "
+            f"number of GPUs, {gpus}"
+        )
+    image, text = token_counts(config, size)
+    teacher = teacher_skeleton(config.teacher).requires_grad_(False)
+    structure = student_structure(config, teacher)
+    plans = []
+    for stage in config.stages:
+        now = structure if stage.stage == "mob" else replace(structure, mob=None)
+        student = student_skeleton(teacher, now)
+        sizes = {"image_tokens": image, "text_tokens": text}
+        plans.append(plan_stage(teacher, student, stage, shard=shard, gpus=gpus, **sizes))
+    return plans
+
+
+def token_counts(config: DistillConfig, size: int) -> tuple[int, int]:
+    """(image, text) tokens of a sample; a token is 16 x 16 pixels."""
+    if config.data.name == "digits":
+        return Digits.image_tokens, Digits.text_tokens
+    if config.data.name == "photos":
+        from distill.photos import Photos
+
+        return Photos.image_tokens, Photos.text_tokens
+    return (size // 16) ** 2, config.data.max_sequence_length
+
+
+def render(plans: list[StagePlan], gpus: int, tflops: float) -> str:
+    """The table that `d2m distill --plan` prints."""
+    large = max(p.memory.peak for p in plans) >= 2**30
+    unit, name = (2**30, "GiB") if large else (2**20, "MiB")
+    lines = [f"{gpus} GPU{'s' * (gpus > 1)}; memory a GPU in {name}"]
+    lines.append(f"{'':12}" + "".join(f"{p.stage:>12}" for p in plans))
+    for kind in Memory.__dataclass_fields__:
+        values = [p.memory.rows()[kind] / unit for p in plans]
+        lines.append(f"{kind:12}" + "".join(f"{v:12.2f}" for v in values))
+    lines.append(f"{'trained, B':12}" + "".join(f"{p.trained / 1e9:12.4f}" for p in plans))
+    lines.append(f"{'TFLOP/sample':12}" + "".join(f"{p.flops / 1e12:12.4g}" for p in plans))
+    hours = [p.steps * p.samples * p.flops / (tflops * 1e12 * gpus) / 3600 for p in plans]
+    lines.append(f"{'hours':12}" + "".join(f"{h:12.2f}" for h in hours))
+    lines.append(f"{sum(hours):.2f} hours in all at {tflops:g} TFLOP/s a GPU")
+    return "\n".join(lines)
