@@ -238,15 +238,18 @@ def _route(
             (_p(x), _l(x_stride), *adaln, _i(T), _i(D), _p(modulated)), stream,
         )  # fmt: skip
         x, x_stride, modulated = modulated, D, 0
-    tile = c["kTokens"] * c["kTokenWarps"]
+    token_warps = c["kTokenWarps"]
+    while token_warps > 1 and T <= c["kTokens"] * (token_warps // 2) * c["kRouteBlocks"]:
+        token_warps //= 2
+    tile = c["kTokens"] * token_warps
     blocks, span = _spans(T, tile)
     chunk = c["kStep"] * c["kDepthWarps"]
-    partial = (c["kDepthWarps"] + 1) * tile * eg * 4
+    partial = (c["kDepthWarps"] + 1) * c["kTokens"] * c["kTokenWarps"] * eg * 4
     shared = max(2 * eg * chunk * router_size, partial) + (eg + 1) * 4
     flags = f"{str(vec).lower()}, {str(fused).lower()}"
     _launch(
         f"d2m::route_kernel<{_TYPES[x_dtype]}, {_TYPES[router_dtype]}, {eg}, {flags}>",
-        "route.cuh", (blocks, -(-E // eg)), 32 * c["kTokenWarps"] * c["kDepthWarps"],
+        "route.cuh", (blocks, -(-E // eg)), 32 * token_warps * c["kDepthWarps"],
         (_p(x), _l(x_stride), _p(router), _l(router_stride), _p(mask), *adaln, _p(modulated),
          _i(T), _i(D), _i(E), _i(K), _i(span // tile), _p(probs), _p(weights), _p(ids),
          _p(workspace)),

@@ -260,7 +260,12 @@ def test_launches_of_route(launches):
         "d2m::route_kernel<d2m::bf16, float, 4, false, false>", "d2m::route_select_kernel"
     ]  # fmt: skip
     assert "false, true>" in route_launches(launches, 3, x=(1 << 20) + 2)[0][0]
-    assert route_launches(launches, 12, T=200_000)[0][1] == (926, 1)
+    assert route_launches(launches, 12, T=200_000)[0][1:3] == ((926, 1), (256,))
+    few = {T: route_launches(launches, 12, T=T)[0][1:3] for T in (1, 512, 1152, 1153, 2304, 2305)}
+    assert few == {
+        1: ((1, 1), (64,)), 512: ((57, 1), (64,)), 1152: ((128, 1), (64,)),
+        1153: ((65, 1), (128,)), 2304: ((128, 1), (128,)), 2305: ((65, 1), (256,)),
+    }  # fmt: skip
 
 
 def test_launches_of_permute_and_combine(launches):
@@ -287,6 +292,25 @@ def test_unavailable_says_why(monkeypatch):
     reason = _ext.cuda_available()
     if not torch.cuda.is_available():
         assert "_d2m_cuda" in reason or "CUDA device" in reason
+
+
+def test_modulation_is_launched_apart_where_experts_are_spread(launches):
+    p = 1 << 20
+
+    def launch(E, scale):
+        launches.clear()
+        _nvrtc.modulate_route(
+            p, 1, 3072, scale, 3072, p, 3072, 4608, 1e-6, p, p, 0, 3072, 0, 4608, 3072, E, 2,
+            p, p, p, p, p, p, p, 77,
+        )  # fmt: skip
+        return [note[:3] for note in launches]
+
+    assert launch(12, p)[0][0] == "d2m::route_kernel<d2m::bf16, float, 12, true, true>"
+    apart = launch(24, p)
+    assert apart[0] == ("d2m::modulate_kernel<d2m::bf16, 8>", (576, 1), (256,))
+    assert apart[1][0] == "d2m::route_kernel<d2m::bf16, float, 12, true, false>"
+    assert launch(24, p + 2)[0][0] == "d2m::modulate_kernel<d2m::bf16, 1>"
+    assert all(name in KERNELS["route"] for name, *_ in apart[:3])
 
 
 def test_max_blocks_is_the_same_in_both():

@@ -180,7 +180,11 @@ def test_route(machine, tmp_path, dtype, order):
             x = torch.randn(T, D, generator=g).to(dtype)
             router = torch.randn(E, D, generator=g).to(router_dtype)
             mask = torch.rand(T, generator=g) > 0.3 if i % 2 else None
-            jobs.append(route_job(x, router, K, mask, x_pad, router_pad, order=order))
+            # Few blocks: of up to four token warps, and several tiles each. Many: of one.
+            blocks = 2 if order == "reverse" else 1024
+            jobs.append(
+                route_job(x, router, K, mask, x_pad, router_pad, order=order, blocks=blocks)
+            )
             checks.append((x, router, K, mask))
     for check, result in zip(checks, execute(machine, tmp_path, jobs), strict=True):
         check_route(*check, result)

@@ -14,7 +14,9 @@
 //   registers an SM (12 warps of 168 with 6 tokens each spilled). The sums are independent, so two
 //   warps keep a scheduler busy. 8 x 9 x 512 B = 36 KB of x are in flight an SM, more than the
 //   23 KB that 4.3 TB/s at 0.7 us ask for.
-// - 36 tokens a block make 128 blocks, one wave, each reading the router once (19 MB from L2).
+// - 36 tokens a block make 128 blocks, one wave, each reading the router once (19 MB from L2). Few
+//   tokens are spread as well: a block of 512 has one token warp, so 57 SMs have 2 warps each where
+//   15 would have 8 that wait for the same schedulers.
 // - The router is staged by cp.async into two buffers of 24 KB, a barrier for every 512 columns.
 //
 // - With a modulation (AdaLN) each warp first normalises and modulates whole rows of the tile and
@@ -32,10 +34,11 @@
 namespace d2m {
 
 constexpr int kTokens = 9;      // tokens a warp, held in registers
-constexpr int kTokenWarps = 4;  // warps side by side in tokens
+constexpr int kTokenWarps = 4;  // at most, warps side by side in tokens
 constexpr int kDepthWarps = 2;  // warps side by side in D
 constexpr int kRouteThreads = 32 * kTokenWarps * kDepthWarps;
-constexpr int kTile = kTokens * kTokenWarps;  // 36 tokens a block at a time
+constexpr int kTile = kTokens * kTokenWarps;  // at most 36 tokens a block at a time
+constexpr int kRouteBlocks = 128;  // about a wave: for less, blocks have fewer token warps
 constexpr int kStep = 256;                    // columns a warp takes at a time: 8 a lane
 constexpr int kChunk = kStep * kDepthWarps;   // columns a router buffer holds
 
@@ -124,7 +127,7 @@ D2M_DEV void stage_router(W* buffer, const W* router_ED, long long stride, int e
                           int chunk0, int D) {
     constexpr int kGroups = kChunk / 4;
 #pragma unroll 1  // unrolled, its addresses would take the registers that the sums need
-    for (int i = threadIdx.x; i < EG * kGroups; i += kRouteThreads) {
+    for (int i = threadIdx.x; i < EG * kGroups; i += blockDim.x) {
         const int e = i / kGroups, g = i % kGroups, c = chunk0 + g * 4;
         W* to = buffer +
                 (e * kGroups + g / (kStep / 4) * (kStep / 4) + group_slot<X>(g % (kStep / 4))) * 4;
@@ -179,26 +182,28 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
     using Shared = RouteShared<W, EG>;
     D2M_DYNAMIC_SHARED(shared);
     W* const router = reinterpret_cast<W*>(shared);
-    float* const partial = reinterpret_cast<float*>(shared);   // [kDepthWarps][kTile][EG]
-    float* const logits = partial + kDepthWarps * kTile * EG;  // [kTile][E]
+    float* const partial = reinterpret_cast<float*>(shared);  // [kDepthWarps][tile][EG]
+    const int threads = blockDim.x, token_warps = threads / (32 * kDepthWarps);
+    const int tile_tokens = kTokens * token_warps;
+    float* const logits = partial + kDepthWarps * tile_tokens * EG;  // [tile][E]
     int* const count = reinterpret_cast<int*>(shared + Shared::kCounts);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int token_warp = warp % kTokenWarps, depth_warp = warp / kTokenWarps;
+    const int token_warp = warp % token_warps, depth_warp = warp / token_warps;
     const int e0 = blockIdx.y * EG;
     const int chunks = (D + kChunk - 1) / kChunk;
     constexpr bool kAhead = sizeof(X) == 2;  // x is loaded ahead of its use
 
     if (FUSED)
-        for (int e = threadIdx.x; e <= E; e += kRouteThreads) count[e] = 0;
+        for (int e = threadIdx.x; e <= E; e += threads) count[e] = 0;
 
     for (int tile = 0; tile < tiles;
          ++tile) {  // a block's tiles are neighbours, so its slots are one span
-        const int t0 = (blockIdx.x * tiles + tile) * kTile;
+        const int t0 = (blockIdx.x * tiles + tile) * tile_tokens;
         if (t0 >= T) break;
         if (FUSED && modulated_TD != nullptr) {
             const Modulation<X> m = {scale_BD, shift_BD, scale_stride, shift_stride, tokens, eps};
             constexpr int kVec = VEC ? 16 / (int)sizeof(X) : 1;
-            for (long long t = t0 + warp; t < t0 + kTile && t < T; t += kRouteThreads / 32)
+            for (long long t = t0 + warp; t < t0 + tile_tokens && t < T; t += threads / 32)
                 modulate_row<kVec>(source + t * source_stride, modulated_TD + t * D, t, D, m);
             __syncthreads();
         }
@@ -247,15 +252,15 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
         int first = 0, mine = kTokens * EG;
         Scatter<kTokens * EG, 16>::run(acc, lane, first, mine);
         __syncthreads();  // the router buffers become `partial`
-        float* const own = partial + (depth_warp * kTile + token_warp * kTokens) * EG;
+        float* const own = partial + (depth_warp * tile_tokens + token_warp * kTokens) * EG;
 #pragma unroll
         for (int i = 0; i < Scatter<kTokens * EG, 16>::kLeft; ++i)
             if (i < mine) own[first + i] = acc[i];
         __syncthreads();
-        for (int i = threadIdx.x; i < kTile * EG; i += kRouteThreads) {
+        for (int i = threadIdx.x; i < tile_tokens * EG; i += threads) {
             const int t = i / EG, e = e0 + i % EG;
             float v = 0.0f;
-            for (int w = 0; w < kDepthWarps; ++w) v += partial[w * kTile * EG + i];
+            for (int w = 0; w < kDepthWarps; ++w) v += partial[w * tile_tokens * EG + i];
             if (e < E) {
                 if (FUSED)
                     logits[t * E + e] = v;
@@ -265,7 +270,7 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
         }
         if (FUSED) {
             __syncthreads();
-            for (int i = warp; i < kTile; i += kRouteThreads / 32) {
+            for (int i = warp; i < tile_tokens; i += threads / 32) {
                 const long long t = t0 + i;
                 if (t < T)
                     select_token<1>(logits + i * E, E, K, mask_T != nullptr && mask_T[t] == 0,
@@ -275,7 +280,7 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
     }
     if (FUSED) {
         __syncthreads();
-        for (int e = threadIdx.x; e <= E; e += kRouteThreads)
+        for (int e = threadIdx.x; e <= E; e += threads)
             counts_EG[(long long)e * gridDim.x + blockIdx.x] = count[e];
     }
 }

@@ -8,6 +8,7 @@
 
 static int max_blocks = 1024;
 #define D2M_MAX_BLOCKS max_blocks
+#define D2M_ROUTE_BLOCKS (max_blocks < d2m::kRouteBlocks ? max_blocks : d2m::kRouteBlocks)
 #include "../../csrc/cuda/permute.cu"
 #ifndef SIMT_PERMUTE_ONLY  // compiles in a third of the time
 #include "../../csrc/cuda/combine.cu"

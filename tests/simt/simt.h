@@ -211,9 +211,15 @@ struct GridSize {
         operator int() const { return int(machine().grid.x); }
     } x;
 };
+struct BlockSize {
+    struct X {
+        operator int() const { return machine().threads(); }
+    } x;
+};
 
 }  // namespace simt
 
+static const simt::BlockSize blockDim;
 static const simt::ThreadIndex threadIdx;
 static const simt::BlockIndex blockIdx;
 static const simt::GridSize gridDim;
