@@ -40,6 +40,7 @@ FIELDS = {
     "stages": (2, 3, 4, 5),
     "per_sm": (1, 2),
     "tma": (True, False),
+    "halves": (False, True),
 }
 
 
@@ -96,13 +97,16 @@ def catch(shape: FFNShape, device: torch.device) -> list[Launch]:
 def candidates(own, count: int) -> list:
     """The library's tile, then others, nearest first; those that cannot fit are left out."""
     others = []
+    free = dataclasses.replace(own, max_registers=None)  # a bound is its own tile's
     for values in itertools.product(*FIELDS.values()):
-        config = dataclasses.replace(own, **dict(zip(FIELDS, values, strict=True)))
+        config = dataclasses.replace(free, **dict(zip(FIELDS, values, strict=True)))
         shared = config.stages * (config.block_m + config.block_n) * config.block_k * 2
         accumulator = config.block_m * config.block_n // (32 * config.warps)
         if shared * config.per_sm > SHARED_BYTES or not 32 <= accumulator <= 128:
             continue
         if config.per_sm * config.warps > 16 or (config.per_sm == 2 and accumulator > 64):
+            continue
+        if config.halves and config.block_m < 128:
             continue
         others.append(config)
 

@@ -71,6 +71,9 @@ def cases(arch: int):
         for tf32 in (False, True)[: 2 if activation == "gelu_tanh" else 1]:
             label = f"flux {activation} {'tf32' if tf32 else 'fp32'}"
             yield label, fp32, lambda a=activation, t=tf32: layer("flux", a, "float32", t)
+    halves = {stage: configs.in_halves(c[-2]) for stage, c in tiles.items()}
+    for activation in ("gelu_tanh", "geglu"):
+        yield f"flux halves {activation}", halves, lambda a=activation: layer("flux", a)
     for i in range(len(tiles["down_combine"])):
         pins = {"down_combine": tiles["down_combine"][i]}
         yield "flux block", pins, block_end
@@ -265,7 +268,8 @@ def test_every_kernel_and_config_was_compiled(rows):
         assert kernels == {*GEMMS, *OTHERS}
         tiles = {c.name for s in configs.STAGES for c in configs.candidates(s, f"sm{arch}")}
         compiled = {r["config"] for r in rows if r["arch"] == arch and r["config"]}
-        assert compiled == tiles | {configs.FP32.name}
+        halves = {n for n, c in configs.by_name().items() if c.halves} & compiled
+        assert halves and compiled == tiles | {configs.FP32.name} | halves
 
 
 @pytest.mark.slow

@@ -699,6 +699,43 @@ def test_forward_with_256_experts(activation):
     torch.testing.assert_close(triton_.combine(*slots), reference.combine(*slots))
 
 
+# --------------------------------------------------------------- a group's last rows in half a tile
+
+
+@interpreted
+@pytest.mark.parametrize("activation", ["gelu_tanh", "geglu"])
+def test_half_tiles_give_the_same_bits(activation, monkeypatch):
+    """Experts with 1, 64, 65, 0 and 190 rows, a shared expert with 160: all kinds of last tile."""
+    wide = configs.by_name()["128x128x64w8s4p1halftma"]
+    assert wide.halves and wide != configs.by_name()["128x128x64w8s4p1tma"]
+    size = dict(D=16, S=16, H=16, E=5, k=2, activation=activation, dtype=torch.bfloat16)
+    case = Case(T=160, **size)
+    p = case.build(grad=False)
+    counts = torch.tensor([1, 64, 65, 0, 190])
+    flat = torch.arange(5).repeat_interleave(counts)
+    ids = torch.stack([flat[:160], flat[160:]], dim=1).to(torch.int32)
+    p["x"] = torch.zeros_like(p["x"])
+    p["x"][:, :5] = 4.0 * (torch.nn.functional.one_hot(ids.long(), 5).sum(1) > 0)
+    p["router"] = torch.eye(16)[:5].to(torch.bfloat16) + torch.arange(5)[:, None] * 1e-2
+    results = []
+    for name in ("128x128x64w8s4p1tma", wide.name, "small"):
+        monkeypatch.setenv(configs.ENV, name)
+        results.append(call(case, "triton", return_routing=True)(p))
+    assert torch.equal(results[0][0], results[1][0])
+    rows = results[0][1].offsets.diff()
+    assert (rows % 128 > 64).any() and ((rows % 128 <= 64) & (rows % 128 > 0)).any()
+    assert_as_good_as_torch(
+        results[1][0], call(case, "reference")({n: t.double() for n, t in p.items()}),
+        results[2][0], "half tiles",
+    )  # fmt: skip
+    experts, gather = p["w2"].T.reshape(6, 16, 16)[1:], results[0][1].order // 2
+    gemm = (p["x"], experts, results[0][1].offsets, None, gather, None, None, None)
+    monkeypatch.setenv(configs.ENV, wide.name)
+    out = triton_.grouped_gemm(*gemm)
+    monkeypatch.setenv(configs.ENV, "128x128x64w8s4p1tma")
+    assert torch.equal(out, triton_.grouped_gemm(*gemm))
+
+
 # ------------------------------------------------------------------------------- the table of tiles
 
 

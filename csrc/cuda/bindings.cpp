@@ -40,10 +40,9 @@ PYBIND11_MODULE(_d2m_cuda, m) {
                       addr workspace, addr stream) {
         check("route", d2m::route(ptr<const void>(x), x_dtype, x_stride, ptr<const void>(router),
                                   router_dtype, router_stride, ptr<const unsigned char>(mask), {},
-                                  T, D, E, K, ptr<float>(probs), ptr<float>(weights),
-                                  ptr<int>(ids), ptr<int>(offsets), ptr<int>(order),
-                                  ptr<int>(inverse), ptr<int>(workspace),
-                                  reinterpret_cast<Stream>(stream)));
+                                  T, D, E, K, ptr<float>(probs), ptr<float>(weights), ptr<int>(ids),
+                                  ptr<int>(offsets), ptr<int>(order), ptr<int>(inverse),
+                                  ptr<int>(workspace), reinterpret_cast<Stream>(stream)));
     });
     m.def("modulate_route",
           [](addr x, int x_dtype, int64_t x_stride, addr scale, int64_t scale_stride, addr shift,
@@ -51,12 +50,8 @@ PYBIND11_MODULE(_d2m_cuda, m) {
              int router_dtype, int64_t router_stride, addr mask, int64_t T, int64_t D, int64_t E,
              int64_t K, addr probs, addr weights, addr ids, addr offsets, addr order, addr inverse,
              addr workspace, addr stream) {
-              const d2m::AdaLN adaln{ptr<const void>(scale),
-                                     scale_stride,
-                                     ptr<const void>(shift),
-                                     shift_stride,
-                                     tokens,
-                                     eps,
+              const d2m::AdaLN adaln{ptr<const void>(scale), scale_stride, ptr<const void>(shift),
+                                     shift_stride,           tokens,       eps,
                                      ptr<void>(out)};
               check("modulate_route",
                     d2m::route(ptr<const void>(x), x_dtype, x_stride, ptr<const void>(router),

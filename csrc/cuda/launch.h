@@ -39,8 +39,8 @@ inline int64_t workspace_ints(int64_t E) {
     return (E + 1) * D2M_MAX_BLOCKS;
 }
 
-// Modulation in front of route: scale and shift [B, D] in x's dtype, T / B = tokens of a sample; the
-// modulated x [T, D] goes to out. Without out there is none.
+// Modulation in front of route: scale and shift [B, D] in x's dtype, T / B = tokens of a sample;
+// the modulated x [T, D] goes to out. Without out there is none.
 struct AdaLN {
     const void* scale = nullptr;
     int64_t scale_stride = 0;

@@ -60,8 +60,7 @@ D2M_DEV void modulate_row(const X* x_D, X* out_D, long long t, int D, const Modu
 #pragma unroll
         for (int i = 0; i < VEC; ++i) {
             const float normed = (to_float(x.v[i]) - mean) * rstd;
-            out.v[i] =
-                from_float<X>(normed * (1.0f + to_float(scale.v[i])) + to_float(shift.v[i]));
+            out.v[i] = from_float<X>(normed * (1.0f + to_float(scale.v[i])) + to_float(shift.v[i]));
         }
         *reinterpret_cast<Columns<X, VEC>*>(out_D + d) = out;
     }

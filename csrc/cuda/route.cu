@@ -49,13 +49,13 @@ int launch(RouteCall a) {
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
         if (err != cudaSuccess) return err;
     }
-    D2M_LAUNCH(kernel, a.spans.blocks, (a.E + EG - 1) / EG,
-               32 * kDepthWarps * a.token_warps, kShared, a.stream,
-               static_cast<const X*>(a.x), a.x_stride, static_cast<const W*>(a.router),
-               a.router_stride, a.mask, static_cast<const X*>(a.adaln.scale), a.adaln.scale_stride,
+    D2M_LAUNCH(kernel, a.spans.blocks, (a.E + EG - 1) / EG, 32 * kDepthWarps * a.token_warps,
+               kShared, a.stream, static_cast<const X*>(a.x), a.x_stride,
+               static_cast<const W*>(a.router), a.router_stride, a.mask,
+               static_cast<const X*>(a.adaln.scale), a.adaln.scale_stride,
                static_cast<const X*>(a.adaln.shift), a.adaln.shift_stride, int(a.adaln.tokens),
-               a.adaln.eps, static_cast<X*>(a.adaln.out), a.T, a.D, a.E, a.K, a.spans.span / (kTokens * a.token_warps), a.probs,
-               a.weights, a.ids, a.counts);
+               a.adaln.eps, static_cast<X*>(a.adaln.out), a.T, a.D, a.E, a.K,
+               a.spans.span / (kTokens * a.token_warps), a.probs, a.weights, a.ids, a.counts);
     if (!FUSED)
         D2M_LAUNCH(route_select_kernel, a.spans.blocks, 1, 32 * kSelectWarps, 0, a.stream, a.mask,
                    a.T, a.E, a.K, a.spans.span, a.probs, a.weights, a.ids, a.counts);
@@ -87,9 +87,9 @@ int route(const void* x, int x_dtype, int64_t x_stride, const void* router, int 
     int token_warps = kTokenWarps;
     while (token_warps > 1 && T <= kTokens * (token_warps / 2) * D2M_ROUTE_BLOCKS) token_warps /= 2;
     const Spans s = spans(T, kTokens * token_warps);
-    const RouteCall call{x,      router,  x_stride, router_stride, mask, adaln,
-                         int(T), int(D),  int(E),   int(K),        probs, weights,
-                         ids,    workspace, token_warps, s, stream};
+    const RouteCall call{x,           router, x_stride, router_stride, mask,    adaln, int(T),
+                         int(D),      int(E), int(K),   probs,         weights, ids,   workspace,
+                         token_warps, s,      stream};
     int err = cudaErrorInvalidValue;  // the caller converts a router of yet another type to fp32
     if (router_dtype == kF32) {
         err = x_dtype == kBF16  ? dispatch<bf16, float>(call)

@@ -39,8 +39,13 @@ constexpr int kDepthWarps = 2;  // warps side by side in D
 constexpr int kRouteThreads = 32 * kTokenWarps * kDepthWarps;
 constexpr int kTile = kTokens * kTokenWarps;  // at most 36 tokens a block at a time
 constexpr int kRouteBlocks = 128;  // about a wave: for less, blocks have fewer token warps
-constexpr int kStep = 256;                    // columns a warp takes at a time: 8 a lane
-constexpr int kChunk = kStep * kDepthWarps;   // columns a router buffer holds
+constexpr int kStep = 256;         // columns a warp takes at a time: 8 a lane
+constexpr int kChunk = kStep * kDepthWarps;  // columns a router buffer holds
+
+// Tokens of this block's tile. Computed where it is wanted: a register would be one too many.
+D2M_DEV int tile_tokens() {
+    return kTokens * ((int)blockDim.x / (32 * kDepthWarps));
+}
 
 template <class W, int EG>
 struct RouteShared {  // dynamic shared memory: the router's two buffers, later the partial logits
@@ -174,36 +179,34 @@ struct Scatter<N, 0> {
 // FUSED: E <= EG, everything in this launch, counts_EG included. Else logits go to probs_TE.
 template <class X, class W, int EG, bool VEC, bool FUSED>
 __global__ void __launch_bounds__(kRouteThreads, 1)
-    route_kernel(const X* source, long long source_stride, const W* router_ED, long long router_stride,
-                 const unsigned char* mask_T, const X* scale_BD, long long scale_stride,
-                 const X* shift_BD, long long shift_stride, int tokens, float eps, X* modulated_TD,
-                 int T, int D, int E, int K, int tiles, float* probs_TE, float* weights_TK,
-                 int* ids_TK, int* counts_EG) {
+    route_kernel(const X* source, long long source_stride, const W* router_ED,
+                 long long router_stride, const unsigned char* mask_T, const X* scale_BD,
+                 long long scale_stride, const X* shift_BD, long long shift_stride, int tokens,
+                 float eps, X* modulated_TD, int T, int D, int E, int K, int tiles, float* probs_TE,
+                 float* weights_TK, int* ids_TK, int* counts_EG) {
     using Shared = RouteShared<W, EG>;
     D2M_DYNAMIC_SHARED(shared);
     W* const router = reinterpret_cast<W*>(shared);
-    float* const partial = reinterpret_cast<float*>(shared);  // [kDepthWarps][tile][EG]
-    const int threads = blockDim.x, token_warps = threads / (32 * kDepthWarps);
-    const int tile_tokens = kTokens * token_warps;
-    float* const logits = partial + kDepthWarps * tile_tokens * EG;  // [tile][E]
+    float* const partial = reinterpret_cast<float*>(shared);   // [kDepthWarps][kTile][EG]
+    float* const logits = partial + kDepthWarps * kTile * EG;  // [kTile][E]
     int* const count = reinterpret_cast<int*>(shared + Shared::kCounts);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int token_warp = warp % token_warps, depth_warp = warp / token_warps;
+    const int token_warp = warp / kDepthWarps, depth_warp = warp % kDepthWarps;
     const int e0 = blockIdx.y * EG;
     const int chunks = (D + kChunk - 1) / kChunk;
     constexpr bool kAhead = sizeof(X) == 2;  // x is loaded ahead of its use
 
     if (FUSED)
-        for (int e = threadIdx.x; e <= E; e += threads) count[e] = 0;
+        for (int e = threadIdx.x; e <= E; e += blockDim.x) count[e] = 0;
 
     for (int tile = 0; tile < tiles;
          ++tile) {  // a block's tiles are neighbours, so its slots are one span
-        const int t0 = (blockIdx.x * tiles + tile) * tile_tokens;
+        const int t0 = (blockIdx.x * tiles + tile) * tile_tokens();
         if (t0 >= T) break;
         if (FUSED && modulated_TD != nullptr) {
             const Modulation<X> m = {scale_BD, shift_BD, scale_stride, shift_stride, tokens, eps};
             constexpr int kVec = VEC ? 16 / (int)sizeof(X) : 1;
-            for (long long t = t0 + warp; t < t0 + tile_tokens && t < T; t += threads / 32)
+            for (long long t = t0 + warp; t < t0 + tile_tokens() && t < T; t += blockDim.x / 32)
                 modulate_row<kVec>(source + t * source_stride, modulated_TD + t * D, t, D, m);
             __syncthreads();
         }
@@ -252,15 +255,15 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
         int first = 0, mine = kTokens * EG;
         Scatter<kTokens * EG, 16>::run(acc, lane, first, mine);
         __syncthreads();  // the router buffers become `partial`
-        float* const own = partial + (depth_warp * tile_tokens + token_warp * kTokens) * EG;
+        float* const own = partial + (depth_warp * kTile + token_warp * kTokens) * EG;
 #pragma unroll
         for (int i = 0; i < Scatter<kTokens * EG, 16>::kLeft; ++i)
             if (i < mine) own[first + i] = acc[i];
         __syncthreads();
-        for (int i = threadIdx.x; i < tile_tokens * EG; i += threads) {
+        for (int i = threadIdx.x; i < tile_tokens() * EG; i += blockDim.x) {
             const int t = i / EG, e = e0 + i % EG;
             float v = 0.0f;
-            for (int w = 0; w < kDepthWarps; ++w) v += partial[w * tile_tokens * EG + i];
+            for (int w = 0; w < kDepthWarps; ++w) v += partial[w * kTile * EG + i];
             if (e < E) {
                 if (FUSED)
                     logits[t * E + e] = v;
@@ -270,7 +273,7 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
         }
         if (FUSED) {
             __syncthreads();
-            for (int i = warp; i < tile_tokens; i += threads / 32) {
+            for (int i = warp; i < tile_tokens(); i += blockDim.x / 32) {
                 const long long t = t0 + i;
                 if (t < T)
                     select_token<1>(logits + i * E, E, K, mask_T != nullptr && mask_T[t] == 0,
@@ -280,7 +283,7 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
     }
     if (FUSED) {
         __syncthreads();
-        for (int e = threadIdx.x; e <= E; e += threads)
+        for (int e = threadIdx.x; e <= E; e += blockDim.x)
             counts_EG[(long long)e * gridDim.x + blockIdx.x] = count[e];
     }
 }

@@ -14,22 +14,16 @@ import triton.language as tl
 
 from d2m_kernels.triton_ import configs
 from d2m_kernels.triton_.common import (
-    _act,
-    _dot,
     _expert_of,
     _expert_spans,
     _grouped,
-    _load_a,
-    _load_w,
-    _matmul,
     _next_start,
-    _parts,
-    _rounded,
     even,
     pointwise_name,
     precision,
 )  # fmt: skip
 from d2m_kernels.triton_.launch import launch, numbered, power_of_two, rows_descriptor
+from d2m_kernels.triton_.tile import _grouped_gemm_tile
 from d2m_kernels.triton_.weights import Weights, stacked
 
 
@@ -41,7 +35,7 @@ def _grouped_gemm_tiles(
     ACT: tl.constexpr, PRECISION: tl.constexpr, GATHER_DIV: tl.constexpr, GATED: tl.constexpr,
     DUAL: tl.constexpr, TRANS_W: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-    GROUP_M: tl.constexpr, PARTS: tl.constexpr,
+    GROUP_M: tl.constexpr, PARTS: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """This program's tiles of one stream, from tile `start` on; returns the next stream's start."""
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -74,53 +68,35 @@ def _grouped_gemm_tiles(
         m, n = _grouped(local, tiles_m, group_tiles_n, GROUP_M)
         n0 = n * BLOCK_N
         r0 = row_lo + m * BLOCK_M
-        r = r0 + tl.arange(0, BLOCK_M)
-        source = tl.minimum(r, row_hi - 1)  # rows past the group repeat its last, unstored
-        if rows_ptr is not None:
-            if out_shared_ptr is not None:
-                gathered = source < tl.where(routed, M, 0)
-                slot = tl.load(rows_ptr + source, mask=gathered, other=0)
-                source = tl.where(routed, slot // GATHER_DIV, source)
-            else:
-                source = tl.load(rows_ptr + source) // GATHER_DIV
-
-        # -- the products
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        if GATED:
-            acc_gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            for k0 in tl.range(0, k_end, BLOCK_K):
-                a = _load_a(x_ptr, x_desc, source, r0, stride_xt, 0, K, k0, EVEN_K, BLOCK_K)
-                w = _load_w(w_ptr, w_desc, row, col, stride_wn, n0, width, K, k0, TRANS_W,
-                            EVEN_N, EVEN_K, BLOCK_N, BLOCK_K)  # fmt: skip
-                g = _load_w(gate_ptr, gate_desc, row, col, stride_gn, n0, width, K, k0, TRANS_W,
-                            EVEN_N, EVEN_K, BLOCK_N, BLOCK_K)  # fmt: skip
-                acc = _dot(a, w, acc, PRECISION)
-                acc_gate = _dot(a, g, acc_gate, PRECISION)
-        else:
-            acc = _matmul(acc, x_ptr, x_desc, source, r0, stride_xt, 0, w_ptr, w_desc, row, col,
-                          stride_wn, n0, width, k_end, PRECISION, TRANS_W, EVEN_N, EVEN_K,
-                          BLOCK_N, BLOCK_K)  # fmt: skip
-            if DUAL:
-                acc = _matmul(acc, x_ptr, x_desc, source, r0, stride_xt, K, gate_ptr, gate_desc,
-                              row, col, stride_gn, n0, width, k_end, PRECISION, TRANS_W, EVEN_N,
-                              EVEN_K, BLOCK_N, BLOCK_K)  # fmt: skip
-
-        # -- bias, pre-activation, activation: in parts: the whole tile overflows the registers
+        gathered = M
+        if out_shared_ptr is not None:
+            gathered = tl.where(routed, M, 0)
         out_base = out_ptr
         z_base = z_ptr
         if out_shared_ptr is not None:
             out_base = tl.where(routed, out_ptr, out_shared_ptr)
             if z_ptr is not None:
                 z_base = tl.where(routed, z_ptr, z_shared_ptr)
-        bias_width = tl.where(k_end > 0, width, 0)
-        pieces = _parts(acc, PARTS)
-        gates = pieces
-        if GATED:
-            gates = _parts(acc_gate, PARTS)
-        for i in tl.static_range(PARTS):
-            _finish(pieces[i], gates[i], out_base, z_base, bias_ptr, bias_gate_ptr, bias_off, r,
-                    row_hi, n0 + i * (BLOCK_N // PARTS), width, bias_width, ACT, GATED,
-                    BLOCK_N // PARTS)  # fmt: skip
+        if HALVES:
+            few = row_hi - r0 <= BLOCK_M // 2
+        else:
+            few = False
+        if few:
+            _grouped_gemm_tile(
+                x_ptr, None, rows_ptr, out_shared_ptr, w_ptr, w_desc, gate_ptr, gate_desc,
+                bias_ptr, bias_gate_ptr, out_base, z_base, r0, row_hi, n0, width, gathered, row,
+                col, bias_off, k_end, K, stride_xt, stride_wn, stride_gn, ACT, PRECISION,
+                GATHER_DIV, GATED, DUAL, TRANS_W,
+                EVEN_N, EVEN_K, BLOCK_M // 2, BLOCK_N, BLOCK_K, PARTS,
+            )  # fmt: skip
+        else:
+            _grouped_gemm_tile(
+                x_ptr, x_desc, rows_ptr, out_shared_ptr, w_ptr, w_desc, gate_ptr, gate_desc,
+                bias_ptr, bias_gate_ptr, out_base, z_base, r0, row_hi, n0, width, gathered, row,
+                col, bias_off, k_end, K, stride_xt, stride_wn, stride_gn, ACT, PRECISION,
+                GATHER_DIV,
+                GATED, DUAL, TRANS_W, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, PARTS,
+            )  # fmt: skip
     return _next_start(start, total)
 
 
@@ -136,20 +112,21 @@ def _grouped_gemm_fwd_kernel(
     ACT: tl.constexpr, PRECISION: tl.constexpr, GATHER_DIV: tl.constexpr, GATED: tl.constexpr,
     DUAL: tl.constexpr, TRANS_W: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
-    GROUP_M: tl.constexpr, PARTS: tl.constexpr,
+    GROUP_M: tl.constexpr, PARTS: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """out[r] = act(x[row(r)] W_e^T + b_e) for the rows of every expert e, zero past offsets[E].
 
     GATED: out = (x W^T + b) * act(x G^T + b_g). DUAL: out = x[:, :K] W + x[:, K:2K] G instead, one
     sum over both halves. The shared expert (out_shared_ptr given) is a group of all T rows, S wide.
-    A second stream (x_ptr_2 given) continues the list of tiles where the first one ends.
+    A second stream (x_ptr_2 given) continues the list of tiles where the first one ends. HALVES: a
+    group's last tile, where it has at most half the rows, is computed as half a tile.
     """
     start = _grouped_gemm_tiles(
         tl.program_id(0), x_ptr, x_desc, rows_ptr, offsets_ptr, w_ptr, w_desc, gate_ptr, gate_desc,
         bias_ptr, bias_gate_ptr, out_ptr, z_ptr, out_shared_ptr, z_shared_ptr, T, M, N, K, S, E,
         stride_xt, stride_wn, stride_gn, w_row, w_col, w_row_step, w_col_step, bias_at, bias_step,
         ACT, PRECISION, GATHER_DIV, GATED, DUAL, TRANS_W, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
-        BLOCK_E, GROUP_M, PARTS,
+        BLOCK_E, GROUP_M, PARTS, HALVES,
     )  # fmt: skip
     if x_ptr_2 is not None:
         _grouped_gemm_tiles(
@@ -158,37 +135,8 @@ def _grouped_gemm_fwd_kernel(
             z_shared_ptr_2, T_2, M_2, N, K, S, E, stride_xt_2, stride_wn_2, stride_gn_2, w_row,
             w_col, w_row_step, w_col_step, bias_at, bias_step, ACT, PRECISION, GATHER_DIV, GATED,
             DUAL, TRANS_W, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_E, GROUP_M, PARTS,
+            HALVES,
         )  # fmt: skip
-
-
-@triton.jit
-def _finish(acc, acc_gate, out_ptr, z_ptr, bias_ptr, bias_gate_ptr, bias_off, r, row_hi, n0, width,
-            bias_width, ACT: tl.constexpr, GATED: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """Epilogue of columns n0 .. n0 + WIDTH: stores z (where wanted) and the activated output."""
-    offs_n = n0 + tl.arange(0, WIDTH)
-    mask = (r < row_hi)[:, None] & (offs_n < width)[None, :]
-    r_long = r.to(tl.int64)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + bias_off + offs_n, mask=offs_n < bias_width, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
-    if bias_gate_ptr is not None:
-        bias = tl.load(bias_gate_ptr + bias_off + offs_n, mask=offs_n < bias_width, other=0.0)
-        acc_gate += bias.to(tl.float32)[None, :]
-    if z_ptr is not None:
-        dtype = z_ptr.dtype.element_ty
-        if GATED:
-            z_ptrs = z_ptr + (r_long * (2 * width))[:, None] + offs_n[None, :]
-            tl.store(z_ptrs, _rounded(acc, dtype), mask=mask)
-            tl.store(z_ptrs + width, _rounded(acc_gate, dtype), mask=mask)
-        else:
-            z_ptrs = z_ptr + (r_long * width)[:, None] + offs_n[None, :]
-            tl.store(z_ptrs, _rounded(acc, dtype), mask=mask)
-    if GATED:
-        acc = acc * _act(acc_gate, ACT)
-    else:
-        acc = _act(acc, ACT)
-    out_ptrs = out_ptr + (r_long * width)[:, None] + offs_n[None, :]
-    tl.store(out_ptrs, _rounded(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
 @dataclass
@@ -253,6 +201,7 @@ def grouped_matmul(
             GATED=large.gate is not None and not dual, DUAL=dual, TRANS_W=trans,
             EVEN_N=even(N, config.block_n) and even(S, config.block_n),
             EVEN_K=even(K, config.block_k), BLOCK_E=power_of_two(E + 1), PARTS=config.parts(32),
+            HALVES=config.halves,
         )  # fmt: skip
 
     config = configs.select(stage, x, rows, width)

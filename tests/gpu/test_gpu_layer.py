@@ -11,6 +11,7 @@ from moe_cases import Case, available, call, compare, compare_pair, run, run_pai
 
 from d2m_kernels import (
     Stream,
+    grouped_gemm,
     modulate_route,
     moe_ffn,
     moe_ffn_pair,
@@ -302,6 +303,54 @@ def test_a_blocks_adaln_gate_and_residual(backend, k, S):
     torch.testing.assert_close(
         bare, moe_ffn(**vars(pair[1]), backend=backend), rtol=3e-2, atol=3e-2
     )
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+@pytest.mark.parametrize("T", [700, 4608])
+def test_half_tiles_give_the_same_result(activation, T, monkeypatch):
+    """The variant of the tiles that skips the empty half of a group's last one."""
+    configs = pytest.importorskip("d2m_kernels.triton_.configs")
+    serves("triton", torch.bfloat16)
+    case = Case(T=T, D=256, S=128, H=128, E=12, activation=activation, dtype=torch.bfloat16,
+                device="cuda")  # fmt: skip
+    p = case.build(grad=False)
+    x, arch = p["x"], configs.arch_of("cuda", 0)
+    for config in configs.candidates("up_gated" if case.gated else "up", arch):
+        halved = configs.in_halves(config)
+        if not halved.halves:
+            continue
+        ys = []
+        for name in (config.name, halved.name):
+            monkeypatch.setenv(configs.ENV, f"up={name},up_gated={name},down={name}")
+            ys.append(call(case, "triton")(p))
+        torch.testing.assert_close(*ys, rtol=2e-2, atol=2e-2)
+        assert ys[0].shape == x.shape
+
+
+@pytest.mark.parametrize("activation", [None, "gelu_tanh", "swiglu"])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_grouped_gemm_backward(backend, activation, gathered):
+    E, N, K, M = 5, 64, 128, 500
+    g = torch.Generator().manual_seed(0)
+
+    def new(*size):
+        return (torch.randn(*size, generator=g) / size[-1] ** 0.5).cuda().bfloat16()
+
+    cuts = torch.randint(0, M, (E,), generator=g).sort().values
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), cuts]).to("cuda", torch.int32)
+    gather = torch.randint(0, M, (M,), generator=g).to("cuda", torch.int32) if gathered else None
+    tensors = [new(M, K), new(E, N, K), new(E, N, K) if activation == "swiglu" else None, new(E, N)]
+    dout, grads = new(M, N), {}
+    for name, dtype in ((backend, torch.bfloat16), ("reference", torch.float64)):
+        x, w, w_gate, b = (None if t is None else t.to(dtype).requires_grad_() for t in tensors)
+        bias = b if w_gate is None else (b, b)
+        out = grouped_gemm(x, w, offsets, w_gate=w_gate, gather=gather, bias=bias,
+                           activation=activation, backend=name)  # fmt: skip
+        leaves = [t for t in (x, w, w_gate, b) if t is not None]
+        grads[name] = torch.autograd.grad((out * dout.to(dtype)).sum(), leaves)
+    for ours, exact in zip(grads[backend], grads["reference"], strict=True):
+        rms = exact.square().mean().sqrt()
+        assert ((ours.double() - exact).square().mean().sqrt() <= 2e-2 * rms).item()
 
 
 @pytest.mark.parametrize("k", [2, "dense"])

@@ -71,10 +71,11 @@ int route(std::istream& in) {
     Output<float> probs(T * E), weights(T * K);
     Output<int> ids(T * K), offsets(E + 1), order(T * K), inverse(T * K),
         workspace(d2m::workspace_ints(E));
-    const int err = d2m::route(
-        x.data, int(x_dtype), x_stride, router.data, int(router_dtype), router_stride,
-        mask.as<unsigned char>(), {}, T, D, E, K, probs.data.get(), weights.data.get(), ids.data.get(),
-        offsets.data.get(), order.data.get(), inverse.data.get(), workspace.data.get(), nullptr);
+    const int err =
+        d2m::route(x.data, int(x_dtype), x_stride, router.data, int(router_dtype), router_stride,
+                   mask.as<unsigned char>(), {}, T, D, E, K, probs.data.get(), weights.data.get(),
+                   ids.data.get(), offsets.data.get(), order.data.get(), inverse.data.get(),
+                   workspace.data.get(), nullptr);
     probs.write();
     weights.write();
     ids.write();
@@ -97,11 +98,10 @@ int modulate_route(std::istream& in) {
         workspace(d2m::workspace_ints(E));
     const d2m::AdaLN adaln{scale.data, adaln_stride, shift.data,    adaln_stride,
                            T / B,      eps,          out.data.get()};
-    const int err =
-        d2m::route(x.data, int(dtype), x_stride, router.data, int(router_dtype), D, nullptr, adaln,
-                   T, D, E, K, probs.data.get(), weights.data.get(), ids.data.get(),
-                   offsets.data.get(), order.data.get(), inverse.data.get(), workspace.data.get(),
-                   nullptr);
+    const int err = d2m::route(x.data, int(dtype), x_stride, router.data, int(router_dtype), D,
+                               nullptr, adaln, T, D, E, K, probs.data.get(), weights.data.get(),
+                               ids.data.get(), offsets.data.get(), order.data.get(),
+                               inverse.data.get(), workspace.data.get(), nullptr);
     out.write();
     probs.write();
     weights.write();
