@@ -272,6 +272,9 @@ class _library_errors:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 = success, 2 = a user's error (one line on stderr), 130 = interrupted."""
     top = parser()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0].endswith((".yaml", ".yml")):  # torchrun ... -m distill CONFIG.yaml
+        argv.insert(0, "distill")
     args = top.parse_args(argv)
     if args.version:
         from d2m_kernels._version import __version__

@@ -82,17 +82,19 @@ def make_optimizer(
 
 def start_state(optimizer: torch.optim.Optimizer) -> None:
     """Make the optimizer's state as it is before the first step, so that it can be loaded into."""
-    saved = [group["lr"] for group in optimizer.param_groups]
+    saved = [float(group["lr"]) for group in optimizer.param_groups]
     decays = [group["weight_decay"] for group in optimizer.param_groups]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for group in optimizer.param_groups:
-        group["lr"], group["weight_decay"] = 0.0, 0.0
+        group["weight_decay"] = 0.0
+        set_rate(group, 0.0)
     for p in params:
         p.grad = torch.zeros_like(p)
     optimizer.step()  # with no gradient, rate or decay nothing moves
     optimizer.zero_grad(set_to_none=True)
     for group, lr, decay in zip(optimizer.param_groups, saved, decays, strict=True):
-        group["lr"], group["weight_decay"] = lr, decay
+        group["weight_decay"] = decay
+        set_rate(group, lr)
     for state in optimizer.state.values():
         state["step"] = state["step"] * 0
 
@@ -100,13 +102,31 @@ def start_state(optimizer: torch.optim.Optimizer) -> None:
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: Mapping[int, str]
 ) -> dict[str, Tensor]:
-    """State tensors as "<parameter>/<key>"; names: id of parameter -> its name."""
-    return {
-        f"{names[id(p)]}/{key}": value
-        for p, entry in optimizer.state.items()
-        for key, value in entry.items()
-        if isinstance(value, Tensor)
-    }
+    """State tensors as "<parameter>/<key>"; names: id of parameter -> its name.
+
+    A moment in 8 bits is stored as the plain tensors it is made of: "<parameter>/<key>.codes", ...
+    """
+    found: dict[str, Tensor] = {}
+    for p, entry in optimizer.state.items():
+        for key, value in entry.items():
+            if isinstance(value, Tensor):
+                found |= _plain(f"{names[id(p)]}/{key}", value)
+    return found
+
+
+def _plain(name: str, value: Tensor) -> dict[str, Tensor]:
+    if hasattr(value, "to_local") or not hasattr(value, "__tensor_flatten__"):
+        return {name: value}
+    parts, _ = value.__tensor_flatten__()
+    return {f"{name}.{part}": getattr(value, part) for part in parts}
+
+
+def set_rate(group: dict, rate: float) -> None:
+    """Set a parameter group's learning rate, which torchao keeps in a tensor."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from distill.errors import CheckpointError, ConfigError, UserError
 from distill.parallel import World, shard_model, start_world, stop_world
 from distill.preview import Previews
 from distill.sources import data_fingerprint, open_source
-from distill.stages import VERSION, group_blocks, make_student, measure_importance, run_stage
+from distill.stages import (
+    VERSION,
+    group_blocks,
+    make_student,
+    measure_importance,
+    run_stage,
+    student_skeleton,
+)
 from distill.teacher import load_flux, load_teacher, modulation_inputs
 
 
@@ -71,7 +79,7 @@ def _distill(config: DistillConfig, world: World, progress: bool, accept_changed
     )
     source = open_source(config.data, teacher, str(device))
     structure = student_structure(config, teacher)
-    model = start_student(config, structure, teacher, source)
+    model = start_student(config, structure, teacher, source, world)
     shard_model(teacher, world)
     parent, first = ckpt.fingerprint(VERSION, started["settings"]), 0
     for stage in config.stages:
@@ -84,7 +92,7 @@ def _distill(config: DistillConfig, world: World, progress: bool, accept_changed
                 f"stages has {stage.stage!r}, but the student's structure has no key 'moe'"
             )
         parent = run_stage(
-            model if world.size == 1 else model.cpu(),
+            model,
             teacher,
             source,
             stage,
@@ -106,15 +114,27 @@ def _distill(config: DistillConfig, world: World, progress: bool, accept_changed
 
 
 def start_student(
-    config: DistillConfig, structure: Any, teacher: nn.Module, source: Any
+    config: DistillConfig, structure: Any, teacher: nn.Module, source: Any, world: World
 ) -> nn.Module:
-    """The converted teacher: neurons ordered by eq. (6), AdaLN fitted, fp32 weights."""
-    student, seed = config.student, config.seed
-    importance = measure_importance(
-        teacher, source, student.importance_batches, seed, student.importance_rows
-    )
-    temb = modulation_inputs(teacher, source, student.calibration, seed)
-    return make_student(teacher, structure, importance, temb, seed).float()
+    """The converted teacher: neurons ordered by eq. (6), AdaLN fitted, fp32 weights.
+
+    With several ranks only rank 0 makes it, in host memory, and moves its teacher there: a GPU that
+    is to hold a shard need not hold teacher and student whole. The others get a skeleton.
+    """
+    if not world.main:
+        model = student_skeleton(teacher, replace(structure, mob=None))
+    else:
+        student, seed = config.student, config.seed
+        importance = measure_importance(
+            teacher, source, student.importance_batches, seed, student.importance_rows
+        )
+        temb = modulation_inputs(teacher, source, student.calibration, seed)
+        if world.size > 1:
+            teacher.cpu()
+            temb = temb.cpu()
+        model = make_student(teacher, structure, importance, temb, seed).float()
+    world.barrier()
+    return model
 
 
 def _claim(out: Path, started: dict[str, Any], accept_changed: bool = False) -> None:

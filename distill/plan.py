@@ -28,6 +28,8 @@ from distill.parallel import blocks
 from distill.step import autocast, speed_up
 
 FP32 = 4
+# T5-XXL's encoder and CLIP-L's text model in bf16, on every GPU; counted from their configurations
+TEXT_ENCODERS = 2 * (4_762_310_656 + 123_060_480)
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Memory:
     optimizer: int
     ema: int
     teacher: int
+    text_encoders: int
     gathered: int
     activations: int
     peak: int
@@ -85,14 +88,6 @@ def teacher_skeleton(config: TeacherConfig) -> nn.Module:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(getattr(torch, config.dtype))
     return model
-
-
-def student_skeleton(teacher: nn.Module, structure: Any) -> nn.Module:
-    from d2m_models import FluxMoETransformer2DModel
-    from d2m_models.conversion import model_arguments
-
-    with torch.device("meta"):
-        return FluxMoETransformer2DModel(**model_arguments(teacher, structure))
 
 
 class _Shapes:
@@ -269,6 +264,7 @@ def plan_stage(
     gpus: int,
     image_tokens: int,
     text_tokens: int,
+    text_encoders: int = 0,
 ) -> StagePlan:
     """What a stage needs of each of `gpus` GPUs, over `shard` of which parameters are sharded."""
     from d2m_models.output import group_names
@@ -302,10 +298,12 @@ def plan_stage(
         "optimizer": state_bytes(trained, train.optimizer) // shard,
         "ema": whole // shard if train.ema else 0,
         "teacher": _bytes(teacher.parameters()) // shard,
+        "text_encoders": text_encoders,
         "gathered": gathered,
         "activations": kept[-1] + inside,
     }
-    static = sum(memory[k] for k in ("weights", "optimizer", "ema", "teacher", "gathered"))
+    moving_kinds = ("gradients", "activations")
+    static = sum(v for k, v in memory.items() if k not in moving_kinds)
     moving = _backward_peak(kept, gradients, whole, inside, shard, before=parts > 1)
     return StagePlan(
         stage=stage.stage,
@@ -370,6 +368,7 @@ def plan(config: DistillConfig, gpus: int | None = None, size: int = 1024) -> li
     from dataclasses import replace
 
     from distill.pipeline import student_structure
+    from distill.stages import student_skeleton
 
     parallel = config.parallel
     gpus = gpus or (parallel.shard or 1) * parallel.replicate
@@ -386,7 +385,11 @@ def plan(config: DistillConfig, gpus: int | None = None, size: int = 1024) -> li
     for stage in config.stages:
         now = structure if stage.stage == "mob" else replace(structure, mob=None)
         student = student_skeleton(teacher, now)
-        sizes = {"image_tokens": image, "text_tokens": text}
+        sizes = {
+            "image_tokens": image,
+            "text_tokens": text,
+            "text_encoders": TEXT_ENCODERS if config.data.text_encoders else 0,
+        }
         plans.append(plan_stage(teacher, student, stage, shard=shard, gpus=gpus, **sizes))
     return plans
 
@@ -407,13 +410,13 @@ def render(plans: list[StagePlan], gpus: int, tflops: float) -> str:
     large = max(p.memory.peak for p in plans) >= 2**30
     unit, name = (2**30, "GiB") if large else (2**20, "MiB")
     lines = [f"{gpus} GPU{'s' * (gpus > 1)}; memory a GPU in {name}"]
-    lines.append(f"{'':12}" + "".join(f"{p.stage:>12}" for p in plans))
+    lines.append(f"{'':14}" + "".join(f"{p.stage:>12}" for p in plans))
     for kind in Memory.__dataclass_fields__:
         values = [p.memory.rows()[kind] / unit for p in plans]
-        lines.append(f"{kind:12}" + "".join(f"{v:12.2f}" for v in values))
-    lines.append(f"{'trained, B':12}" + "".join(f"{p.trained / 1e9:12.4f}" for p in plans))
-    lines.append(f"{'TFLOP/sample':12}" + "".join(f"{p.flops / 1e12:12.4g}" for p in plans))
+        lines.append(f"{kind:14}" + "".join(f"{v:12.2f}" for v in values))
+    lines.append(f"{'trained, B':14}" + "".join(f"{p.trained / 1e9:12.4f}" for p in plans))
+    lines.append(f"{'TFLOP/sample':14}" + "".join(f"{p.flops / 1e12:12.4g}" for p in plans))
     hours = [p.steps * p.samples * p.flops / (tflops * 1e12 * gpus) / 3600 for p in plans]
-    lines.append(f"{'hours':12}" + "".join(f"{h:12.2f}" for h in hours))
+    lines.append(f"{'hours':14}" + "".join(f"{h:12.2f}" for h in hours))
     lines.append(f"{sum(hours):.2f} hours in all at {tflops:g} TFLOP/s a GPU")
     return "\n".join(lines)

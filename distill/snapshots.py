@@ -107,6 +107,9 @@ class Snapshots:
     def __init__(self, folder: Path, world: World, keep: int = 2, wait: bool = True):
         self.folder, self.world, self.keep, self.wait = folder, world, keep, wait
         self.pending: tuple[int, Any] | None = None
+        # the writing threads talk to each other beside the steps, so not in the steps' group
+        alone = wait or world.size == 1
+        self.group = None if alone else torch.distributed.new_group(backend="gloo")
         if world.main:  # what a killed process left half-written
             for path in folder.glob(".step-*.tmp"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -134,7 +137,9 @@ class Snapshots:
                 dcp.save(state, storage_writer=writer, no_dist=alone)
                 self._publish(step)
             else:
-                job = dcp.async_save(state, storage_writer=writer, no_dist=alone)
+                job = dcp.async_save(
+                    state, storage_writer=writer, no_dist=alone, process_group=self.group
+                )
                 self.pending = (step, job)
         except (UserError, OSError, dcp.api.CheckpointException) as err:
             raise self._failed(step, err) from err

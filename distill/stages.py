@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,6 @@ def make_student(
     """`convert_flux` with Taylor orders and a calibrated AdaLN basis; MoB groups come later, in
     stage (c).
     """
-    from dataclasses import replace
-
     from d2m_models import convert_flux
 
     return convert_flux(
@@ -97,12 +96,23 @@ def make_student(
     ).to(next(teacher.parameters()).device)
 
 
+def student_skeleton(teacher: nn.Module, structure: Any) -> nn.Module:
+    """The student that `convert_flux` would make, on the meta device."""
+    from d2m_models import FluxMoETransformer2DModel
+    from d2m_models.conversion import model_arguments
+
+    with torch.device("meta"):
+        return FluxMoETransformer2DModel(**model_arguments(teacher, structure))
+
+
 def group_blocks(model: nn.Module, mob: Any, seed: int) -> nn.Module:
     """A copy of the model with MoB groups and fresh block routers; no other weight changes."""
     from d2m_models import FluxMoETransformer2DModel
     from d2m_models.conversion import model_arguments
 
     device = next(model.parameters()).device
+    if device.type == "meta":
+        return student_skeleton(model, replace(model.d2m_config, mob=mob))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "weights", 1).initial_seed())
         grouped = FluxMoETransformer2DModel(**{**model_arguments(model), "mob": mob.to_dict()})
@@ -193,8 +203,9 @@ def run_stage(
     parent.
 
     Args:
-        world: with several ranks the model is whole and on the CPU, the teacher sharded; a sharded
-            copy is trained and its result loaded into the model.
+        world: with several ranks the teacher is sharded, the model whole and on the CPU; rank 0's
+            is what counts, the others' may be on the meta device. A sharded copy is trained, and
+            its result loaded into the model.
         accept_changed, preview: see `train`.
     """
     world = world or World(device=next(model.parameters()).device)
@@ -237,6 +248,7 @@ def run_stage(
     if world.size > 1:  # the result, whole, from where rank 0 has put it
         del trained, objective
         world.barrier()
-        train(model, lambda step: {}, config.train, folder, **options)
+        if next(model.parameters()).device.type != "meta":
+            train(model, lambda step: {}, config.train, folder, **options)
     finish_stage(model)
     return run_id

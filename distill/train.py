@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from distill import checkpoint as ckpt
 from distill import snapshots
 from distill.config import TrainConfig
-from distill.errors import CheckpointError, TrainingError
+from distill.errors import CheckpointError, ConfigError, TrainingError
 from distill.optimizer import (
     Average,
     FrozenSlice,
@@ -32,6 +32,7 @@ from distill.optimizer import (
     learning_rate,
     make_optimizer,
     optimizer_tensors,
+    set_rate,
     start_state,
 )
 from distill.parallel import World, full_tensors
@@ -106,6 +107,11 @@ class _Loop:
         self.model, self.params, self.objective, self.config = model, params, objective, config
         self.folder, self.run_id, self.label, self.frozen = folder, run_id, label, frozen
         self.world = world
+        if world.size > 1 and config.optimizer != "adamw":
+            raise ConfigError(
+                f"train.optimizer is {config.optimizer!r}; expected 'adamw' with several "
+                "processes, over which its state is sharded"
+            )
         self.optimizer = make_optimizer(model, config, frozen)
         self.average = Average(params, config.ema)
         self.snapshots = snapshots.Snapshots(folder, world, config.keep, not config.async_save)
@@ -195,7 +201,7 @@ class _Loop:
         clip_gradients(params, parts["grad_norm"], config.clip)
         factor = learning_rate(config, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * factor * group["scale"]
+            set_rate(group, config.lr * factor * group["scale"])
         decay_trained_slices(self.params, self.frozen, config.lr * factor, config.weight_decay)
         self.optimizer.step()
         self.average.update(self.step)

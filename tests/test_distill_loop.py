@@ -328,3 +328,32 @@ def test_a_missing_tracker_is_named(tmp_path, monkeypatch, name):
     with pytest.raises(UserError, match=f"pip install {name}"):
         Trackers([name], tmp_path, "test")
     assert json.dumps(Trackers([], tmp_path, "test").write(1, {"loss": 1.0})) == "null"
+
+
+def test_eight_bit_moments_resume_bit_for_bit(tmp_path):
+    pytest.importorskip("torchao.optim")
+    from distill import snapshots
+
+    def start(stop_at=None):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 64))
+
+        def objective(step):
+            if step == stop_at:
+                raise KeyboardInterrupt
+            x = torch.randn(8, 64, generator=torch.Generator().manual_seed(step))
+            return {"loss": (model(x) - x.flip(1)).square().mean()}
+
+        return model, [], objective
+
+    config = replace(CONFIG, optimizer="adamw8bit", steps=6)
+    whole, again = start(), start()
+    run(whole, tmp_path / "whole", config)
+    with pytest.raises(KeyboardInterrupt):
+        run(start(stop_at=5), tmp_path / "parts", config)
+    (file,) = (snapshots.newest(tmp_path / "parts") / "tensors").iterdir()
+    codes = load_file(file)["optimizer/0.weight/exp_avg.codes"]
+    assert codes.dtype == torch.uint8 and codes.numel() == 64 * 128
+    run(again, tmp_path / "parts", config)
+    state = again[0].state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in whole[0].state_dict().items())

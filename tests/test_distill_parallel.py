@@ -36,20 +36,26 @@ def launch(jobs, processes, folder, check=True, **options):
     command = [sys.executable, *arguments]
     if processes > 1:
         command = torchrun(processes, *arguments, **options)
+    status, output = execute(command)
+    assert not check or status == 0, output[-3000:]
+    return status, output
+
+
+def execute(command, **options):
+    """(exit status, output) of a command; if it hangs, it and all its children are ended."""
     run = subprocess.Popen(
         command,
-        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        **{"env": environment(), **options},
     )
     try:
         output, _ = run.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
         os.killpg(run.pid, 9)
         raise AssertionError(f"hung: {run.communicate()[0][-3000:]}") from None
-    assert not check or run.returncode == 0, output[-3000:]
     return run.returncode, output
 
 
@@ -170,6 +176,50 @@ def test_a_dead_rank_ends_all_and_a_restart_goes_on_from_the_checkpoint(alone, t
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 2, 3, 4]
     launch([job], 1, tmp_path)
     equal(tmp_path, alone / "moe")
+
+
+SMALL = """
+teacher:
+  num_layers: 2
+  num_single_layers: 4
+  heads: 2
+  head_dim: 8
+  rope: [2, 2, 4]
+  train: {steps: 4, batch_size: 8, lr: 1.0e-3}
+student:
+  importance_batches: 1
+  calibration: 64
+  structure:
+    moe: {shared_ratio: 1.0, expert_ratio: 0.25, num_experts: 12, top_k: 2}
+    dense_double_blocks: [0]
+    adaln_dim: 8
+    mob: {single_groups: [[1, 2]]}
+stages:
+  - {stage: shared, train: {steps: 2, batch_size: 8, lr: 1.0e-3, preview_every: 2}}
+  - {stage: moe, train: {steps: 2, batch_size: 8, lr: 1.0e-3, compute_dtype: bfloat16}}
+  - {stage: mob, train: {steps: 2, batch_size: 8, lr: 1.0e-3, async_save: true, save_every: 1}}
+"""
+
+
+@slow
+def test_all_stages_by_torchrun(tmp_path):
+    """`torchrun --nproc-per-node 2 -m distill CONFIG.yaml` writes what one process writes."""
+    (tmp_path / "small.yaml").write_text(SMALL)
+    for processes, out in ((2, "two"), (1, "one")):
+        arguments = ["-m", "distill", "small.yaml", "--out", out, "--device", "cpu"]
+        command = torchrun(processes, *arguments) if processes > 1 else [sys.executable, *arguments]
+        env = environment(D2M_CACHE=str(tmp_path / "cache"))
+        status, output = execute(command, env=env, cwd=tmp_path)
+        assert status == 0, output[-3000:]
+        assert output.count(f"wrote {out}/model") == 1
+    name = "diffusion_pytorch_model.safetensors"
+    two, one = (load_file(tmp_path / out / "model" / name) for out in ("two", "one"))
+    assert two.keys() == one.keys()
+    for key in one:
+        assert (two[key].float() - one[key].float()).norm() <= 5e-3 * one[key].float().norm(), key
+    assert (tmp_path / "two/shared/previews/step-0000002.png").exists()
+    settings = [(tmp_path / out / "settings.json").read_text() for out in ("two", "one")]
+    assert settings[0] == settings[1]
 
 
 # --- what needs no processes ----------------------------------------------------------------
