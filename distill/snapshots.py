@@ -111,8 +111,8 @@ class Snapshots:
         alone = wait or world.size == 1
         self.group = None if alone else torch.distributed.new_group(backend="gloo")
         if world.main:  # what a killed process left half-written
-            for path in folder.glob(".step-*.tmp"):
-                shutil.rmtree(path, ignore_errors=True)
+            for path in folder.glob(".*.tmp"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         world.barrier()
 
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:

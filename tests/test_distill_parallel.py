@@ -54,8 +54,13 @@ def execute(command, **options):
     try:
         output, _ = run.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
-        os.killpg(run.pid, 9)
-        raise AssertionError(f"hung: {run.communicate()[0][-3000:]}") from None
+        run.terminate()  # torchrun ends its workers, which are in sessions of their own
+        try:
+            output, _ = run.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, 9)
+            output, _ = run.communicate()
+        raise AssertionError(f"hung: {output[-3000:]}") from None
     return run.returncode, output
 
 
