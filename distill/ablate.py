@@ -32,6 +32,7 @@ SEARCHED = {
     "bk": "bk-deep",
     "lite": "lite-deep",
 }
+LONGER = 4  # times the steps of the arms "...-long": does more training turn Table 2 around?
 
 
 def arm_names(config: AblateConfig) -> list[str]:
@@ -39,7 +40,8 @@ def arm_names(config: AblateConfig) -> list[str]:
     groupings = [f"groups-{name}" for name in config.groups if name not in ("shallow", "deep")]
     depth = [f"{m}-{d}" for d in ("shallow", "deep") for m in ("mob", "bk", "lite")]
     return ["moe", "prune-mlp-1.5", "prune-mlp-2", *depth, "mob-all-deep", "teacher", "moe-half",
-            "joint", "random", *groupings, "hyper-moe"]  # fmt: skip
+            "joint", "random", *groupings, "hyper-moe", "prune-mlp-1.5-long",
+            "moe-long"]  # fmt: skip
 
 
 # --- one arm --------------------------------------------------------------------------------
@@ -53,6 +55,8 @@ def run_arm(arm: str, context: Context, out: Path) -> tuple[dict[str, float], di
     text = json.dumps(to_dict(config), sort_keys=True)
     bench = _bench(text, str(out), "teacher")
     method, _, rest = arm.partition("-")
+    if arm.endswith("-long"):
+        context = replace(context, share=LONGER * context.share)
     if arm == "teacher":
         return _measure_teacher(context, bench, text, out)
     if arm == "moe":
@@ -78,10 +82,12 @@ def run_arm(arm: str, context: Context, out: Path) -> tuple[dict[str, float], di
     if arm == "random":
         _, shared = train_moe(context, arm, config.structure, order="random", stages="a")
         return {"shared_only": bench.rel_mse(shared)}, {}
-    if arm == "joint":
+    if arm == "moe-long":
+        model, _ = train_moe(context, arm, config.structure)
+    elif arm == "joint":
         model, _ = train_moe(context, arm, config.structure, stages="joint", kind="joint")
     elif method == "prune":
-        model = train_pruned_mlp(context, arm, float(arm.rpartition("-")[2]))
+        model = train_pruned_mlp(context, arm, float(arm.split("-")[2]))
     elif method in ("bk", "lite"):
         model = train_pruned_depth(context, arm, config.groups[rest], method)
     elif arm == "mob-all-deep":
@@ -90,7 +96,7 @@ def run_arm(arm: str, context: Context, out: Path) -> tuple[dict[str, float], di
         model = train_mob(context, arm, config.groups[rest])
     else:
         raise ValueError(f"arm is {arm!r}; expected one of {arm_names(config)}")
-    return bench.measure(model, samples=context.share == 1), {}
+    return bench.measure(model, samples=context.share >= 1), {}
 
 
 def _measure_teacher(context: Context, bench: Any, text: str, out: Path) -> tuple[dict, dict]:

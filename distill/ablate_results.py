@@ -29,6 +29,8 @@ CLAIMS = (
           "moe", "prune-mlp-1.5"),
     Claim("MoE at r_a 1.5 is nearer the teacher than Diff-Pruning at 2", "Table 2",
           "moe", "prune-mlp-2"),
+    Claim("MoE at r_a 1.5 is nearer than Diff-Pruning at 1.5, after 4 times the steps",
+          "Table 2, longer", "moe-long", "prune-mlp-1.5-long"),
     Claim("MoB is nearer than BK, shallow (double blocks grouped)", "Table 3",
           "mob-shallow", "bk-shallow"),
     Claim("MoB is nearer than Lite, shallow", "Table 3", "mob-shallow", "lite-shallow"),
