@@ -7,6 +7,7 @@ import math
 import re
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 
 import ablate_jobs
 import pytest
@@ -398,8 +399,6 @@ def test_the_search_gives_every_kind_the_same_candidates():
             seen.extend(jobs)
             return [{"rel_mse": abs(next(iter(j["rates"].values())) - 2e-3)} for j in jobs]
 
-    from pathlib import Path
-
     best, tried = ablate.search(config, Path("unused"), Fake(), False)
     assert best == dict.fromkeys(ablate.SEARCHED, 2e-3)
     assert {j["seed"] for j in seen} == {config.search.seed}
@@ -422,6 +421,23 @@ def test_bundled_settings_are_the_papers_structures(name):
         mob = MoBConfig.from_dict(config.groups[name])
         assert len(mob.single_groups) == groups and groups * mob.active == 4
         assert sum(map(len, mob.single_groups)) == 12
+
+
+def test_the_published_setting_separates_the_methods():
+    """Each pruned model lies three standard deviations or more from the dense one, in both errors;
+    and verdicts, means and spreads follow from the published values."""
+    content = claims.read(Path(__file__).parents[1] / "benchmarks" / "results" / "claims.json")
+    assert content["complete"] and len(content["seeds"]) == 3
+    for arm, gaps in separation(content["runs"]).items():
+        for value, gap in gaps.items():
+            assert gap["gap_over_spread"] >= 3, (arm, value)
+            assert gap == pytest.approx(content["separation"][arm][value])
+    for entry in content["claims"]:
+        claim = claims.Claim(*(entry[k] for k in ("claim", "source", "low", "high", "scale")))
+        again = claims.judge(claim, content["runs"])
+        assert again["verdict"] == entry["verdict"]
+        assert again["mean"] == pytest.approx(entry["mean"])
+        assert again["spread"] == pytest.approx(entry["spread"])
 
 
 def test_a_foreign_file_is_refused(tmp_path):
