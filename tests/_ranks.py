@@ -99,8 +99,11 @@ class Recorder:
 def harm(source, rank: int, folder: Path, job: dict) -> None:
     """Signals that hit this process when it asks for a step: {"rank", "step"} of the job's keys
 
-    stop: SIGTERM. die: SIGKILL, as often as there are entries, each once.
+    stop: SIGTERM. die: SIGKILL, as often as there are entries, each once. poison: no signal, but
+    the rows it gets are not finite.
     """
+    from dataclasses import replace
+
     inner = source.batch
     stop = job.get("stop")
 
@@ -111,7 +114,10 @@ def harm(source, rank: int, folder: Path, job: dict) -> None:
             if die == {"rank": rank, "step": step} and not (folder / f"died{i}").exists():
                 (folder / f"died{i}").touch()
                 os.kill(os.getpid(), 9)
-        return inner(seed, step, *arguments, **options)
+        drawn = inner(seed, step, *arguments, **options)
+        if job.get("poison") == {"rank": rank, "step": step}:
+            drawn = replace(drawn, x0=drawn.x0 * float("nan"))
+        return drawn
 
     source.batch = batch
 

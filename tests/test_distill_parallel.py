@@ -104,6 +104,7 @@ def two(tmp_path_factory):
         "moe": {"train": TRAIN},
         "mob": {"kind": "mob", "train": {**TRAIN, **PARTS}},
         "hundred": {"train": HUNDRED},
+        "poisoned": {"train": TRAIN, "poison": {"rank": 1, "step": 3}},
     }
     launch([{"folder": str(folder / k), **job} for k, job in jobs.items()], 2, folder)
     return folder
@@ -120,6 +121,14 @@ def equal(ours, reference):
 def test_two_ranks_equal_one_process(alone, two, kind):
     """mob also in parts of one sample, with gradient checkpointing."""
     equal(two / kind, alone / kind)
+
+
+@slow
+def test_a_bad_batch_on_one_rank_is_skipped_by_all(two):
+    """Were it skipped on one alone, the ranks would wait for each other for ever."""
+    log = read_log(two / "poisoned" / "log.jsonl")
+    assert [e.get("skipped", 0) for e in log] == [0, 1, 1]
+    assert all(v.isfinite().all() for v in result(two / "poisoned").values())
 
 
 @slow

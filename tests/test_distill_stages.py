@@ -197,7 +197,7 @@ def test_grouping_changes_no_weight(student):
 # --- stages ---------------------------------------------------------------------------------
 
 
-def _config(stage, steps=6, weight_decay=0.5):
+def _config(stage, steps=6, weight_decay=0.5, ema=None):
     train = TrainConfig(
         steps=steps,
         batch_size=8,
@@ -205,7 +205,8 @@ def _config(stage, steps=6, weight_decay=0.5):
         warmup=0,
         schedule="constant",
         weight_decay=weight_decay,
-        log_every=3,
+        ema=ema,
+        log_every=max(3, steps // 4),
     )
     return StageConfig(stage, train, LossConfig())
 
@@ -239,7 +240,7 @@ def _parts(model, state, part):
 def test_frozen_neurons_stay_bitwise(student, teacher, digits, tmp_path, stage, frozen, trained):
     """Zero gradient is not enough: weight decay (here strong) would move a frozen slice."""
     before = _snapshot(student)
-    _run(student, teacher, digits, tmp_path, stage)
+    _run(student, teacher, digits, tmp_path, stage, steps=100, ema=0.9)
     after = student.state_dict()
     old, new = _parts(student, before, frozen), _parts(student, after, frozen)
     assert old and all(torch.equal(old[k], new[k]) for k in old)
