@@ -244,7 +244,8 @@ def run_ablate(
 ) -> Path:
     """Everything `d2m ablate` does; returns the path of ablate.html.
 
-    results: where claims.json goes beside `out`. so_far: train nothing, judge by what was measured.
+    results: where claims.json goes too, and the page beside it (.html). so_far: train nothing,
+    judge by what was measured.
     """
     from distill.ablate_page import render
     from distill.ablate_results import collect
@@ -277,4 +278,7 @@ def run_ablate(
         file = jobs[config.seeds[0], arm]["file"] + ".safetensors"
         tensors |= ckpt.pack(arm, ckpt.load_tensors(file)[0])
     ckpt.save_tensors(out / "ablate.safetensors", tensors)
-    return render(out)
+    page = render(out)
+    if results is not None:
+        ckpt.write_text(Path(results).with_suffix(".html"), page.read_text(encoding="utf-8"))
+    return page

@@ -164,9 +164,20 @@ def render(folder: Path | str) -> Path:
     arms_png(folder / "arms.png", content)
     blocks_png(folder / "blocks.png", tensors)
     experts_png(folder / "experts.png", tensors, Photos.names)
+    for file, *_ in _FIGURES:
+        shrink(folder / file)
     page = folder / "ablate.html"
     ckpt.write_text(page, _page(folder, content))
     return page
+
+
+def shrink(path: Path) -> None:
+    """A PNG with a palette of 128 colours: a third of the bytes, no difference to the eye."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        small = image.convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    ckpt.write_atomic(path, lambda tmp: small.save(tmp, format="PNG", optimize=True))
 
 
 def separation_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

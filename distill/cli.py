@@ -83,7 +83,9 @@ def parser() -> argparse.ArgumentParser:
     )
     ablate.add_argument("--out", default="d2m-ablate", help="output folder (default: %(default)s)")
     ablate.add_argument("--quick", action="store_true", help="one seed, few steps, no verdicts")
-    ablate.add_argument("--results", metavar="FILE", help="also write claims.json there")
+    ablate.add_argument(
+        "--results", metavar="FILE", help="write claims.json there too, and the page beside it"
+    )
     ablate.add_argument(
         "--workers", type=int, default=2, help="processes of one thread (default: %(default)s)"
     )

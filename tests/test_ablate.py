@@ -313,6 +313,7 @@ def test_claims_schema(run):
     out = run[0]
     content = claims.read(out / "claims.json")
     copy = claims.read(out / "x" / "claims.json")
+    assert (out / "x" / "claims.html").read_text().startswith("<!doctype html>")
     assert {**content, "environment": 0} == {**copy, "environment": 0}  # its date may be another
     assert len(content["claims"]) == len(CLAIMS)
     for entry in content["claims"]:
