@@ -8,9 +8,7 @@ result is the same bit for bit. A finished run is recognised and returned at onc
 from __future__ import annotations
 
 import signal
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +34,7 @@ from distill.optimizer import (
     start_state,
 )
 from distill.parallel import World, full_tensors
-from distill.progress import Log, Trackers, Utilisation, peak_memory_gib, read_log
+from distill.progress import Report, read_log
 from distill.step import backward, dump_batch, fill_gradients, speed_up
 
 __all__ = ["FrozenSlice", "learning_rate", "make_optimizer", "read_log", "train"]
@@ -119,7 +117,7 @@ class _Loop:
         self.skipped = 0  # in all
         self.bad = 0  # in a row
         self.saved = -1
-        self.report = _Report(self)
+        self.report = Report(self)
 
     # --- checkpoints ---
 
@@ -223,84 +221,6 @@ class _Loop:
             f"{snapshots.newest(self.folder)}; lower lr={self.config.lr} or look into the data, "
             "then go on with --accept-changed-config"
         )
-
-
-class _Report:
-    """Means over a logging interval, on their way to the logs and the progress bar."""
-
-    def __init__(self, loop: _Loop):
-        self.loop = loop
-        self.utilisation = Utilisation()
-        self.sums: dict[str, Tensor] = {}
-        self.count, self.first, self.since, self.rate = 0, 0, 0.0, 0.0
-
-    def state(self) -> dict[str, Any]:
-        """The interval so far, for a checkpoint in the middle of it."""
-        return {
-            "sums": {k: float(v) for k, v in self.sums.items()},
-            "loads": {k: v.tolist() for k, v in self.utilisation.loads.items()},
-            "count": self.count,
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        device = self.loop.world.device
-        self.sums = {k: torch.tensor(v, device=device) for k, v in state["sums"].items()}
-        loads = state["loads"].items()
-        wide = torch.float64
-        self.utilisation.loads = {k: torch.tensor(v, device=device, dtype=wide) for k, v in loads}
-        self.count = state["count"]
-
-    def open(self) -> None:
-        loop = self.loop
-        self.first, self.since = loop.step, time.perf_counter()
-        if loop.world.main:
-            self.log = Log(loop.folder / "log.jsonl", loop.step)
-            self.experts = Log(loop.folder / "experts.jsonl", loop.step)
-            self.trackers = Trackers(loop.config.loggers, loop.folder, loop.label)
-
-    def add(self, parts: dict[str, Tensor], loads: dict[str, Tensor], rate: float) -> None:
-        for key, value in parts.items():
-            self.sums[key] = self.sums.get(key, 0) + value.detach()
-        self.utilisation.add(loads)
-        self.count, self.rate = self.count + 1, rate
-
-    def write(self) -> dict[str, str]:
-        """One line for the steps since the last one; returns what the bar shows."""
-        loop, now = self.loop, time.perf_counter()
-        means = {k: float(v) / self.count for k, v in self.sums.items()}
-        table = self.utilisation.take()
-        samples = (loop.step - self.first) * loop.config.batch_size
-        entry = {"step": loop.step, **means, "lr": self.rate}
-        if table:
-            entry["expert_min"] = min(map(min, table.values()))
-            entry["expert_max"] = max(map(max, table.values()))
-        if loop.skipped:
-            entry["skipped"] = loop.skipped
-        entry["samples_per_second"] = samples / (now - self.since)
-        entry["peak_memory_gib"] = round(peak_memory_gib(loop.world.device), 3)
-        if self.loop.world.main:
-            self.log.write(entry)
-            if table:
-                self.experts.write({"step": loop.step, "load": table})
-            self.trackers.write(loop.step, entry)
-            if dead := self.utilisation.dead(table):
-                more = f" and {len(dead) - 8} more" if len(dead) > 8 else ""
-                self.say(
-                    f"{loop.label}: chosen by nobody since step {self.first}: "
-                    f"{', '.join(dead[:8])}{more}"
-                )
-        self.sums, self.count, self.first, self.since = {}, 0, loop.step, now
-        return {"loss": f"{means['loss']:.4g}"} if means else {}
-
-    def say(self, text: str) -> None:
-        if self.loop.world.main:
-            from tqdm import tqdm
-
-            tqdm.write(text, file=sys.stderr)
-
-    def close(self) -> None:
-        if self.loop.world.main:
-            self.trackers.close()
 
 
 @contextmanager

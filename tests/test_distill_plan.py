@@ -163,7 +163,7 @@ def test_a_lora_is_fused_into_the_teacher(tmp_path):
 def test_flops_and_time_by_hand():
     from d2m_models import account
     from distill.pipeline import student_structure
-    from distill.plan import teacher_skeleton
+    from distill.skeleton import teacher_skeleton
     from distill.stages import student_skeleton
 
     config = small("moe", micro_batch=8, gradient_checkpointing=True)
