@@ -72,15 +72,15 @@ class _Shapes:
 
 
 @contextmanager
-def _first_blocks_chosen() -> Iterator[None]:
-    """Every sample runs the first blocks of its groups: routers have no data to choose by."""
+def _blocks_in_turn() -> Iterator[None]:
+    """Samples run the blocks of a group in turn: routers have no data to choose by."""
     from d2m_models.mob import MixtureOfBlocks, MoBRouting
 
     route = MixtureOfBlocks.route
 
     def fixed(self, x, c, y, group=None):
         probs = route(self, x, c, y, group).probs
-        return MoBRouting(probs, _Chosen(x.shape[0], self.active, x.device))
+        return MoBRouting(probs, _InTurn(x.shape[0], self.size, self.active, x.device))
 
     MixtureOfBlocks.route = fixed
     try:
@@ -89,21 +89,21 @@ def _first_blocks_chosen() -> Iterator[None]:
         MixtureOfBlocks.route = route
 
 
-class _Chosen:
-    """Stands for ids [B, kappa]: 0 .. kappa-1 for every sample."""
+class _InTurn:
+    """Stands for ids [B, kappa]: sample b runs the blocks b, b + 1, ... of the group's m."""
 
-    def __init__(self, batch: int, active: int, device: Any):
-        self.batch, self.active, self.device = batch, active, device
-        self.shape = (batch, active)
+    def __init__(self, batch: int, size: int, active: int, device: Any):
+        self.chosen = [sorted((b + k) % size for k in range(active)) for b in range(batch)]
+        self.device, self.shape = device, (batch, active)
 
     def tolist(self) -> list[list[int]]:
-        return [list(range(self.active))] * self.batch
+        return self.chosen
 
     def long(self) -> Tensor:
-        return torch.arange(self.active, device=self.device).expand(self.shape)
+        return torch.zeros(self.shape, dtype=torch.long, device=self.device)
 
     def __len__(self) -> int:
-        return self.batch
+        return len(self.chosen)
 
 
 class Kept:
@@ -141,7 +141,7 @@ def activations(
     marks: dict[nn.Module, int] = {}
     inside = 0
     copies = [deepcopy(m) for m in (teacher, student)]
-    with FakeTensorMode(allow_non_fake_inputs=True), _first_blocks_chosen():
+    with FakeTensorMode(allow_non_fake_inputs=True), _blocks_in_turn():
         copies = [_fill(m) for m in copies]
         model = copies[1]
         kept = Kept(model)
