@@ -3,7 +3,7 @@
 // called wrongly.
 #pragma once
 
-#define D2M_ABI 1
+#define D2M_ABI 2
 
 // Codes of the element types, the same in _ext.py.
 enum D2mDtype : int { D2M_F32 = 0, D2M_BF16 = 1, D2M_F16 = 2 };

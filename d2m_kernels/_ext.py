@@ -15,7 +15,7 @@ import importlib
 
 import torch
 
-ABI = 1  # D2M_ABI in csrc/abi.h
+ABI = 2  # D2M_ABI in csrc/abi.h
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # D2mDtype in csrc/abi.h
 
 
