@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from distill.config import StageConfig, TeacherConfig, TrainConfig, _check_least
+from distill.checked import check_least
+from distill.config import StageConfig, TeacherConfig, TrainConfig
 from distill.errors import ConfigError
 
 
@@ -25,7 +26,7 @@ class HyperConfig:
         falling = all(a > b for a, b in zip(self.grid, ends, strict=True))
         if not self.grid or self.grid[0] != 1.0 or not falling:
             raise ConfigError(f"hyper.grid is {self.grid}; expected falling numbers from 1 to > 0")
-        _check_least(self, "hyper", substeps=1)
+        check_least(self, "hyper", substeps=1)
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class AblateEval:
 
     def __post_init__(self):
         # with one sample a prompt, prompts in random order would be the same groups again
-        _check_least(self, "evaluate", held_out=1, per_prompt=2, sample_steps=2, reference_steps=1)
+        check_least(self, "evaluate", held_out=1, per_prompt=2, sample_steps=2, reference_steps=1)
 
 
 @dataclass(frozen=True)

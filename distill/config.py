@@ -1,30 +1,37 @@
-"""YAML configuration, checked on load: an unknown, missing or ill-typed key is named."""
+"""What a YAML configuration may say: one dataclass a section, every key described and checked."""
 
 from __future__ import annotations
 
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from importlib import resources
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any
 
+from distill.checked import (
+    bundled,
+    check_choice,
+    check_least,
+    from_dict,
+    load_config,
+    to_dict,
+)
 from distill.errors import ConfigError
 
-T = TypeVar("T")
-
-
-def _check_choice(owner: str, name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{owner}.{name} is {value!r}; expected one of {list(choices)}")
-
-
-def _check_least(config: Any, owner: str, **least: float) -> None:
-    for name, low in least.items():
-        value = getattr(config, name)
-        if value is not None and not value >= low:
-            raise ConfigError(f"{owner}.{name} is {value}; expected at least {low}")
+__all__ = [
+    "DataConfig",
+    "DemoConfig",
+    "DistillConfig",
+    "EvalConfig",
+    "LossConfig",
+    "ParallelConfig",
+    "StageConfig",
+    "StudentConfig",
+    "TeacherConfig",
+    "TrainConfig",
+    "bundled",
+    "from_dict",
+    "load_config",
+    "settings",
+    "to_dict",
+]
 
 
 @dataclass(frozen=True)
@@ -74,12 +81,12 @@ class TrainConfig:
     loggers: list[str] = field(default_factory=list)
 
     def __post_init__(self):
-        _check_choice("train", "schedule", self.schedule, ("cosine", "constant"))
-        _check_choice("train", "compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
-        _check_choice("train", "optimizer", self.optimizer, ("adamw", "adamw8bit"))
+        check_choice("train", "schedule", self.schedule, ("cosine", "constant"))
+        check_choice("train", "compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
+        check_choice("train", "optimizer", self.optimizer, ("adamw", "adamw8bit"))
         for name in self.loggers:
-            _check_choice("train", "loggers", name, ("tensorboard", "wandb"))
-        _check_least(
+            check_choice("train", "loggers", name, ("tensorboard", "wandb"))
+        check_least(
             self,
             "train",
             steps=1,
@@ -128,7 +135,7 @@ class ParallelConfig:
     timeout_minutes: int = 30
 
     def __post_init__(self):
-        _check_least(self, "parallel", shard=1, replicate=1, timeout_minutes=1)
+        check_least(self, "parallel", shard=1, replicate=1, timeout_minutes=1)
 
 
 @dataclass(frozen=True)
@@ -155,7 +162,7 @@ class TeacherConfig:
     def __post_init__(self):
         if (self.path is None) == (self.train is None):
             raise ConfigError("teacher needs exactly one of the keys 'path' and 'train'")
-        _check_choice("teacher", "dtype", self.dtype, ("float32", "bfloat16"))
+        check_choice("teacher", "dtype", self.dtype, ("float32", "bfloat16"))
         if self.path is None and (self.lora is not None or self.dtype != "float32"):
             raise ConfigError("teacher.lora and teacher.dtype are for a teacher with a 'path'")
         if sum(self.rope) != self.head_dim or any(r % 2 for r in self.rope):
@@ -194,7 +201,7 @@ class DataConfig:
     max_bad_shards: int = 1
 
     def __post_init__(self):
-        _check_choice("data", "name", self.name, ("digits", "photos", "shards"))
+        check_choice("data", "name", self.name, ("digits", "photos", "shards"))
         if (self.name == "shards") != (self.folder is not None):
             raise ConfigError(
                 f"data.folder is {self.folder!r} and data.name {self.name!r}; expected the folder "
@@ -202,13 +209,13 @@ class DataConfig:
             )
         if self.text_encoders is not None and self.name != "shards":
             raise ConfigError(f"data.text_encoders is for data.name 'shards', not {self.name!r}")
-        _check_least(
+        check_least(
             self, "data", max_sequence_length=1, caption_dropout=0, prefetch=0, max_bad_shards=0
         )
         if not self.caption_dropout <= 1:
             raise ConfigError(f"data.caption_dropout is {self.caption_dropout}; expected 0 to 1")
         kinds = ("uniform", "logit-normal", "flux-shift", "grid")
-        _check_choice("data", "timesteps", self.timesteps, kinds)
+        check_choice("data", "timesteps", self.timesteps, kinds)
         if (self.timesteps == "grid") != (self.timestep_grid is not None):
             raise ConfigError(
                 "data.timestep_grid is a list of noise levels for data.timesteps 'grid'; "
@@ -232,11 +239,11 @@ class LossConfig:
     balance_variant: str = "auto"
 
     def __post_init__(self):
-        _check_choice("loss", "feature_reduction", self.feature_reduction, ("sum", "mean"))
-        _check_choice(
+        check_choice("loss", "feature_reduction", self.feature_reduction, ("sum", "mean"))
+        check_choice(
             "loss", "balance_variant", self.balance_variant, ("auto", "weights", "softmax")
         )
-        _check_least(self, "loss", feature=0, balance=0)
+        check_least(self, "loss", feature=0, balance=0)
 
 
 @dataclass(frozen=True)
@@ -254,7 +261,7 @@ class StageConfig:
     train_isolated: bool = False
 
     def __post_init__(self):
-        _check_choice("stages", "stage", self.stage, ("shared", "moe", "mob"))
+        check_choice("stages", "stage", self.stage, ("shared", "moe", "mob"))
         if self.train_isolated and self.stage != "mob":
             raise ConfigError(f"stages.train_isolated is for stage 'mob', not {self.stage!r}")
         if not self.freeze_shared and self.stage != "moe":
@@ -279,7 +286,7 @@ class StudentConfig:
     def __post_init__(self):
         if (self.preset is None) == (self.structure is None):
             raise ConfigError("student needs exactly one of the keys 'preset' and 'structure'")
-        _check_least(self, "student", importance_batches=1, importance_rows=1, calibration=1)
+        check_least(self, "student", importance_batches=1, importance_rows=1, calibration=1)
 
 
 @dataclass(frozen=True)
@@ -324,7 +331,7 @@ class EvalConfig:
     latency_rounds: int = 15
 
     def __post_init__(self):
-        _check_least(
+        check_least(
             self,
             "evaluate",
             per_class=1,
@@ -368,58 +375,6 @@ class DemoConfig:
                 )
 
 
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """`value` from YAML as the annotated type `kind`, or a ConfigError that names `where`."""
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        options = [k for k in typing.get_args(kind) if k is not type(None)]
-        return None if value is None else _build(options[0], value, where)
-    if is_dataclass(kind):
-        return from_dict(kind, value, where)
-    if origin is list:
-        if not isinstance(value, list):
-            raise ConfigError(f"{where} is {value!r}; expected a list")
-        item = typing.get_args(kind)[0]
-        return [_build(item, v, f"{where}[{i}]") for i, v in enumerate(value)]
-    if origin is dict or kind is dict:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} is {value!r}; expected a mapping")
-        return dict(value)
-    if kind is float and not isinstance(value, bool):
-        # YAML 1.1 reads 1e-3 (no dot) as text; a number is meant.
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    elif kind in (int, str, bool) and type(value) is kind:
-        return value
-    raise ConfigError(f"{where} is {value!r}; expected {getattr(kind, '__name__', kind)}")
-
-
-def from_dict(cls: type[T], data: Any, where: str = "") -> T:
-    """A config dataclass from plain data; keys are checked at every level."""
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{where or 'the configuration'} is {data!r}; expected a mapping of keys")
-    dot = f"{where}." if where else ""
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    for key in data:
-        if key not in known:
-            raise ConfigError(f"unknown key {dot}{key}; known keys are {sorted(known)}")
-    for name, f in known.items():
-        if name not in data and f.default is MISSING and f.default_factory is MISSING:
-            raise ConfigError(f"missing key {dot}{name}")
-    hints = typing.get_type_hints(cls)
-    built = {key: _build(hints[key], value, f"{dot}{key}") for key, value in data.items()}
-    try:
-        return cls(**built)
-    except ConfigError as err:
-        raise ConfigError(f"{where}: {err}" if where else str(err)) from None
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    return asdict(config)
-
-
 def settings(config: Any) -> dict[str, Any]:
     """What a run's result depends on: the configuration without its NEUTRAL keys."""
 
@@ -428,28 +383,4 @@ def settings(config: Any) -> dict[str, Any]:
             return {k: strip(v) for k, v in value.items() if k not in NEUTRAL}
         return [strip(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-    return strip(asdict(config))
-
-
-def bundled(name: str) -> Path:
-    """Path of a configuration that comes with the package, such as "digits.yaml"."""
-    return Path(str(resources.files("distill") / "configs" / name))
-
-
-def load_config(cls: type[T], path: Path | str) -> T:
-    """Read a YAML file as `cls`; a bare name that is no file may be a bundled configuration."""
-    import yaml
-
-    path = Path(path)
-    if not path.is_file() and path.parent == Path(".") and bundled(path.name).is_file():
-        path = bundled(path.name)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as err:
-        raise ConfigError(f"cannot read the configuration {path}: {err.strerror or err}") from err
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise ConfigError(f"{path} is no valid YAML: {' '.join(str(err).split())}") from err
-    try:
-        return from_dict(cls, data)
-    except ConfigError as err:
-        raise ConfigError(f"{path}: {err}") from None
+    return strip(to_dict(config))
