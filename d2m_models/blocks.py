@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2m_kernels import Routing, backends
+from d2m_kernels.amp import autocast_dtype
 from d2m_models.config import MoEConfig
 from d2m_models.moe import ExpertLayer, MoEFeedForward, can_run_together, run_together
 from d2m_models.weights import is_bare
@@ -147,7 +148,7 @@ class FluxMoETransformerBlock(FluxTransformerBlock):
         norms = (self.norm2, self.norm2_context)
         return (
             not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled(x.device.type)
+            and autocast_dtype(x.device.type) is None
             and can_run_together(self.ff, self.ff_context)
             and all(type(n) is nn.LayerNorm and n.weight is None and is_bare(n) for n in norms)
             and fuses_adaln(self.ff.backend, x)
