@@ -104,10 +104,14 @@ def start_world(config: ParallelConfig, device: str) -> World:
     if kind == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(place)
+    timeout = timedelta(minutes=config.timeout_minutes)
     torch.distributed.init_process_group(
         # gloo beside nccl: asynchronous saves and host values go over the CPU
         "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-        timeout=timedelta(minutes=config.timeout_minutes),
+        store=_store(timeout),
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
     )
     if config.replicate > 1:
         shape, names = (config.replicate, shard), ("replicate", "shard")
@@ -115,6 +119,20 @@ def start_world(config: ParallelConfig, device: str) -> World:
     else:
         mesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
     return World(rank, size, place, mesh)
+
+
+def _store(timeout: timedelta) -> Any:
+    """Where the processes find each other.
+
+    On one machine torchrun keeps its store when it starts them again: whoever is first would find
+    the addresses of the dead there. So every attempt has keys of its own. (Over several machines
+    each attempt has a new store, and the machines count attempts differently.)
+    """
+    store, *_ = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        return store
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return torch.distributed.PrefixStore(f"attempt-{attempt}", store)
 
 
 def stop_world(world: World) -> None:
