@@ -97,6 +97,10 @@ def test_why_two_calls_names_the_back_end():
             f"the back-end {name} runs streams one after another"
         )
         assert not backends.groups_streams(name)
+
+
+def test_triton_groups_streams():
+    pytest.importorskip("triton")
     assert backends.groups_streams("triton")
 
 
