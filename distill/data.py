@@ -147,16 +147,58 @@ def unpatchify(tokens: Tensor, patch: int = 2) -> Tensor:
     return x.reshape(B, side * patch, side * patch)
 
 
-class Digits:
-    """scikit-learn's 1797 handwritten digits (8x8) as 16 image tokens of 4 channels, with the class
-    as prompt.
+class ClassPrompts:
+    """What sources with a class label as prompt share: prompts, positions and pure noise.
 
     The "text encoder" is a fixed random table (tokens and a pooled vector a class): it never
     depends on the run's seed, so that a cached teacher understands every later run's prompts.
     """
 
-    num_classes = 10
+    num_classes: int
+    image_tokens: int
+    channels: int
     text_tokens, text_dim, pooled_dim = 4, 32, 32
+
+    def __init__(self, across: int):
+        """across: image tokens on a side."""
+        table = generator(0, "weights")
+        self.text_table = torch.randn(
+            self.num_classes, self.text_tokens, self.text_dim, generator=table
+        )
+        self.pooled_table = torch.randn(self.num_classes, self.pooled_dim, generator=table)
+        rows, columns = torch.arange(across).repeat_interleave(across), torch.arange(across)
+        self.img_ids = torch.stack(
+            [torch.zeros(len(rows), dtype=torch.long), rows, columns.repeat(across)], 1
+        ).float()
+        self.txt_ids = torch.zeros(self.text_tokens, 3)
+
+    def prompts(self, labels: Tensor) -> dict[str, Tensor]:
+        """Text tokens and pooled vector of each class label."""
+        return {"text": self.text_table[labels], "pooled": self.pooled_table[labels]}
+
+    def noise_batch(self, seed: int, per_class: int) -> Batch:
+        """Pure noise (t = 1) for `per_class` samples of every class."""
+        labels = torch.arange(self.num_classes).repeat_interleave(per_class)
+        noise = torch.randn(
+            len(labels), self.image_tokens, self.channels, generator=generator(seed, "sample")
+        )
+        return Batch(
+            x0=torch.zeros_like(noise),
+            noise=noise,
+            t=torch.ones(len(labels)),
+            labels=labels,
+            img_ids=self.img_ids,
+            txt_ids=self.txt_ids,
+            **self.prompts(labels),
+        )
+
+
+class Digits(ClassPrompts):
+    """scikit-learn's 1797 handwritten digits (8x8) as 16 image tokens of 4 channels, with the class
+    as prompt.
+    """
+
+    num_classes = 10
     image_tokens, channels = 16, 4
     side = 8
 
@@ -179,23 +221,10 @@ class Digits:
         self.latents = patchify(images / 8 - 1)
         self.timesteps, self.timestep_grid = timesteps, timestep_grid
         self.split = split
-        table = generator(0, "weights")
-        self.text_table = torch.randn(
-            self.num_classes, self.text_tokens, self.text_dim, generator=table
-        )
-        self.pooled_table = torch.randn(self.num_classes, self.pooled_dim, generator=table)
-        rows = torch.arange(4).repeat_interleave(4)
-        self.img_ids = torch.stack(
-            [torch.zeros(16, dtype=torch.long), rows, torch.arange(4).repeat(4)], 1
-        ).float()
-        self.txt_ids = torch.zeros(self.text_tokens, 3)
+        super().__init__(across=4)
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    def prompts(self, labels: Tensor) -> dict[str, Tensor]:
-        """Text tokens and pooled vector of each class label."""
-        return {"text": self.text_table[labels], "pooled": self.pooled_table[labels]}
 
     def _indices(self, seed: int, step: int, size: int) -> Tensor:
         """Every sample once an epoch: position p is entry p mod n of epoch p // n's permutation."""
@@ -235,22 +264,6 @@ class Digits:
             **self.prompts(self.labels[idx]),
         )
         return batch if rows is None else batch[rows]
-
-    def noise_batch(self, seed: int, per_class: int) -> Batch:
-        """Pure noise (t = 1) for `per_class` samples of every class."""
-        labels = torch.arange(self.num_classes).repeat_interleave(per_class)
-        noise = torch.randn(
-            len(labels), self.image_tokens, self.channels, generator=generator(seed, "sample")
-        )
-        return Batch(
-            x0=torch.zeros_like(noise),
-            noise=noise,
-            t=torch.ones(len(labels)),
-            labels=labels,
-            img_ids=self.img_ids,
-            txt_ids=self.txt_ids,
-            **self.prompts(labels),
-        )
 
     def to_images(self, tokens: Tensor) -> Tensor:
         """Latent tokens [B, 16, 4] -> grey images [B, 8, 8] in 0..1."""

@@ -15,7 +15,7 @@ from importlib import resources
 import torch
 from torch import Tensor
 
-from distill.data import Batch, generator, sample_timesteps
+from distill.data import Batch, ClassPrompts, generator, sample_timesteps
 from distill.errors import UserError
 
 # prompt -> file in skimage/data; retina and ihc are medical pictures, hubble is the deep field
@@ -58,17 +58,15 @@ def read_picture(file: str) -> Tensor:
     return half / 127.5 - 1
 
 
-class Photos:
+class Photos(ClassPrompts):
     """Crops of 16 photographs as 64 image tokens of 48 channels (4x4 pixels, RGB).
 
     Test crops come from the right quarter of every picture, training crops from the rest; they
-    share no pixel. Like those of `Digits`, prompts are a fixed random table that does not depend on
-    the run's seed.
+    share no pixel.
     """
 
     names = tuple(PICTURES)
     num_classes = len(PICTURES)
-    text_tokens, text_dim, pooled_dim = 4, 32, 32
     side, patch = 32, 4
     image_tokens, channels = (side // patch) ** 2, 3 * patch**2
 
@@ -87,21 +85,7 @@ class Photos:
             picture = read_picture(file)
             edge = round(picture.shape[1] * (1 - TEST_SHARE))
             self.pictures.append(picture[:, :edge] if split == "train" else picture[:, edge:])
-        table = generator(0, "weights")
-        self.text_table = torch.randn(
-            self.num_classes, self.text_tokens, self.text_dim, generator=table
-        )
-        self.pooled_table = torch.randn(self.num_classes, self.pooled_dim, generator=table)
-        across = self.side // self.patch
-        rows, columns = torch.arange(across).repeat_interleave(across), torch.arange(across)
-        self.img_ids = torch.stack(
-            [torch.zeros(len(rows), dtype=torch.long), rows, columns.repeat(across)], 1
-        ).float()
-        self.txt_ids = torch.zeros(self.text_tokens, 3)
-
-    def prompts(self, labels: Tensor) -> dict[str, Tensor]:
-        """Text tokens and pooled vector of each picture's name."""
-        return {"text": self.text_table[labels], "pooled": self.pooled_table[labels]}
+        super().__init__(across=self.side // self.patch)
 
     def batch(
         self, seed: int, step: int, count: int, stream: str = "train", rows: slice | None = None
@@ -140,22 +124,6 @@ class Photos:
         top = int(y * (picture.shape[0] - side + 1))
         left = int(x * (picture.shape[1] - side + 1))
         return picture[top : top + side, left : left + side]
-
-    def noise_batch(self, seed: int, per_class: int) -> Batch:
-        """Pure noise (t = 1) for `per_class` samples of every picture."""
-        labels = torch.arange(self.num_classes).repeat_interleave(per_class)
-        noise = torch.randn(
-            len(labels), self.image_tokens, self.channels, generator=generator(seed, "sample")
-        )
-        return Batch(
-            x0=torch.zeros_like(noise),
-            noise=noise,
-            t=torch.ones(len(labels)),
-            labels=labels,
-            img_ids=self.img_ids,
-            txt_ids=self.txt_ids,
-            **self.prompts(labels),
-        )
 
     def to_images(self, tokens: Tensor) -> Tensor:
         """Latent tokens [B, 64, 48] -> RGB images [B, 32, 32, 3] in 0..1."""
