@@ -60,10 +60,15 @@ def combine(y_ND, inverse_TK, weights_TK, offsets, base_TD=None, bias_D=None, sc
     return reference.combine(y_ND, inverse_TK, weights_TK, offsets, base_TD, bias_D, scale)
 
 
+def _served(a, b) -> bool:
+    """Whether grouped_mm takes these operands; the loops below take any."""
+    dtype_ok = unsupported(a.device.type, a.dtype) is None
+    return dtype_ok and a.numel() > 0 and b.numel() > 0 and layout_reason(a, b) is None
+
+
 def _grouped(a, b, offsets):
     """a [M, K] by b [E, K, N] group by group, or a [I, M] by b [M, J] summed over each group."""
-    served = unsupported(a.device.type, a.dtype) is None
-    if served and a.numel() and b.numel() and layout_reason(a, b) is None:
+    if _served(a, b):
         return F.grouped_mm(a, b, offs=offsets[1:])
     E = offsets.shape[0] - 1
     if b.dim() == 3:
@@ -90,9 +95,25 @@ class _Rows:
         """grouped_mm leaves the rows past the last offset uninitialised."""
         return torch.where(self.live_N1, t, 0)
 
-    def linear(self, x, w_EHK, b_EH, offsets, dtype=None):
-        y = _grouped(x, w_EHK.transpose(1, 2), offsets).to(dtype or x.dtype)
-        return self.clear_tail(y if b_EH is None else y + b_EH[self.expert_N])
+    def linear(self, x, w_EHK, b_EH, offsets):
+        """x w^T + b, rounded once: a bias added to a rounded product can turn the sum's sign.
+
+        grouped_mm takes no bias, so in 16 bits the bias goes in as one more column of w, against
+        a column of ones, filled up to the next 16 bytes.
+        """
+        if b_EH is None or x.element_size() > 2:
+            y = _grouped(x, w_EHK.transpose(1, 2), offsets)
+            return self.clear_tail(y if b_EH is None else y + b_EH[self.expert_N])
+        if _served(x, w_EHK.transpose(1, 2)):
+            ones, bias = x.new_zeros(x.shape[0], 8), w_EHK.new_zeros(*w_EHK.shape[:2], 8)
+            ones[:, 0], bias[..., 0] = 1, b_EH
+            x, w_EHK = torch.cat([x, ones], -1), torch.cat([w_EHK, bias], -1)
+            y = _grouped(x, w_EHK.transpose(1, 2), offsets)
+        else:
+            y = x.new_zeros(x.shape[0], w_EHK.shape[1])
+            for e, lo, hi in spans(offsets):
+                y[lo:hi] = F.linear(x[lo:hi], w_EHK[e], b_EH[e])
+        return self.clear_tail(y)
 
     def sums(self, rows_NH, offsets):
         """The sum of each expert's rows, [E, H]; rows past the last offset must be zero."""
@@ -123,15 +144,14 @@ def grouped_gemm_bwd(
     index = None if gather is None else gather.long()
     x_M = x if index is None else x[index]
     rows = _Rows(x_M.shape[0], offsets)
-    # The recomputed activation stays in fp32: a bias added to a rounded product rounds twice.
     dz = rows.clear_tail(dout).float()
     dgate = None
     if activation is not None:
-        z = rows.linear(x_M, w_ENK, bias_EN, offsets, torch.float32)
+        z = rows.linear(x_M, w_ENK, bias_EN, offsets).float()
         if w_gate is None:
             dz = pointwise_backward(activation, z, dz)
         else:
-            gate = rows.linear(x_M, w_gate, bias_gate, offsets, torch.float32)
+            gate = rows.linear(x_M, w_gate, bias_gate, offsets).float()
             dgate = pointwise_backward(activation, gate, dz * z)
             dz = dz * pointwise(activation, gate)
     db = rows.sums(dz, offsets).to(x.dtype) if need_bias else None

@@ -59,6 +59,16 @@ def test_other_activations_without_bias(backend, activation):
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("activation", ["gelu", "relu", "geglu", "swiglu"])
+@pytest.mark.parametrize("D", [16, 33])
+@pytest.mark.parametrize("S", [0, 8])
+def test_biases_are_rounded_once(backend, activation, D, S):
+    """A bias added to a rounded product can turn a pre-activation's sign, and relu's gradient."""
+    case = Case(T=129, D=D, S=S, activation=activation, dtype=torch.bfloat16, seed=3)
+    compare(case, backend)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_many_experts(backend):
     compare(Case(T=40, D=8, S=4, H=2, E=256, k=5), backend)
 
