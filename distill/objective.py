@@ -123,6 +123,15 @@ class Distillation:
         terms = self.terms(self.batch(step))
         return self.loss(terms, terms.statistics)
 
+    def skipped_shards(self) -> Tensor | None:
+        """[shards], 1 where this process found a shard damaged; None for data without shards."""
+        bad = getattr(self.source, "bad", None)
+        if bad is None:
+            return None
+        found = torch.zeros(len(self.source.shards), device=self.device)
+        found[list(bad)] = 1
+        return found
+
     def batch(self, step: int, rows: slice | None = None) -> Batch:
         batch = self.source.batch(self.seed, self.first + step, self.batch_size, rows=rows)
         return batch.to(self.device)

@@ -183,6 +183,8 @@ class Report:
             entry["expert_max"] = max(map(max, table.values()))
         if loop.skipped:
             entry["skipped"] = loop.skipped
+        if bad_shards := self._bad_shards():
+            entry["bad_shards"] = bad_shards
         entry["samples_per_second"] = samples / (now - self.since)
         entry["peak_memory_gib"] = round(peak_memory_gib(loop.world.device), 3)
         if self.loop.world.main:
@@ -198,6 +200,12 @@ class Report:
                 )
         self.sums, self.count, self.first, self.since = {}, 0, loop.step, now
         return {"loss": f"{means['loss']:.4g}"} if means else {}
+
+    def _bad_shards(self) -> int:
+        """How many shards any rank has found damaged and passes over."""
+        find = getattr(self.loop.objective, "skipped_shards", None)
+        found = find() if find is not None else None
+        return 0 if found is None else int(self.loop.world.sum(found).count_nonzero())
 
     def say(self, text: str) -> None:
         if self.loop.world.main:

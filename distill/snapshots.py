@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -126,13 +126,19 @@ class Snapshots:
         writer = HuggingFaceStorageWriter(str(tmp / "tensors"), save_distributed=True)
         state = {name: tensor.detach() for name, tensor in tensors.items()}
         alone = self.world.size == 1
-        try:
+
+        def make_folder() -> None:
             if self.world.main:
                 (tmp / "tensors").mkdir(parents=True)
                 text = json.dumps({**meta, "step": step, "format": FORMAT})
                 (tmp / "state.json").write_text(text, encoding="utf-8")
-            self.world.barrier()
+
+        def write_rng() -> None:
             ckpt.save_tensors(tmp / f"rng-{self.world.rank:05d}.safetensors", ckpt.rng_state())
+
+        try:
+            self._together(step, make_folder)
+            self._together(step, write_rng)
             if self.wait:
                 dcp.save(state, storage_writer=writer, no_dist=alone)
                 self._publish(step)
@@ -141,11 +147,22 @@ class Snapshots:
                     state, storage_writer=writer, no_dist=alone, process_group=self.group
                 )
                 self.pending = (step, job)
-        except (UserError, OSError, dcp.api.CheckpointException) as err:
+        except dcp.api.CheckpointException as err:
             raise self._failed(step, err) from err
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
             raise
+
+    def _together(self, step: int, work: Callable[[], None]) -> None:
+        """Do `work` on every rank; where it fails on one, all give up the save at once."""
+        failure: Exception | None = None
+        try:
+            work()
+        except (UserError, OSError) as err:
+            failure = err
+        if same_everywhere(self.world, failure is not None):
+            reason = failure or UserError("another process could not write its part")
+            raise self._failed(step, reason) from failure
 
     def settle(self) -> None:
         """Wait for the save under way, if any, and make it a checkpoint."""
@@ -155,9 +172,9 @@ class Snapshots:
             (step, job), self.pending = self.pending, None
             try:
                 job.result()
-                self._publish(step)
             except (Exception, CheckpointException) as err:  # whatever the writing thread met
                 raise self._failed(step, err) from err
+            self._publish(step)
 
     def _failed(self, step: int, err: BaseException) -> UserError:
         shutil.rmtree(self.folder / f".step-{step:07d}.tmp", ignore_errors=True)
@@ -170,8 +187,11 @@ class Snapshots:
     def _publish(self, step: int) -> None:
         """Flush, rename, point, purge; in this order."""
         self.world.barrier()  # every rank has written
-        if self.world.main:
-            tmp, path = self.folder / f".step-{step:07d}.tmp", self.folder / f"step-{step:07d}"
+        tmp, path = self.folder / f".step-{step:07d}.tmp", self.folder / f"step-{step:07d}"
+
+        def publish() -> None:
+            if not self.world.main:
+                return
             for file in sorted(tmp.rglob("*")):
                 _flush(file)
             _flush(tmp)
@@ -182,7 +202,8 @@ class Snapshots:
             ckpt.write_text(self.folder / "latest", f"{path.name}\n")
             for old in complete(self.folder)[: -self.keep]:
                 self._remove(old)
-        self.world.barrier()
+
+        self._together(step, publish)
 
     def _remove(self, path: Path) -> None:
         """Rename, then delete: a checkpoint in the middle of being deleted is none."""

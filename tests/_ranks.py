@@ -5,9 +5,11 @@ A job is a JSON file: {"folder", "steps", "train": {...}, "kind": "moe" | "mob",
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,6 +124,21 @@ def harm(source, rank: int, folder: Path, job: dict) -> None:
     source.batch = batch
 
 
+def fill_disk(rank: int, job: dict) -> None:
+    """From the checkpoint of a step on, one rank cannot write: "full" is {"rank", "step"}."""
+    from distill import checkpoint
+
+    full, save = job.get("full", {}), checkpoint.save_tensors
+
+    def save_tensors(path, *arguments, **options):
+        if f".step-{full['step']:07d}.tmp" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return save(path, *arguments, **options)
+
+    if full.get("rank") == rank:
+        checkpoint.save_tensors = save_tensors
+
+
 def run(job: dict, world) -> None:
     """One stage on a fresh student; its weights before are kept in before.safetensors."""
     from safetensors.torch import save_file
@@ -140,6 +157,7 @@ def run(job: dict, world) -> None:
     config = TrainConfig(**{**train, **job.get("train", {})})
     stage = StageConfig(job["kind"], config, LossConfig())
     harm(source, world.rank, folder, job)
+    fill_disk(world.rank, job)
     if world.main:
         save_file(student.state_dict(), folder / "before.safetensors")
     run_stage(
@@ -163,12 +181,18 @@ def main(jobs: list[dict]) -> None:
 
     torch.set_num_threads(1)
     from distill.config import ParallelConfig
+    from distill.errors import UserError
     from distill.parallel import start_world, stop_world
 
     world = start_world(ParallelConfig(**jobs[0].get("parallel", {}), timeout_minutes=2), "cpu")
     try:
         for job in jobs:
-            run(job, world)
+            try:
+                run(job, world)
+            except UserError as err:
+                text = f"{time.time()} {err}"
+                (Path(job["folder"]) / f"error-{world.rank}.txt").write_text(text)
+                raise
     finally:
         stop_world(world)
 

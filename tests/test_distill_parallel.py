@@ -192,6 +192,21 @@ def test_a_dead_rank_ends_all_and_a_restart_goes_on_from_the_checkpoint(alone, t
     equal(tmp_path, alone / "moe")
 
 
+@slow
+def test_a_full_disk_on_one_rank_ends_the_save_on_all(alone, tmp_path):
+    job = {"train": TRAIN, "full": {"rank": 1, "step": 4}}
+    status, output = launch([job], 2, tmp_path, check=False)
+    assert status != 0, output
+    texts = [(tmp_path / f"error-{rank}.txt").read_text() for rank in (0, 1)]
+    assert "another process could not write its part; step-0000002 remains" in texts[0]
+    assert "No space left on device; step-0000002 remains" in texts[1]
+    first, second = sorted(float(text.split()[0]) for text in texts)
+    assert second - first < 30
+    assert [p.name for p in tmp_path.glob("*step-*")] == ["step-0000002"]
+    launch([{"train": TRAIN}], 2, tmp_path)
+    equal(tmp_path, alone / "moe")
+
+
 SMALL = """
 teacher:
   num_layers: 2

@@ -103,13 +103,22 @@ def test_from_images_to_a_student(tmp_path, guidance, capsys):
     assert '\'"data": ' in capsys.readouterr().err
 
 
+def _flip_bits(shard):
+    """Every sample of the file is damaged; its size and header are not."""
+    data = bytearray(shard.read_bytes())
+    for at in range(int.from_bytes(data[:8], "little") + 8, len(data), 16):
+        data[at] ^= 1
+    shard.write_bytes(data)
+
+
 @pytest.mark.slow
 def test_two_ranks_learn_the_same(tmp_path):
     flux = flux_folder(tmp_path / "flux")
     images = image_folder(tmp_path / "images")
     prepare = ["prepare", str(images), str(tmp_path / "latents"), "--model", str(flux)]
     assert main([*prepare, "--size", "64", "--shard-mb", "0.01", "--device", "cpu"]) == 0
-    config = _config(tmp_path, flux, text_encoders=str(flux), caption_dropout=0.2)
+    _flip_bits(tmp_path / "latents" / "shard-00001.safetensors")
+    config = _config(tmp_path, flux, text_encoders=str(flux), caption_dropout=0.2, max_bad_shards=1)
     command = ["distill", str(config), "--device", "cpu", "--out"]
     assert main([*command, str(tmp_path / "one")]) == 0
     run = subprocess.Popen(
@@ -126,13 +135,19 @@ def test_two_ranks_learn_the_same(tmp_path):
         os.killpg(run.pid, 9)
         raise AssertionError(f"hung: {run.communicate()[0][-3000:]}") from None
     assert run.returncode == 0, output[-3000:]
-    losses = {
+    logs = {
         name: [
-            [entry[key] for key in ("loss", "feature", "balance")]
+            entry
             for stage in ("shared", "moe", "mob")
             for entry in read_log(tmp_path / name / stage / "log.jsonl")
         ]
         for name in ("one", "two")
+    }
+    for entries in logs.values():  # found by the rank that read it, told by the one that logs
+        assert entries[-1]["bad_shards"] == 1
+    losses = {
+        name: [[entry[key] for key in ("loss", "feature", "balance")] for entry in entries]
+        for name, entries in logs.items()
     }
     assert len(losses["one"]) == 2 + 2 + 4
     torch.testing.assert_close(
