@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from distill import checkpoint as ckpt
 from distill import claims
+from distill.errors import CheckpointError
 from distill.plots import COLOURS, FAINT, INK, _pyplot, _save
-from distill.report import _STYLE, _html_table
+from distill.report import _html_table
+from distill.style import STYLE
 
 VERDICT_COLOURS = {"holds": COLOURS[0], "does not hold": COLOURS[1], "undecided": FAINT}
 
@@ -167,7 +170,27 @@ def render(folder: Path | str) -> Path:
     for file, *_ in _FIGURES:
         shrink(folder / file)
     page = folder / "ablate.html"
-    ckpt.write_text(page, _page(folder, content))
+    images = {file: (folder / file).read_bytes() for file, *_ in _FIGURES}
+    ckpt.write_text(page, _page(content, images))
+    return page
+
+
+def rewrite(page: Path | str) -> Path:
+    """The words, tables and style of a page (NAME.html) anew from NAME.json beside it.
+
+    Its pictures stay: what they were drawn from is in the run's folder, not in NAME.json.
+    """
+    page = Path(page)
+    content = claims.read(page.with_suffix(".json"))
+    found = re.findall(r'src="data:image/png;base64,([^"]*)"', page.read_text(encoding="utf-8"))
+    if len(found) != len(_FIGURES):
+        raise CheckpointError(
+            f"{page} has {len(found)} pictures, expected {len(_FIGURES)}; "
+            "`d2m ablate --results` writes it anew"
+        )
+    files = [file for file, *_ in _FIGURES]
+    images = {f: base64.b64decode(data) for f, data in zip(files, found, strict=True)}
+    ckpt.write_text(page, _page(content, images))
     return page
 
 
@@ -208,10 +231,10 @@ def values_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
     return ["arm", *keys], rows
 
 
-def _page(folder: Path, content: Mapping[str, Any]) -> str:
+def _page(content: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     pictures = {}
     for file, title, caption in _FIGURES:
-        data = base64.b64encode((folder / file).read_bytes()).decode()
+        data = base64.b64encode(images[file]).decode()
         pictures[file] = (
             f'<h2>{title}</h2><figure><img alt="{html.escape(caption, quote=True)}" '
             f'src="data:image/png;base64,{data}"><figcaption>{html.escape(caption)}</figcaption>'
@@ -238,7 +261,7 @@ def _page(folder: Path, content: Mapping[str, Any]) -> str:
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
-<title>dense2moe: the paper's claims at small scale</title><style>{_STYLE}</style></head><body>
+<title>dense2moe: the paper's claims at small scale</title><style>{STYLE}</style></head><body>
 <h1>The paper's claims at small scale</h1>
 {unfinished}
 <p>A small FLUX trained on crops of 16 photographs with the picture's name as prompt; every arm of a

@@ -13,7 +13,8 @@ from distill.bench_plots import FIGURES
 from distill.bench_results import Results, load_results, machine_label
 from distill.bench_tables import TABLES, markdown
 from distill.errors import UserError
-from distill.report import _STYLE, _html_table
+from distill.report import _html_table
+from distill.style import STYLE
 
 _TITLES = {
     "table1": ("Table 1", "The paper's cost columns (one H20, 1024x1024), our counts, and what was "
@@ -92,7 +93,7 @@ def _page(folder: Path, results: Results, figures: list[tuple[str, str, str]]) -
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
-<title>dense2moe benchmarks</title><style>{_STYLE}</style></head><body>
+<title>dense2moe benchmarks</title><style>{STYLE}</style></head><body>
 <h1>Does the latency fall as far as the FLOPs?</h1>
 <p>Measured on: {html.escape(machines)}. All contenders ran in turn in one process, on random data;
 numbers are medians.</p>

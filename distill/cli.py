@@ -255,6 +255,8 @@ def run_report(args: argparse.Namespace) -> None:
     if (Path(args.out) / "ablate.safetensors").exists():
         print(f"wrote {ablate_page.render(args.out)}")
         return
+    if (Path(args.out) / "claims.html").exists():
+        print(f"wrote {ablate_page.rewrite(Path(args.out) / 'claims.html')}")
     demo = (Path(args.out) / "results.json").exists()
     benchmarks = not demo and (args.out == "benchmarks/results" or load_results(args.out))
     print(f"wrote {(bench_report if benchmarks else report).render(args.out)}")

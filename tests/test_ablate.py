@@ -369,6 +369,32 @@ def test_report_renders_it_again(run, capsys):
     assert re.sub(date, "", again) == re.sub(date, "", before)
 
 
+def test_a_published_page_is_rewritten_with_its_pictures(run, tmp_path):
+    """claims.html from claims.json and its own pictures is the page that the run wrote."""
+    from distill.ablate_page import rewrite
+
+    for name in ("claims.json", "claims.html"):
+        (tmp_path / name).write_bytes((run[0] / "x" / name).read_bytes())
+    page = tmp_path / "claims.html"
+    whole = page.read_text(encoding="utf-8")
+    page.write_text(whole.replace("<h1>The paper", "<h1>An old"), encoding="utf-8")
+    assert rewrite(page).read_text(encoding="utf-8") == whole
+    page.write_text(whole.replace("base64,", "", 1), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="3 pictures, expected 4"):
+        rewrite(page)
+
+
+def test_the_committed_page_is_current(tmp_path):
+    from distill.ablate_page import rewrite
+
+    folder = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+    for name in ("claims.json", "claims.html"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    rewrite(tmp_path / "claims.html")
+    fresh = (tmp_path / "claims.html").read_bytes()
+    assert fresh == (folder / "claims.html").read_bytes(), "run `d2m report`"
+
+
 class _Links(HTMLParser):
     def __init__(self):
         super().__init__()
