@@ -159,7 +159,8 @@ def diff_checkpoints(
             raise ValueError(f"{path} does not exist; expected the folder of a saved model")
         dtype = check_dtypes(open_source(path), None)
         try:
-            models.append(cls.from_pretrained(path, torch_dtype=dtype).eval())
+            model = cls.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
+            models.append(model.eval())
         except Exception as error:  # diffusers and safetensors raise many kinds
             raise ValueError(f"cannot load {path}: {' '.join(str(error).split())}") from error
     if top_k is not None:

@@ -78,6 +78,8 @@ def read_lora(path: str | Path, scale: float = 1.0) -> LoRAFile:
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"the LoRA file {path} does not exist")
+    if path.suffix != ".safetensors":  # whatever else it is, diffusers would unpickle it
+        raise ValueError(f"the LoRA file {path} is no .safetensors file; expected one")
     if not math.isfinite(scale):
         raise ValueError(f"lora_scale must be finite, got {scale}")
     try:

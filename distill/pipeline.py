@@ -24,7 +24,7 @@ from distill.stages import (
     run_stage,
     student_skeleton,
 )
-from distill.teacher import load_flux, load_teacher, modulation_inputs
+from distill.teacher import load_flux, load_teacher, modulation_inputs, refuse_pickles
 
 
 def student_structure(config: DistillConfig, teacher: nn.Module) -> Any:
@@ -171,8 +171,9 @@ def load_model(path: Path | str) -> nn.Module:
         return load_flux(path).eval()
     from d2m_models import FluxMoETransformer2DModel
 
+    refuse_pickles(Path(path))
     try:
-        return FluxMoETransformer2DModel.from_pretrained(path).eval()
+        return FluxMoETransformer2DModel.from_pretrained(path, use_safetensors=True).eval()
     except Exception as err:  # diffusers and safetensors raise many kinds
         raise CheckpointError(
             f"cannot load the model in {path}: {' '.join(str(err).split())}"

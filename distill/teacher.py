@@ -103,12 +103,25 @@ def load_flux(
     if looks_local and not (folder / "config.json").is_file():
         state = "has no config.json" if folder.is_dir() else "does not exist"
         raise UserError(f"{folder} {state}; expected the folder of a saved FluxTransformer2DModel")
+    refuse_pickles(folder)
     try:
-        return FluxTransformer2DModel.from_pretrained(path, subfolder=subfolder, torch_dtype=dtype)
+        return FluxTransformer2DModel.from_pretrained(
+            path, subfolder=subfolder, torch_dtype=dtype, use_safetensors=True
+        )
     except Exception as err:  # diffusers, safetensors and the hub client raise many kinds
         raise CheckpointError(
             f"cannot load a FLUX transformer from {folder}: {' '.join(str(err).split())}"
         ) from err
+
+
+def refuse_pickles(folder: Path) -> None:
+    """An error that says so where a folder's weights are in a pickle, which may hold any code."""
+    files = sorted(f.name for f in folder.glob("diffusion_pytorch_model*"))
+    if any(".bin" in f for f in files) and not any(".safetensors" in f for f in files):
+        raise UserError(
+            f"{folder} holds pickles ({files[0]}); only safetensors are read: load it with "
+            "diffusers where you trust it, and save it again"
+        )
 
 
 def modulation_inputs(teacher: nn.Module, source: Any, count: int, seed: int) -> Tensor:
