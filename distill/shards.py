@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from bisect import bisect_right
 from collections import OrderedDict
-from itertools import accumulate
+from collections.abc import Iterator
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -66,9 +67,10 @@ class Shards:
     alone (see `distill.order`), and every sample's noise, timestep and dropped caption one of
     (seed, its number in the run), so a rank reads and draws its own rows only.
 
-    A shard that is missing, truncated or damaged does not change the order: its samples are
-    replaced by those of the bucket's next sound shard, so that ranks never disagree and a resumed
-    run goes on where it was. More than `max_bad_shards` of them are an error.
+    A sample that is damaged, or in a shard that is missing or truncated, does not change the order:
+    one of the bucket's next sound shard stands in for it. Which one depends on the files alone and
+    not on what was read before, so that ranks never disagree and a resumed run sees the same. More
+    than `max_bad_shards` shards in which something is damaged are an error.
     """
 
     def __init__(self, config: DataConfig, device: str = "cpu", guidance: float | None = None):
@@ -94,6 +96,8 @@ class Shards:
         self.order = BucketOrder([self.starts[name][-1] for name in names])
         self.offsets = [0, *accumulate(self.order.sizes)]
         self.vae: Any = None
+        self.lost: set[int] = set()  # shards of which nothing can be read
+        # these and those of which samples are damaged, as far as this process has met them
         self.bad: dict[int, str] = {}
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
         self._lock = Lock()
@@ -103,8 +107,12 @@ class Shards:
 
         checked = tqdm(self.shards, "verifying shards", unit="shard", disable=not config.verify)
         for i, (folder, entry) in enumerate(checked):
-            if wrong := damage(folder, entry, ("file",) if config.verify else ()):
-                self._skip(i, wrong)
+            if wrong := damage(folder, entry):
+                self.lost.add(i)
+            elif config.verify:
+                wrong = damage(folder, entry, ("file",))
+            if wrong:
+                self._count(i, wrong)
 
     def _set_text(self, cached: dict[str, Any] | None, folder: Path) -> None:
         config, self.encoder, self._empty = self.config, None, None
@@ -218,21 +226,27 @@ class Shards:
     # --- files ------------------------------------------------------------------------------
 
     def _read(self, bucket: int, number: int) -> tuple[Tensor, str, Tensor | None, Tensor | None]:
-        """A sample's parts, or those of the one that stands in for it if its shard is damaged."""
+        """A sample's parts, or those of the one that stands in for it."""
         name = self.buckets[bucket]
+        for shard, row in self._places(name, number):
+            try:
+                return self._file(shard).read(name, row)
+            except CheckpointError as err:
+                self._count(shard, str(err))
+        raise TrainingError(f"no sound sample is left of the bucket {name}: {self._reasons()}")
+
+    def _places(self, name: str, number: int) -> Iterator[tuple[int, int]]:
+        """(shard, row) of a sample, then of those that may stand in for it: at the same place in
+        the following shards of the bucket, then at the place after it in all of them, and so on.
+        """
         starts, shards = self.starts[name], self.parts[name]
-        for _ in shards:
-            part = bisect_right(starts, number) - 1
-            if shards[part] not in self.bad:
-                try:
-                    return self._file(shards[part]).read(name, number - starts[part])
-                except CheckpointError as err:
-                    self._skip(shards[part], str(err))
-            # the same place in the next shard
-            following = (part + 1) % len(shards)
-            size = starts[following + 1] - starts[following]
-            number = starts[following] + (number - starts[part]) % size
-        raise TrainingError(f"no sound shard is left of the bucket {name}: {self._reasons()}")
+        own = bisect_right(starts, number) - 1
+        place, later, longest = number - starts[own], 0, 1
+        while later < longest:
+            for part in chain(range(own, len(shards)), range(own)):
+                if shards[part] not in self.lost:
+                    yield shards[part], (place + later) % (starts[part + 1] - starts[part])
+            later, longest = later + 1, max(stop - start for start, stop in pairwise(starts))
 
     def _file(self, shard: int) -> ShardFile:
         if shard not in self._open:
@@ -243,14 +257,16 @@ class Shards:
         self._open.move_to_end(shard)
         return self._open[shard]
 
-    def _skip(self, shard: int, why: str) -> None:
-        self.bad[shard] = why
-        self._open.pop(shard, None)
+    def _count(self, shard: int, why: str) -> None:
+        """Say once that a shard is damaged; too many are an error, whenever they are met again."""
         most = self.config.max_bad_shards
-        print(
-            f"d2m: warning: skipping a damaged shard ({len(self.bad)} of at most {most}): {why}",
-            file=sys.stderr,
-        )
+        if shard not in self.bad:
+            self.bad[shard] = why
+            print(
+                "d2m: warning: replacing samples of a damaged shard "
+                f"({len(self.bad)} of at most {most}): {why}",
+                file=sys.stderr,
+            )
         if len(self.bad) > most:
             raise TrainingError(
                 f"{len(self.bad)} of {len(self.shards)} shards are damaged, data.max_bad_shards "

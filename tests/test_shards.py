@@ -247,6 +247,77 @@ def damaged(cached, tmp_path, kind, which=1):
     return folder
 
 
+def one_bad_row(folder, which, bucket, row):
+    """Flip a bit of one sample's latent."""
+    file = folder / f"shard-{which:05d}.safetensors"
+    data = bytearray(file.read_bytes())
+    head = int.from_bytes(data[:8], "little") + 8
+    start, stop = json.loads(data[8:head])[f"latents/{bucket}"]["data_offsets"]
+    size = (stop - start) // json.loads(data[8:head])[f"latents/{bucket}"]["shape"][0]
+    data[head + start + row * size] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_one_damaged_sample_is_replaced_alone_whatever_was_read_before(cached, tmp_path, verify):
+    folder = tmp_path / "shards"
+    shutil.copytree(cached, folder)
+    whole = Shards(config(cached))
+    bucket = next(b for b in range(3) if len(whole.parts[whole.buckets[b]]) > 1)
+    name = whole.buckets[bucket]
+    which = whole.parts[name][1]
+    one_bad_row(folder, which, name, 0)
+    number = whole.starts[name][1]
+    stand_in = whole.starts[name][2 % len(whole.parts[name])]
+    steps = list(range(16))
+
+    def read(source, order):
+        return {step: source.batch(0, step, 4) for step in order}
+
+    continued = Shards(config(folder, verify=verify))
+    first = read(continued, steps)
+    assert sum((b.labels == whole.offsets[bucket] + number).any() for b in first.values()) > 1
+    for other in (
+        read(continued, steps),
+        read(Shards(config(folder)), reversed(steps)),
+        {step: Shards(config(folder)).batch(0, step, 4) for step in steps},
+    ):
+        assert all(equal(first[step], other[step]) for step in steps)
+    good = Shards(config(cached))
+    latent = good._read(bucket, stand_in)[0].float()
+    for step in steps:
+        batch, sound = first[step], good.batch(0, step, 4)
+        for i, label in enumerate(sound.labels.tolist()):
+            replaced = label == whole.offsets[bucket] + number
+            assert torch.equal(batch.x0[i], latent if replaced else sound.x0[i])
+    assert list(continued.bad) == [which] and not continued.lost
+
+
+def test_a_bucket_with_one_shard_finds_stand_ins_in_it(tmp_path):
+    latent = torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(0)).half()
+    parts = torch.zeros(LENGTH, 4).bfloat16(), torch.zeros(4).bfloat16()
+    size = (64, 64)
+    shard = write_shard(tmp_path, 0, [Sample(i, "", "a", size, size, latent[i], *parts)
+                                      for i in range(4)], 4)  # fmt: skip
+    about = {
+        "format": FORMAT,
+        "complete": True,
+        "vae": {"channels": 4},
+        "text": {"length": LENGTH, "dim": 4, "pooled_dim": 4},
+        "buckets": {"64x64": {"samples": 4, "tokens": [2, 2]}},
+        "shards": [shard],
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(about))
+    for row, expected in ((3, [0, 1, 2, 0]), (0, [1, 1, 2, 1])):
+        one_bad_row(tmp_path, 0, "64x64", row)
+        source = Shards(config(tmp_path))
+        assert [source._read(0, i)[0].equal(latent[e]) for i, e in enumerate(expected)] == [1] * 4
+    for row in (1, 2):
+        one_bad_row(tmp_path, 0, "64x64", row)
+    with pytest.raises(TrainingError, match="no sound sample is left of the bucket 64x64"):
+        Shards(config(tmp_path))._read(0, 0)
+
+
 @pytest.mark.parametrize("kind", ["missing", "truncated", "header", "bits"])
 def test_a_damaged_shard_is_skipped_and_the_rest_stays(cached, tmp_path, kind, capsys):
     folder = damaged(cached, tmp_path, kind)
@@ -265,7 +336,7 @@ def test_a_damaged_shard_is_skipped_and_the_rest_stays(cached, tmp_path, kind, c
             assert torch.equal(good.x0[i], batch.x0[i]) == (number not in lost)
     assert list(source.bad) == [1]
     message = capsys.readouterr().err
-    assert message.count("skipping a damaged shard (1 of at most 1)") == 1
+    assert message.count("replacing samples of a damaged shard (1 of at most 1)") == 1
     assert "shard-00001.safetensors" in message
 
 
@@ -292,7 +363,7 @@ def test_no_sound_shard_left(cached, tmp_path):
     for file in folder.glob("*.safetensors"):
         file.write_bytes(b"")
     source = Shards(config(folder, max_bad_shards=99))
-    with pytest.raises(TrainingError, match="no sound shard is left of the bucket"):
+    with pytest.raises(TrainingError, match="no sound sample is left of the bucket"):
         source.batch(0, 0, 1)
 
 
