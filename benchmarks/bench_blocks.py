@@ -76,7 +76,7 @@ def test_blocks(bench):
 
 
 def check(moe, kwargs, temb) -> None:
-    """Routing costs nothing in value: k = E with equal gates is not dense, but "dense" is exact."""
+    """The MoE block gives finite values and what the reference back-end gives: RMS error < 2%."""
     layers = [m for m in moe.modules() if getattr(m, "num_experts", 0)]
     with torch.inference_mode():
         out = moe(temb=temb, **kwargs)

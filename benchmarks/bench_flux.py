@@ -1,26 +1,25 @@
 """Whole FLUX.1-shaped models with random weights: dense, L, M, S, XS (Table 1 of the paper).
 
 Every model runs beside dense in one process, in three modes: eager, regional compile
-(`compile_repeated_blocks`), and a CUDA graph of a whole compiled step. Needs about 60 GB of GPU
-memory; on a CPU only a rehearsal (--tiny) runs, and bench_blocks.py composes the ratios instead.
+(`compile_repeated_blocks`), and a CUDA graph of a whole compiled step (of an eager one where it
+cannot be compiled). Needs about 60 GB of GPU memory; on a CPU only a rehearsal (--tiny) runs, and
+bench_blocks.py composes the ratios instead.
 """
 
 from __future__ import annotations
 
-import time
-
-import flux
 import pytest
 import torch
 from counting import launches_and_syncs, peak_bytes
+from flux_model import WRONG, Model, rms_error
 from parts import split
 
 from d2m_kernels import backends
-from distill.roofline import account_of, ideal, work
+from distill.roofline import account_of, ideal
 
-TOKENS = {"tiny": (16, 8)}
 NEEDED_GB = 60
 STEPS = (28, 8)
+MODES = ("eager", "compile", "graphs")
 
 
 def pytest_generate_tests(metafunc):
@@ -40,89 +39,42 @@ def dense(session):
     return Model("flux-dense", session)
 
 
-class Model:
-    """A model with its inputs and its three ways to run a step."""
-
-    def __init__(self, name, session):
-        self.name, self.device, self.size = name, session.device, session.size
-        self.image, self.text = TOKENS.get(session.size, (4096, 512))
-        self.model = flux.build(name, session.size, self.device)
-        if session.attention:
-            self.model.set_attention_backend(session.attention)
-        self.kwargs = flux.inputs(self.model, self.image, self.text, self.device)
-        self.bytes = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
-        self.work = work(self.model, self.image, self.text)
-        self.account = account_of(self.model, self.image, self.text)
-        self.record: dict = {"modes": {}}
-        self.error = 0.0
-
-    def compile(self) -> None:
-        backend = "aot_eager" if self.size == "tiny" else "inductor"
-        self.model.compile_repeated_blocks(backend=backend, dynamic=False)
-
-    def uncompile(self) -> None:
-        for module in self.model.modules():
-            module._compiled_call_impl = None
-
-    def step(self):
-        return self.model(**self.kwargs)
-
-    def graph(self):
-        """Replays a captured step; raises where a step cannot be captured."""
-        if self.device.type != "cuda":
-            raise RuntimeError("CUDA graphs need a GPU")
-        if getattr(getattr(self.model, "d2m_config", None), "mob", None) is not None:
-            raise RuntimeError("the block router's choice is read on the host")
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.graph_output = self.step()
-        return graph.replay
-
-    def image_seconds(self, steps: int) -> float:
-        """Seconds of `steps` Euler steps in a row, from idle to idle."""
-        synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
-        synchronize()
-        start = time.perf_counter()
-        flux.denoise(self.model, self.kwargs, steps)
-        synchronize()
-        return time.perf_counter() - start
-
-
 def test_model(bench, dense, preset):
     # Every block of every model shares two compiled graphs; the limit is on variants of one code.
     torch._dynamo.config.recompile_limit = 64
     student = Model(preset, bench.session)
     student.error = error_to_reference(student)
-    race = None
-    with torch.inference_mode():
-        for mode in ("eager", "compile", "graphs"):
-            try:
-                race = measure(bench, dense, student, mode) or race
-            except Exception as error:  # noqa: BLE001 (what was measured before stays)
-                text = " ".join(str(error).split())[:300]
-                student.record["modes"][mode] = {"unavailable": f"{type(error).__name__}: {text}"}
-            publish(bench, dense)
-            publish(bench, student)
-    if race is not None:
-        bench.show(race, student.name)
-    for model in (dense, student):
-        model.uncompile()
+    races = run_modes(bench, dense, student)
+    if races:
+        bench.show(races[-1], student.name)
     error, structure = student.error, student.model.d2m_config
     del student
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()
-    assert race is not None, "no mode could be measured"
-    assert structure.mob is not None or error < 0.15
+    assert races, "no mode could be measured"
+    assert structure.mob is not None or error < WRONG
+
+
+def run_modes(bench, dense, student) -> list:
+    """Measures and publishes mode after mode; one that fails keeps what it had measured."""
+    races: list = []
+    with torch.inference_mode():
+        for mode in MODES:
+            try:
+                measure(bench, dense, student, mode, races)
+            except Exception as error:  # noqa: BLE001
+                text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+                entry = student.record["modes"].setdefault(mode, {})
+                entry["incomplete" if "step_seconds" in entry else "unavailable"] = text
+            publish(bench, dense)
+            publish(bench, student)
+    for model in (dense, student):
+        model.uncompile()
+    return races
 
 
 def error_to_reference(student) -> float:
-    """RMS of (velocity - the reference back-end's velocity) over the latter's RMS.
+    """The student's error against its reference back-end.
 
     Rounding may send a token whose two best logits nearly tie to another expert, layer after layer,
     so this is no tight bound; a MoB model may even choose another block.
@@ -136,43 +88,80 @@ def error_to_reference(student) -> float:
         want = student.step()[0].float()
         for layer in layers:
             layer.backend = None
-    return ((got - want).square().mean() / want.square().mean()).sqrt().item()
+    return rms_error(got, want)
 
 
-def measure(bench, dense, student, mode):
-    """One mode of both models: step latency side by side, whole images, memory, dense's parts."""
-    if mode == "compile":
-        for model in (dense, student):
+def measure(bench, dense, student, mode, races) -> None:
+    """One mode of both models: step latency side by side, whole images, memory, dense's parts.
+
+    What matters most is recorded first, so that a failure later on loses only the rest.
+    """
+    models = (dense, student)
+    compiled = mode == "compile"
+    if compiled:
+        for model in models:
             model.compile()
-    runs = {m.name: (m.graph() if mode == "graphs" else m.step) for m in (dense, student)}
-    race = bench.race(runs, None, bench.rounds(9, 3), budget=15)
-    for model in (dense, student):
+    replays = {}
+    if mode == "graphs":
+        compiled = "step_seconds" in student.record["modes"].get("compile", {})
+        if not compiled:
+            for model in models:
+                model.uncompile()
+        replays = {m.name: m.graph() for m in (student, dense)}
+    race = bench.race({m.name: replays.get(m.name, m.step) for m in models}, None,
+                      bench.rounds(9, 3), budget=15)  # fmt: skip
+    races.append(race)
+    for model in models:
         entry = model.record["modes"].setdefault(mode, {})
         entry["step_seconds"] = race.median(model.name)
         entry["seconds"] = race.to_json()[model.name]
-        if mode == "graphs" or "image_seconds" in entry:
-            continue
-        entry["image_seconds"] = {str(n): model.image_seconds(n) for n in STEPS}
-        entry["peak_bytes"] = model.bytes + peak_bytes(model.step, bench.device)
-        # On a CPU operators are counted under a dispatch mode, and code that Dynamo has once met
-        # under such a mode it never compiles again.
-        if mode == "eager" or bench.device.type == "cuda":
-            entry |= launches_and_syncs(model.step, bench.device)
-    if mode != "graphs" and "parts" not in dense.record["modes"][mode]:
-        dim = dense.model.inner_dim
-        seconds = race.median(dense.name)
-        dense.record["modes"][mode]["parts"] = split(dense.step, seconds, bench.device, dim)
+        if mode == "graphs":
+            entry["captured"] = "compile" if compiled else "eager"
     entry = student.record["modes"][mode]
     entry["latency_ratio"] = race.ratio(student.name, dense.name)
     entry["ratio_quartiles"] = race.spread(student.name, dense.name)
     entry["ratio_rounds"] = race.ratios(student.name, dense.name)
-    # Dense's parts of this mode; a graph changes only what "rest" loses in launch gaps.
-    parts = dict(dense.record["modes"]["compile" if mode == "graphs" else mode]["parts"])
+    parts = parts_of(bench, dense, mode, "compile" if compiled else "eager")
+    if parts is not None:
+        entry["ideal_seconds"] = ideal(parts, dense.work, student.work)
+        entry["latency_over_ideal"] = entry["step_seconds"] / entry["ideal_seconds"]
+    for model in models:
+        complete(bench, model, mode, replays.get(model.name))
+
+
+def parts_of(bench, dense, mode, code) -> dict[str, float] | None:
+    """Dense's parts in a mode that runs compiled or eager code; None where that was not measured.
+
+    A graph has its code's parts; it changes only what "rest" loses in launch gaps.
+    """
+    entry = dense.record["modes"].get(code)
+    if entry is None:
+        return None
+    if "parts" not in entry:
+        dim = dense.model.inner_dim
+        entry["parts"] = split(dense.step, entry["step_seconds"], bench.device, dim)
+    parts = dict(entry["parts"])
     if mode == "graphs":
-        parts["rest"] = max(0.0, race.median(dense.name) - sum(parts.values()) + parts["rest"])
-    entry["ideal_seconds"] = ideal(parts, dense.work, student.work)
-    entry["latency_over_ideal"] = race.median(student.name) / entry["ideal_seconds"]
-    return race
+        total = dense.record["modes"][mode]["step_seconds"]
+        parts["rest"] = max(0.0, total - sum(parts.values()) + parts["rest"])
+    return parts
+
+
+def complete(bench, model, mode, replay) -> None:
+    """Whole images, memory and counts of a model in a mode; once, as dense runs beside several."""
+    entry = model.record["modes"][mode]
+    if "image_seconds" not in entry:
+        entry["image_seconds"] = {str(n): model.image_seconds(n, replay) for n in STEPS}
+    if "peak_bytes" in entry:
+        return
+    if replay is not None:
+        entry["peak_bytes"] = model.bytes + model.graph_bytes
+        return
+    entry["peak_bytes"] = model.bytes + peak_bytes(model.step, bench.device)
+    # On a CPU operators are counted under a dispatch mode, and code that Dynamo has once met
+    # under such a mode it never compiles again.
+    if mode == "eager" or bench.device.type == "cuda":
+        entry |= launches_and_syncs(model.step, bench.device)
 
 
 def publish(bench, model) -> None:
@@ -210,4 +199,5 @@ def publish(bench, model) -> None:
         record["flops_ratio"] = counts.flops / flops
         record["latency_over_flops"] = front["latency_ratio"] / record["flops_ratio"]
     bench.model(model.name, record)
-    bench.model_line(model.name, record)
+    if "latency_over_ideal" in record:
+        bench.model_line(model.name, record)

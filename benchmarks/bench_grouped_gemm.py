@@ -47,7 +47,8 @@ def test_grouped_gemm(bench, name, side, routing):
     with torch.inference_mode():
         race = bench.race(functions, "grouped_gemm", bench.rounds(15), budget=4)
         counts = bench.count(ours)
-    width = (shape.D, H) if side == "up" else (H, shape.D)
-    gbyte = shape.gbyte(N * width[0], N * width[1], E * H * shape.D)
+    # The least traffic, every operand once: "up" gathers its N rows from x's T.
+    operands = (shape.T * shape.D, N * H) if side == "up" else (N * H, N * shape.D)
+    gbyte = shape.gbyte(*operands, E * H * shape.D)
     gflop = shape.gflop(shape.K * H, 1)
     record(bench, f"grouped_gemm_{side}", name, shape, race, gflop, gbyte, counts)

@@ -17,6 +17,7 @@ fewer than five rounds on either side is not judged.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import statistics
 import subprocess
@@ -73,9 +74,24 @@ def collect(path: Path) -> Numbers:
         raise SystemExit(f"{path}: no results file")
     numbers: Numbers = {}
     for file in files:
-        for name, rounds in rounds_of(load(file)):
+        for name, rounds in rounds_of(content_of(file)):
             numbers.setdefault(name, []).extend(rounds)
     return numbers
+
+
+def content_of(file: Path) -> dict:
+    """A results file, or one line of what is wrong with it."""
+    try:
+        return load(file)
+    except OSError as error:
+        raise SystemExit(
+            f"cannot read {file}: {error.strerror or error}; expected a results file or a folder "
+            "of them (revisions are compared with --run)"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SystemExit(f"{file} is no valid JSON: {error}") from None
+    except ValueError as error:  # another schema
+        raise SystemExit(str(error)) from None
 
 
 def verdict(old: list[float], new: list[float], threshold: float) -> tuple[str, float]:
@@ -114,6 +130,21 @@ def compare(old: Numbers, new: Numbers, threshold: float) -> tuple[list[str], in
     return lines, slower
 
 
+def check_out(revision: str, tree: Path) -> None:
+    """A work tree of `revision`, or one line of git's about why not."""
+    command = ["git", "-C", str(ROOT), "worktree", "add", "--detach", str(tree), revision]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise SystemExit(f"--run needs git: {error}") from None
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["git gave no reason"])[-1]
+        raise SystemExit(
+            f"cannot check out {revision!r}: {reason}; expected a branch, a tag, a commit, or "
+            '"." for the working tree'
+        )
+
+
 def run_in_turn(old: str, new: str, rounds: int, arguments: list[str], out: Path) -> None:
     """Results of both revisions in out/old and out/new, one file a round, taken in turn."""
     trees = {}
@@ -122,8 +153,7 @@ def run_in_turn(old: str, new: str, rounds: int, arguments: list[str], out: Path
             trees[side] = ROOT
             if revision != ".":
                 tree = out / f"{side}-tree"
-                git = ["git", "-C", str(ROOT), "worktree", "add", "--detach", str(tree), revision]
-                subprocess.run(git, check=True, capture_output=True)
+                check_out(revision, tree)
                 trees[side] = tree
         for round_ in range(rounds):
             # The side that goes first takes turns too.

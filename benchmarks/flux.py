@@ -92,6 +92,20 @@ def denoise(model, kwargs: dict, steps: int) -> torch.Tensor:
     return x
 
 
+def denoise_replayed(kwargs: dict, replay, velocity: torch.Tensor, steps: int) -> torch.Tensor:
+    """`denoise` by `replay`, which reads kwargs and writes velocity; kwargs end as they were."""
+    x, t, dt = kwargs["hidden_states"], kwargs["timestep"], 1.0 / steps
+    before = x.clone(), t.clone()
+    for now in torch.linspace(1, dt, steps, device=x.device, dtype=x.dtype):
+        t.copy_(now.expand_as(t))
+        replay()
+        x.sub_(dt * velocity)
+    result = x.clone()
+    x.copy_(before[0])
+    t.copy_(before[1])
+    return result
+
+
 def block_pair(kind: str, size: str, device: torch.device, dtype=torch.bfloat16):
     """(dense block of diffusers, MoE block with AdaLN input 256) of one kind, at full width."""
     from diffusers.models.transformers import transformer_flux as dense

@@ -63,6 +63,10 @@ def empty() -> dict:
 
 def load(path: Path) -> dict:
     content = json.loads(Path(path).read_text(encoding="utf-8"))
-    if content.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: schema {content.get('schema')!r}, expected {SCHEMA!r}")
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path}: schema {schema!r}, expected {SCHEMA!r}")
+    missing = [section for section in (*LISTS, "models") if section not in content]
+    if missing:
+        raise ValueError(f"{path} lacks the sections {', '.join(missing)}")
     return content

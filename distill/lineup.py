@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from distill import checkpoint as ckpt
@@ -48,8 +49,12 @@ class Run:
     structure: Any
 
     def fingerprint(self, *parts: Any) -> str:
-        """Of everything a model depends on before its own training."""
-        return ckpt.fingerprint(VERSION, settings(self.config), self.seed, self.device, *parts)
+        """Of everything a model depends on before its own training.
+
+        "cpu" and "cpu:0", "cuda" and "cuda:1" are one kind of device: a run may move between them.
+        """
+        kind = torch.device(self.device).type
+        return ckpt.fingerprint(VERSION, settings(self.config), self.seed, kind, *parts)
 
 
 def start(config: DemoConfig, seed: int, device: str, folder: Path, progress: bool) -> Run:

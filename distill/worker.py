@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def beside(run: Run, name: str) -> Iterator[None]:
     """Train comparator `name` in a worker during the block; waits for it at the end."""
     done = (run.folder / name / "distill" / "model.safetensors").exists()
-    if done or run.device != "cpu" or len(_cores()) < 2:
+    if done or not run.device.startswith("cpu") or len(_cores()) < 2:
         yield
         return
     from distill.config import to_dict

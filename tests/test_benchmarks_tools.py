@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -200,6 +202,84 @@ def test_models_are_composed_from_their_blocks():
         assert composed(name, units) == want, name
 
 
+# --- whole models ---------------------------------------------------------------------------
+
+
+def tiny_models(*names):
+    pytest.importorskip("diffusers")
+    from flux_model import Model
+
+    session = types.SimpleNamespace(size="tiny", device=CPU, attention=None)
+    return [Model(name, session) for name in names]
+
+
+def recorder():
+    """As much of the `bench` fixture as whole models use."""
+    kept = results.Results(None, {"date": "1", "commit": "a"})
+    return types.SimpleNamespace(
+        device=CPU, size="tiny", results=kept, rounds=lambda *_: 1,
+        session=types.SimpleNamespace(attention=None),
+        race=lambda runs, ours, rounds, budget: race.race(runs, rounds, CPU, budget),
+        model=lambda name, record: kept.set("models", name, record),
+        model_line=lambda name, record: None,
+    )  # fmt: skip
+
+
+def pretend_graph(model):
+    """What a CUDA graph does, without one: the step into the same velocity each time."""
+    if getattr(getattr(model.model, "d2m_config", None), "mob", None) is not None:
+        raise RuntimeError("read on the host")
+    model.velocity, model.graph_bytes = model.step()[0].clone(), 1000
+    return lambda: model.velocity.copy_(model.step()[0])
+
+
+def test_replayed_steps_are_the_same_image():
+    (model,) = tiny_models("flux-dense")
+    import flux
+
+    before = {k: v.clone() for k, v in model.kwargs.items() if isinstance(v, torch.Tensor)}
+    with torch.inference_mode():
+        want = flux.denoise(model.model, model.kwargs, 3)
+        got = flux.denoise_replayed(model.kwargs, pretend_graph(model), model.velocity, 3)
+    assert torch.equal(got, want) and not torch.equal(want, before["hidden_states"])
+    assert all(torch.equal(model.kwargs[k], v) for k, v in before.items())
+
+
+def test_graphs_fall_back_to_eager_code_where_compile_fails(monkeypatch):
+    """Whatever fails, the other modes are measured in full, and what had been measured stays."""
+    dense, student, grouped = tiny_models("flux-dense", "flux-moe-l", "flux-moe-s")
+    import bench_flux
+    import flux_model
+
+    def broken(model):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(flux_model.Model, "compile", broken)
+    monkeypatch.setattr(flux_model.Model, "graph", pretend_graph)
+    monkeypatch.setattr(bench_flux, "STEPS", (2, 1))
+    bench = recorder()
+    assert len(bench_flux.run_modes(bench, dense, student)) == 2
+    kept = bench.results.content["models"]
+    for name in ("flux-dense", "flux-moe-l"):
+        modes, ours = kept[name]["modes"], name == "flux-moe-l"
+        for mode in ("eager", "graphs"):
+            entry = modes[mode]
+            assert set(entry["image_seconds"]) == {"2", "1"} and entry["step_seconds"] > 0
+            assert not ours or entry["latency_over_ideal"] > 0 and entry["ratio_rounds"]
+        assert modes["graphs"]["captured"] == "eager"
+        assert modes["graphs"]["peak_bytes"] == kept[name]["model_bytes"] + 1000
+        assert kept[name]["mode"] == "eager" and ours != ("parts" in modes["eager"])
+    assert kept["flux-moe-l"]["modes"]["compile"] == {"unavailable": "RuntimeError: no compiler"}
+
+    # blocks chosen on the host: no graph; and an image that fails leaves the step
+    monkeypatch.setattr(flux_model.Model, "image_seconds", lambda *_: 1 / 0)
+    assert len(bench_flux.run_modes(bench, dense, grouped)) == 1
+    modes = bench.results.content["models"]["flux-moe-s"]["modes"]
+    assert modes["graphs"] == {"unavailable": "RuntimeError: read on the host"}
+    assert modes["eager"]["latency_ratio"] > 0 and "ZeroDivision" in modes["eager"]["incomplete"]
+    assert modes["eager"]["latency_over_ideal"] > 0 and "peak_bytes" not in modes["eager"]
+
+
 # --- results files --------------------------------------------------------------------------
 
 
@@ -288,6 +368,54 @@ def test_compare_joins_the_runs_of_a_folder(tmp_path):
     assert len(rounds) == 15
     with pytest.raises(SystemExit, match="no results"):
         compare.collect(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot read .*b.json: No such file"),
+        ("{", "b.json is no valid JSON"),
+        ('{"schema": "something/2"}', "b.json: schema 'something/2', expected"),
+        ("[]", "b.json: schema None, expected"),
+        ('{"schema": "dense2moe-benchmarks/1"}', "b.json lacks the sections stages, "),
+    ],
+)
+def test_compare_says_in_a_line_what_is_wrong_with_a_file(
+    tmp_path, monkeypatch, capsys, text, message
+):
+    good, bad = results_file(tmp_path / "a.json", BASE), tmp_path / "b.json"
+    if text is not None:
+        bad.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(good), str(bad)])
+    with pytest.raises(SystemExit, match=message) as stop:
+        compare.main()
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code  # exit status 1
+    assert capsys.readouterr().out == ""
+
+
+def test_compare_says_in_a_line_what_git_said(tmp_path):
+    """As a program: nothing was measured, no work tree stays behind, no traceback."""
+    (tmp_path / "benchmarks").mkdir()
+    for name in ("compare.py", "race.py", "results.py"):
+        shutil.copy(ROOT / "benchmarks" / name, tmp_path / "benchmarks")
+
+    def run(*command):
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+
+    def compared():
+        return run(sys.executable, "benchmarks/compare.py", "--run", "no-such-branch", ".")
+
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    outside = compared()
+    assert outside.returncode == 1 and "not a git repository" in outside.stderr
+    run("git", "init", "-q")
+    unknown = compared()
+    assert unknown.returncode == 1 and unknown.stdout == ""
+    assert "cannot check out 'no-such-branch'" in unknown.stderr
+    for process in (outside, unknown):
+        assert process.stderr.count("\n") == 1, process.stderr
+    assert run("git", "worktree", "list").stdout.count("\n") == 1
 
 
 # --- end to end -----------------------------------------------------------------------------
