@@ -55,7 +55,7 @@ class Session:
             path = Path(path)
             path = path if path.suffix == ".json" else path / f"{env.slug(self.device)}.json"
         self.results = Results(path, self.environment)
-        self.results.set("ceilings", None, self.ceilings)
+        self.results.set_ceilings(self.ceilings)
         self.attention = config.getoption("--attention")
         self.lines, self.models = config._d2m_lines, config._d2m_models
 

@@ -21,7 +21,7 @@ class Results:
         self.content = load(path) if path is not None and path.exists() else empty()
         self.run = f"{environment['date']} {environment['commit']}"
         self.content["environment"] = environment
-        self.content["runs"][self.run] = environment
+        self.content["runs"][self.run] = {**environment}
 
     def add(self, section: str, record_id: str, record: dict) -> None:
         """A record of a list section; also takes its earlier mention out of "skipped"."""
@@ -33,13 +33,16 @@ class Results:
             skipped[:] = [row for row in skipped if row["id"] != record_id]
         self.save()
 
-    def set(self, section: str, key: str | None, record: dict) -> None:
-        """A whole section ("ceilings"), or one entry of it ("models")."""
-        record = {**record, "run": self.run}
-        if key is None:
-            self.content[section] = record
-        else:
-            self.content[section][key] = record
+    def set(self, section: str, key: str, record: dict) -> None:
+        """One entry of a section: of "models"."""
+        self.content[section][key] = {**record, "run": self.run}
+        self.save()
+
+    def set_ceilings(self, ceilings: dict) -> None:
+        """This run's ceilings. Shares in a record refer to those of its own run; the section of
+        the same name is the latest run's."""
+        self.content["runs"][self.run]["ceilings"] = ceilings
+        self.content["ceilings"] = {**ceilings, "run": self.run}
         self.save()
 
     def save(self) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distill import roofline
-from distill.bench_results import Results, machine_label
+from distill.bench_results import Results, ceilings_of, machine_label, ran, run_id
 from distill.bench_tables import how_measured
 from distill.paper import TABLE1
 from distill.plots import COLOURS, FAINT, _pyplot, _save
@@ -21,7 +21,7 @@ def main_machine(all_results: Results, section: str) -> tuple[str, Mapping[str, 
 
 
 def _ratios(all_results: Results) -> dict[str, dict[str, tuple[float, float]]]:
-    """{source: {model: (FLOPs ratio, latency ratio)}}, the paper first."""
+    """{source and run: {model: (FLOPs ratio, latency ratio)}}, the paper first."""
     paper = {}
     for preset in _MODELS:
         known = roofline.paper_ratio(preset)
@@ -32,8 +32,14 @@ def _ratios(all_results: Results) -> dict[str, dict[str, tuple[float, float]]]:
         rows = {p: (m["flops_ratio"], m["latency_ratio"])
                 for p, m in models.items() if "latency_ratio" in m}  # fmt: skip
         if rows:
-            found[f"ours, {machine_label(name, results)}, {how_measured(results)}"] = rows
+            run = ran(name, results, (models[p] for p in rows))
+            label = f"ours, {machine_label(name, results)}, {how_measured(results)}"
+            found[f"{label},\n{run}"] = rows  # two lines of a legend
     return found
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def table1_png(path: Path, all_results: Results) -> str:
@@ -53,12 +59,12 @@ def table1_png(path: Path, all_results: Results) -> str:
     axes.set_xticks(list(at), [f"MoE-{letter}" for letter in _MODELS.values()])
     axes.set_ylabel("relative to dense")
     axes.axhline(1, color=FAINT, linewidth=0.8)
-    axes.set_ylim(0, 1.05 + 0.12 * len(sources))
+    axes.set_ylim(0, 1.05 + 0.17 * len(sources))
     axes.legend(fontsize=7, frameon=False)
     figure.tight_layout()
     _save(plt, figure, path)
     words = [
-        f"{source}: " + ", ".join(f"{_MODELS[p]} {r[1]:.2f}" for p, r in rows.items())
+        f"{_line(source)}: " + ", ".join(f"{_MODELS[p]} {r[1]:.2f}" for p, r in rows.items())
         for source, rows in sources.items()
     ]
     return "Bars of latency relative to dense. " + "; ".join(words) + "."
@@ -76,7 +82,7 @@ def latency_flops_png(path: Path, all_results: Results) -> str:
         for preset, (x, y) in rows.items() if i == 0 else ():  # same models, same FLOPs
             axes.annotate(_MODELS[preset], (x, y), textcoords="offset points", xytext=(7, -3))
         ratios = ", ".join(f"{_MODELS[p]} {y / x:.2f}" for p, (x, y) in rows.items())
-        words.append(f"{source}: {ratios}")
+        words.append(f"{_line(source)}: {ratios}")
     axes.set_xlabel("FLOPs / dense")
     axes.set_ylabel("latency / dense")
     axes.set_xlim(0.2, 1.05)
@@ -95,30 +101,34 @@ def roofline_png(path: Path, all_results: Results) -> str | None:
     name, results = found
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(6, 4))
-    top = results["ceilings"]
-    knee = top["tflops"] * 1e3 / top["gbps"]
-    xs = [0.1, knee, 1e4]
-    axes.plot(xs, [min(top["tflops"], x * top["gbps"] * 1e-3) for x in xs], color=FAINT,
-              label="measured ceilings")  # fmt: skip
+    shown = [row for row in results["stages"] if row["gflop"] > 0]
+    shown += [row for row in results["layers"] if row["pass"] == "forward"]
+    tops = {run_id(name, results, row): ceilings_of(results, row) for row in shown}
+    for run, top in sorted(tops.items()):  # a stage is under its own run's ceilings
+        knee = top["tflops"] * 1e3 / top["gbps"]
+        xs = [0.1, knee, 1e4]
+        axes.plot(xs, [min(top["tflops"], x * top["gbps"] * 1e-3) for x in xs], color=FAINT,
+                  label=f"ceilings measured in run {run}")  # fmt: skip
     kinds: dict[str, list[tuple[float, float]]] = {}
-    for row in [*results["stages"], *(r for r in results["layers"] if r["pass"] == "forward")]:
-        if row["gflop"] > 0:
-            point = (row["gflop"] / row["gbyte"], row["tflops"])
-            kinds.setdefault(row.get("stage", "moe_ffn"), []).append(point)
+    for row in shown:
+        point = (row["gflop"] / row["gbyte"], row["tflops"])
+        kinds.setdefault(row.get("stage", "moe_ffn"), []).append(point)
     for i, (kind, points) in enumerate(kinds.items()):
         axes.scatter(*zip(*points, strict=True), label=kind, color=COLOURS[i % len(COLOURS)], s=18)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("FLOP per byte that must move")
     axes.set_ylabel("TFLOP/s")
-    axes.set_title(machine_label(name, results))
+    where = f"{machine_label(name, results)}, {ran(name, results, shown)}"
+    axes.set_title(where)
     axes.legend(fontsize=7, frameon=False)
     figure.tight_layout()
     _save(plt, figure, path)
     best = {k: max(p[1] for p in points) for k, points in kinds.items()}
     words = ", ".join(f"{k} {v:.3g}" for k, v in best.items())
-    return (f"Roofline of {machine_label(name, results)}, ceilings {top['tflops']:.3g} TFLOP/s and "
-            f"{top['gbps']:.3g} GB/s; best TFLOP/s: {words}.")  # fmt: skip
+    limits = ", ".join(f"{top['tflops']:.3g} TFLOP/s and {top['gbps']:.3g} GB/s ({run})"
+                       for run, top in sorted(tops.items()))  # fmt: skip
+    return f"Roofline of {where}; ceilings {limits}; best TFLOP/s: {words}."
 
 
 def waterfall_png(path: Path, all_results: Results) -> str | None:
@@ -152,11 +162,13 @@ def waterfall_png(path: Path, all_results: Results) -> str | None:
     axes.axhline(dense * layer["flop_limit"] * 1e3, color=FAINT, linestyle=":", linewidth=1)
     axes.set_ylabel("ms")
     axes.tick_params(axis="x", labelsize=7)
-    axes.set_title(f"{machine_label(name, results)}, T={shape['T']}; dotted: dense x FLOP limit")
+    used = [layer, *(rows[stage] for stage in order)]
+    where = f"{machine_label(name, results)}, {ran(name, results, used)}"
+    axes.set_title(f"{where}, T={shape['T']}; dotted: dense x FLOP limit")
     figure.tight_layout()
     _save(plt, figure, path)
     words = ", ".join(f"{' '.join(k.split())} {v * 1e3:.3g}" for k, v in steps.items())
-    return (f"Stages of one MoE layer on {machine_label(name, results)}, ms: {words}; sum "
+    return (f"Stages of one MoE layer, T={shape['T']}, on {where}, ms: {words}; sum "
             f"{start * 1e3:.3g}, moe_ffn {ours * 1e3:.3g}, dense {dense * 1e3:.3g}.")  # fmt: skip
 
 
@@ -183,15 +195,21 @@ def scaling_png(path: Path, all_results: Results) -> str | None:
             axes.set_ylim(bottom=0)
             axes.tick_params(labelsize=7)
         ratios = [p["ratio_to_dense"] for p in row["points"]]
-        words.append(f"{row['axis']} {values[0]:g} to {values[-1]:g}: {ratios[0]:.2f} to "
-                     f"{ratios[-1]:.2f} x dense")  # fmt: skip
+        first, last = (row["points"][i]["peak_bytes"] for i in (0, -1))
+        memory = ", dense ".join(f"{first[n] / 2**20:.0f} to {last[n] / 2**20:.0f}"
+                                 for n in ("moe_ffn", "dense"))  # fmt: skip
+        words.append(
+            f"{row['axis'].replace('_', ' ')} {values[0]:g} to {values[-1]:g}: time "
+            f"{ratios[0]:.2f} to {ratios[-1]:.2f} x dense, peak memory {memory} MiB"
+        )
     grid[0][0].set_ylabel("ms")
     grid[1][0].set_ylabel("peak MiB")
     grid[0][0].legend(fontsize=7, frameon=False)
-    figure.suptitle(machine_label(name, results), fontsize=9)
+    where = f"{machine_label(name, results)}, {ran(name, results, axes_rows)}"
+    figure.suptitle(where, fontsize=9)
     figure.tight_layout()
     _save(plt, figure, path)
-    return f"Scaling of moe_ffn on {machine_label(name, results)}. " + "; ".join(words) + "."
+    return f"Time and memory of moe_ffn and dense on {where}. " + "; ".join(words) + "."
 
 
 FIGURES: dict[str, tuple[str, Callable[[Path, Results], str | None]]] = {

@@ -11,7 +11,7 @@ from distill import checkpoint as ckpt
 from distill import claims
 from distill.bench_plots import FIGURES
 from distill.bench_results import Results, load_results, machine_label
-from distill.bench_tables import TABLES, markdown
+from distill.bench_tables import TABLES, filled, markdown, origin
 from distill.errors import UserError
 from distill.report import _html_table
 from distill.style import STYLE
@@ -26,9 +26,15 @@ _TITLES = {
               "rounds, balanced routing, D = 3072, 3072 shared neurons and 2 of 12 experts of 768; "
               "quartiles in brackets."),
     "layers": ("Every layer measured", "Medians of ratios to the dense FFN measured in the same "
-               "rounds; quartiles in brackets."),
-    "stages": ("Stages", "Of ceiling: share of the matrix-product or copy rate measured on the "
-               "same machine. Of floor: least time those ceilings allow, over the time taken."),
+               "rounds, the faster of eager and compiled; quartiles in brackets. Of floor: as for "
+               "stages."),
+    "stages": ("Stages", "Of ceiling, of copy ceiling: shares of the matrix-product and the copy "
+               "rate that the same run measured at its start. Of floor: the least time that these "
+               "allow (the longer one), over the time taken. More than 100% is possible: the "
+               "ceilings are medians of one large product and one copy that no cache holds, while "
+               "a stage's data may stay in cache from call to call."),
+    "scaling": ("Scaling", "Medians; one thing varies at a time, from FLUX's layer (batch: "
+                "DiT-XL/2's, 256 tokens a sample); ratio of moe_ffn to dense."),
     "blocks": ("Blocks", "One block of FLUX.1 at full width; where dense's time goes."),
     "models": ("Whole models", "Random weights; latency/ideal as above, in the same mode."),
     "dense-parts": ("Where dense's time goes", "By a profile of one step; GELU belongs to the "
@@ -36,7 +42,10 @@ _TITLES = {
     "prediction-error": ("How good is the prediction?", "The paper's MoE rows ran other kernels "
                          "(MegaBlocks): there the difference is not the prediction's alone."),
     "distillation": ("Distillation", "Training steps of each stage."),
-    "environments": ("Environment", "Every record of a results file names its run."),
+    "unavailable": ("Peers and modes that are missing", "Asked for, and why they were not "
+                    "measured."),
+    "environments": ("Environment", "Every number's run; ceilings are those that the run measured "
+                     "at its start."),
 }  # fmt: skip
 _MARK = re.compile(r"(<!-- begin:([\w-]+) -->\n)(.*?)(<!-- end:\2 -->)", re.S)
 
@@ -77,8 +86,9 @@ def _page(folder: Path, results: Results, figures: list[tuple[str, str, str]]) -
             f"<figcaption>{html.escape(alt)}</figcaption></figure>"
         )
     for name, (title, caption) in _TITLES.items():
-        header, rows = TABLES[name](results)
+        header, rows = filled(TABLES[name](results))
         if rows:
+            caption = f"{caption} {origin(name, results)}".strip()
             parts.append(f'<h2 id="{name}">{html.escape(title)}</h2>')
             parts.append(f"<p>{html.escape(caption)}</p>{_html_table(header, rows)}")
     skipped = "".join(
@@ -111,13 +121,14 @@ def readme_with_tables(text: str, results: Results, folder: Path | str) -> str:
     def fresh(match: re.Match) -> str:
         begin, name, _, end = match.groups()
         if name == "claims":
-            table = claims.table(claims.read(Path(folder) / "claims.json"))
+            table, under = claims.table(claims.read(Path(folder) / "claims.json")), ""
         elif name in TABLES:
-            table = TABLES[name](results)
+            table, under = TABLES[name](results), origin(name, results)
         else:
             known = sorted([*TABLES, "claims"])
             raise UserError(f"README marker begin:{name} is unknown; tables are {known}")
-        return f"{begin}{markdown(table)}{end}"
+        below = f"\n{under}\n" if under else ""
+        return f"{begin}{markdown(table)}{below}{end}"
 
     return _MARK.sub(fresh, text)
 

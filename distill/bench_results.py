@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,45 @@ def load_results(folder: Path | str) -> dict[str, dict[str, Any]]:
         if isinstance(content, dict) and content.get("schema") == SCHEMA:
             found[path.stem] = content
     return dict(sorted(found.items(), key=lambda kv: kv[1]["environment"]["device_type"] == "cpu"))
+
+
+def ceilings_of(results: Mapping[str, Any], record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The ceilings that the record's own run measured before it."""
+    return results["runs"][record["run"]].get("ceilings") or results["ceilings"]
+
+
+def run_ids(name: str, results: Mapping[str, Any]) -> dict[str, str]:
+    """{run: short id}: "cpu-1" is the earliest run of cpu.json."""
+    return {run: f"{name}-{i}" for i, run in enumerate(sorted(results["runs"]), 1)}
+
+
+def run_id(name: str, results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    return run_ids(name, results)[record["run"]]
+
+
+def backend_of(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """The back-end that really ran; a composed model ran its blocks'."""
+    if record.get("mode") == "composed":
+        rows = [row for row in results["blocks"] if row["run"] == record["run"]]
+        return ", ".join(sorted({row["backend"] for row in rows}))
+    return record.get("backend", "")
+
+
+def config_of(record: Mapping[str, Any]) -> str:
+    """Tiles that a Triton back-end chose, "up 128x256x64w8s3, ..."; or a configuration's name."""
+    config = record.get("config", "")
+    if isinstance(config, str):
+        return config
+    return ", ".join(f"{stage} {tile}" for stage, tile in config.items())
+
+
+def ran(name: str, results: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> str:
+    """Which runs records come from and what ran in them: "run cpu-1, back-end cpu"."""
+    records = list(records)
+    ids = sorted({run_id(name, results, row) for row in records})
+    backends = sorted({backend_of(results, row) for row in records} - {""})
+    text = f"run{'s' if len(ids) > 1 else ''} {' and '.join(ids)}"
+    return text + (f", back-end {' and '.join(backends)}" if backends else "")
 
 
 def machine_label(name: str, results: Mapping[str, Any]) -> str:

@@ -11,8 +11,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from distill import roofline
-from distill.bench_layers import layers, peers, stages
-from distill.bench_results import Results, Table, machine_label
+from distill.bench_layers import layers, peer_rows, peers, scaling, stages, unavailable
+from distill.bench_results import (
+    Results,
+    Table,
+    backend_of,
+    ceilings_of,
+    config_of,
+    machine_label,
+    ran,
+    run_id,
+    run_ids,
+)
 from distill.paper import DENSE, TABLE1
 
 
@@ -105,7 +115,7 @@ def _measured_cells(row: Any, results: Mapping[str, Any]) -> list[str]:
 def blocks(all_results: Results) -> Table:
     """One FLUX block of each kind, dense and MoE."""
     header = ["machine", "block", "tokens", "dense ms", "MoE / dense", "dense's attention",
-              "FFN", "other GEMMs", "AdaLN", "rest"]  # fmt: skip
+              "FFN", "other GEMMs", "AdaLN", "rest", "back-end", "config", "run"]  # fmt: skip
     rows = []
     for name, results in all_results.items():
         for row in results["blocks"]:
@@ -116,6 +126,7 @@ def blocks(all_results: Results) -> Table:
                 f"{row['image_tokens']} + {row['text_tokens']}",
                 f"{row['seconds']['dense']['median'] * 1e3:.1f}", f"{row['ratio_to_dense']:.3f}",
                 *(f"{parts[p] / total:.0%}" for p in roofline.PARTS),
+                backend_of(results, row), config_of(row), run_id(name, results, row),
             ])  # fmt: skip
     return header, rows
 
@@ -123,7 +134,7 @@ def blocks(all_results: Results) -> Table:
 def dense_parts(all_results: Results) -> Table:
     """Where the dense model's step goes, in every mode that was measured."""
     header = ["machine", "mode", "step ms", "attention", "FFN", "other GEMMs", "AdaLN",
-              "rest"]  # fmt: skip
+              "rest", "run"]  # fmt: skip
     rows = []
     for name, results in all_results.items():
         dense = results["models"].get("flux-dense", {})
@@ -134,18 +145,21 @@ def dense_parts(all_results: Results) -> Table:
             parts = entry["parts"]
             total = sum(parts.values())
             rows.append([machine_label(name, results), mode, f"{total * 1e3:.4g}",
-                         *(f"{parts[p] / total:.0%}" for p in roofline.PARTS)])  # fmt: skip
+                         *(f"{parts[p] / total:.0%}" for p in roofline.PARTS),
+                         run_id(name, results, dense)])  # fmt: skip
     return header, rows
 
 
 def models(all_results: Results) -> Table:
     """Every mode of every whole model that was measured."""
     header = ["machine", "model", "mode", "step ms", "latency / dense", "latency/ideal",
-              "28 steps s", "8 steps s", "peak GiB", "launches", "host syncs"]  # fmt: skip
+              "28 steps s", "8 steps s", "peak GiB", "launches", "host syncs", "back-end",
+              "config", "attention", "run"]  # fmt: skip
     rows = []
     for name, results in all_results.items():
         for model, record in results["models"].items():
-            for mode, entry in record.get("modes", {}).items():
+            modes = record.get("modes") or {record["mode"]: record}
+            for mode, entry in modes.items():
                 if "step_seconds" not in entry:
                     continue
                 images, peak = entry.get("image_seconds", {}), entry.get("peak_bytes")
@@ -156,6 +170,8 @@ def models(all_results: Results) -> Table:
                     *(f"{images[n]:.2f}" if n in images else "" for n in ("28", "8")),
                     "" if peak is None else f"{peak / 2**30:.1f}",
                     str(entry.get("launches", "")), str(entry.get("host_syncs", "")),
+                    backend_of(results, record), config_of(record),
+                    str(record.get("attention") or ""), run_id(name, results, record),
                 ])  # fmt: skip
     return header, rows
 
@@ -176,30 +192,52 @@ def prediction_error(all_results: Results) -> Table:
 
 
 def distillation(all_results: Results) -> Table:
-    header = ["machine", "what", "batch", "samples/s", "peak MiB beyond the weights"]
+    header = ["machine", "what", "batch", "samples/s", "peak MiB beyond the weights", "back-end",
+              "config", "run"]  # fmt: skip
     rows = []
     for name, results in all_results.items():
         for row in results["distillation"]:
             rows.append([machine_label(name, results), row["id"], str(row["batch"]),
                          f"{row['samples_per_second']:.3g}",
-                         f"{row['peak_bytes'] / 2**20:.0f}"])  # fmt: skip
+                         f"{row['peak_bytes'] / 2**20:.0f}",
+                         backend_of(results, row), config_of(row),
+                         run_id(name, results, row)])  # fmt: skip
     return header, rows
 
 
 def environments(all_results: Results) -> Table:
     """Where every number comes from."""
-    header = ["machine", "date", "commit", "driver", "clocks MHz", "torch", "triton", "CUDA",
-              "ceiling TFLOP/s", "ceiling GB/s"]  # fmt: skip
+    header = ["run", "machine", "date", "commit", "size", "driver", "clocks MHz", "torch", "triton",
+              "CUDA", "ceiling TFLOP/s", "ceiling GB/s", "pins"]  # fmt: skip
     rows = []
     for name, results in all_results.items():
-        for env in results["runs"].values():
-            top = results["ceilings"]
+        for run, short in run_ids(name, results).items():
+            env, top = results["runs"][run], ceilings_of(results, {"run": run})
             clocks = f"{env['sm_mhz']} / {env['memory_mhz']}" if "sm_mhz" in env else ""
-            rows.append([machine_label(name, results), env["date"], str(env["commit"]),
-                         env.get("driver", ""), clocks, env["torch"], env["triton"] or "none",
-                         env["cuda"] or "none", f"{top['tflops']:.3g}",
-                         f"{top['gbps']:.3g}"])  # fmt: skip
+            pins = " ".join(f"{k}={v}" for k, v in env.get("pins", {}).items())
+            rows.append([short, machine_label(name, results), env["date"], str(env["commit"]),
+                         env.get("size", ""), env.get("driver", ""), clocks, env["torch"],
+                         env["triton"] or "none", env["cuda"] or "none", f"{top['tflops']:.3g}",
+                         f"{top['gbps']:.3g}", pins])  # fmt: skip
     return header, rows
+
+
+# Tables too compact for a column of runs: the records that they show.
+_SHOWN = {"peers": peer_rows, "table1": lambda results: results["models"].values()}
+
+
+def origin(table: str, all_results: Results) -> str:
+    """One line for a table whose rows do not name their run: which runs, with what."""
+    lines = []
+    for name, results in all_results.items():
+        records = list(_SHOWN[table](results)) if table in _SHOWN else []
+        for run, env in sorted(results["runs"].items()):
+            if own := [row for row in records if row["run"] == run]:
+                tiles = ", ".join(sorted({config_of(row) for row in own} - {""}))
+                lines.append(f"{machine_label(name, results)}: {ran(name, results, own)}"
+                             f"{f' ({tiles})' if tiles else ''}, commit {env['commit']}, "
+                             f"{env['date'][:10]}, torch {env['torch']}.")  # fmt: skip
+    return " ".join(lines)
 
 
 TABLES = {
@@ -207,20 +245,28 @@ TABLES = {
     "peers": peers,
     "layers": layers,
     "stages": stages,
+    "scaling": scaling,
     "blocks": blocks,
     "models": models,
     "dense-parts": dense_parts,
     "prediction-error": prediction_error,
     "distillation": distillation,
+    "unavailable": unavailable,
     "environments": environments,
 }
 
 
+def filled(table: Table) -> Table:
+    """The table without the columns that have no entry."""
+    header, rows = table
+    keep = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    return [header[i] for i in keep], [[row[i] for i in keep] for row in rows]
+
+
 def markdown(table: Table) -> str:
     """GitHub's tables; a column without any entry is left out."""
-    header, rows = table
+    header, rows = filled(table)
     if not rows:
         return "Nothing measured yet.\n"
-    keep = [i for i in range(len(header)) if any(row[i] for row in rows)]
-    lines = [[header[i] for i in keep], ["---"] * len(keep), *([r[i] for i in keep] for r in rows)]
+    lines = [header, ["---"] * len(header), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)

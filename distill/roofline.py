@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from distill.bench_results import ceilings_of
 from distill.paper import DENSE, TABLE1, PaperRow, first_row
 
 PARTS = ("attention", "ffn", "gemm", "adaln", "rest")
@@ -101,7 +102,8 @@ class Calibration:
     """What a measured machine reaches, as a share of its own ceilings.
 
     attention, ffn, gemm: of its matrix-product ceiling. moe: the same for the MoE layer's own
-    FLOPs. adaln: of its copy ceiling. rest_bytes: bytes a token and block would have moved at the
+    FLOPs, with the last wave of the calibrating machine in it where that has SMs. adaln: of its
+    copy ceiling. rest_bytes: bytes a token and block would have moved at the
     copy ceiling in the time of "rest".
     """
 
@@ -127,7 +129,7 @@ def _fills(sms: int | None, s: int) -> dict[str, float]:
     """Fill of each part's typical products at FLUX's width, D = 3072, and s tokens."""
     d = 3072
     up, down, square = fill(s, 4 * d, sms), fill(s, d, sms), fill(s, 3 * d, sms)
-    return {"ffn": 2 / (1 / up + 1 / down), "gemm": square, "moe": 1.0, "attention": 1.0}
+    return {"ffn": 2 / (1 / up + 1 / down), "gemm": square, "attention": 1.0}
 
 
 def calibrate(results: Mapping[str, Any]) -> Calibration | None:
@@ -143,7 +145,7 @@ def calibrate(results: Mapping[str, Any]) -> Calibration | None:
     if not split or not layers:
         return None
     layer = max(layers, key=lambda row: row["shape"]["T"])
-    ceiling = results["ceilings"]
+    ceiling = ceilings_of(results, dense)
     peak, rate = ceiling["tflops"] * 1e12, ceiling["gbps"] * 1e9
     sms = results["environment"].get("sms")
     amount = work("flux-dense", dense["image_tokens"], dense["text_tokens"])
@@ -152,7 +154,7 @@ def calibrate(results: Mapping[str, Any]) -> Calibration | None:
     return Calibration(
         source=_label(results["environment"]),
         **reached,
-        moe=layer["tflops"] * 1e12 / peak,
+        moe=layer["tflops"] / ceilings_of(results, layer)["tflops"],
         adaln=amount["adaln"] / (max(split["adaln"], 1e-9) * rate),
         rest_bytes=split["rest"] * rate / amount["rest"],
         sms=sms,
@@ -171,6 +173,8 @@ def predict_parts(
     peak, rate = machine.tflops * 1e12, machine.tbps * 1e12
     routed = 0.0 if config_of(name).moe is None else _moe_share(name)
     # A whole rate of the peak cannot be beaten, whatever the calibrating machine's ceiling was.
+    # The measured MoE layer has a last wave in it, unless its machine knows none.
+    full["moe"] = full["ffn"] if c.sms is None else 1.0
     best = {p: min(1.0, getattr(c, p)) * full[p] for p in ("attention", "ffn", "gemm", "moe")}
     return {
         "attention": amount["attention"] / (best["attention"] * peak),
@@ -235,18 +239,20 @@ def error_rows(
             what = f"{row.name} / dense"
             rows.append(_error(calibration, "H20 (paper)", what, ratio, known, note))
     for results in measured.values():
-        top, env = results["ceilings"], results["environment"]
-        machine = Machine(_label(env), top["tflops"], top["gbps"] * 1e-3, env.get("sms"))
+        env, itself = results["environment"], calibrate(results) == calibration
         dense = results["models"].get("flux-dense", {}).get("step_seconds")
         for name in MODELS:
             model = results["models"].get(name, {})
             if not dense or "step_seconds" not in model or name == "flux-dense":
                 continue
+            top = ceilings_of(results, model)
+            machine = Machine(_label(env), top["tflops"], top["gbps"] * 1e-3, env.get("sms"))
+            note = model["mode"] + (", calibrated on itself" if itself else "")
             ratio = predict_ratio(
                 name, machine, calibration, model["image_tokens"], model["text_tokens"]
             )
             rows.append(_error(calibration, machine.name, f"{name} / dense", ratio,
-                               model["latency_ratio"], model["mode"]))  # fmt: skip
+                               model["latency_ratio"], note))  # fmt: skip
     return rows
 
 

@@ -306,6 +306,22 @@ def test_results_are_kept_renewed_and_merged(tmp_path):
         results.Results(path, {"date": "3", "commit": "c"})
 
 
+def test_ceilings_belong_to_their_run(tmp_path):
+    """A second run's ceilings leave those alone by which the first run's shares were taken."""
+    path = tmp_path / "cpu.json"
+    first = results.Results(path, {"date": "1", "commit": "a"})
+    first.set_ceilings({"tflops": 1.0, "gbps": 10.0})
+    first.add("stages", "route/x", {"v": 1})
+    second = results.Results(path, {"date": "2", "commit": "b"})
+    second.set_ceilings({"tflops": 2.0, "gbps": 20.0})
+    second.add("stages", "permute/x", {"v": 1})
+    content = results.load(path)
+    tops = [content["runs"][row["run"]]["ceilings"]["tflops"] for row in content["stages"]]
+    assert tops == [1.0, 2.0]
+    assert content["ceilings"] == {"tflops": 2.0, "gbps": 20.0, "run": "2 b"}
+    assert "ceilings" not in content["environment"]
+
+
 def test_environment_and_file_name(monkeypatch):
     monkeypatch.setenv("D2M_COMMIT", "0123")
     record = env.environment(CPU)
