@@ -9,6 +9,8 @@ from moe_cases import CPU_BACKENDS, act, assert_as_good_as_torch, run
 
 from d2m_kernels import combine, grouped_gemm, route
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 GROUPS = {
     "ragged": [0, 3, 3, 40, 41],
     "empty": [0, 0, 0, 0, 0],

@@ -9,6 +9,8 @@ from moe_cases import CPU_BACKENDS, Case, call, compare, double_loop, run
 
 from d2m_kernels import Routing, moe_ffn, route
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 ALL_K = [0, 1, 2, "E", "dense"]
 
 

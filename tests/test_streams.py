@@ -12,6 +12,8 @@ from moe_cases import CPU_BACKENDS, Case, compare_pair, run, run_pair, stream
 
 from d2m_kernels import Stream, backends, moe_ffn, moe_ffn_pair, route, why_two_calls
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 SHAPE = dict(D=16, S=8, H=8, E=4, k=2)
 
 

@@ -64,6 +64,7 @@ if INTERPRETED:
     from d2m_kernels.triton_.weights import neuron_columns
 
     pytestmark = [
+        pytest.mark.usefixtures("poisoned"),
         pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # numpy, about the NaN rows
         pytest.mark.filterwarnings("ignore:.*All-NaN.*:RuntimeWarning"),
     ]
@@ -71,18 +72,6 @@ if INTERPRETED:
 TMA = "64x128x64w4s4p2tma"  # the smallest tile that goes through descriptors
 PINS = ("small", TMA, "up=64x64x64w4s4p2tma,up_gated=64x64x64w4s4p2tma")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Fresh memory holds NaN, or numbers that are far out of any range."""
-    plain_empty, plain_like = torch.Tensor.new_empty, torch.empty_like
-
-    def poison(t):
-        return t.fill_(float("nan") if t.is_floating_point() else 0x7EADBEEF) if t.numel() else t
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(plain_empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(plain_like(*a, **k)))
 
 
 def randn(*size, dtype=torch.float32, seed=0):
