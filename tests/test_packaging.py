@@ -173,9 +173,27 @@ def test_sdist(clean_tree, tmp_path):
     needed = {"LICENSE", "README.md", "CMakeLists.txt", "setup.py", "pyproject.toml"}
     needed |= sources("csrc", ".h", ".cpp", ".cu", ".cuh") | sources("d2m_kernels", ".py")
     needed |= sources("distill", ".py", ".yaml") | sources("d2m_models", ".py")
-    needed |= sources("tests", ".py", ".cpp", ".h")
+    needed |= sources("tests", ".py", ".cpp", ".h", ".sh") | sources("scripts", ".py")
+    needed |= sources("docs", ".md", ".png") | sources("benchmarks", ".py", ".sh", ".md")
+    needed |= sources("benchmarks/results", ".json", ".html", ".png")
     assert needed <= names, needed - names
     assert not [n for n in names if n.endswith((".so", ".pyc"))]
+    known = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if known.returncode == 0:  # a clone: nothing of it is missing but what serves git and CI
+        assert set(known.stdout.split()) - names <= {".gitignore", ".ci/run"}
+
+    # its tests of the README, the docs and the committed results pass where it is unpacked
+    safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+    with tarfile.open(made) as tar:
+        tar.extractall(tmp_path / "unpacked", **safe)
+    (root,) = (tmp_path / "unpacked").iterdir()
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_docs.py",
+         "tests/test_benchmarks_report.py", "-k", "committed or links or commands or fresh"],
+        cwd=root, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert re.search(r"\d passed", run.stdout), run.stdout
 
 
 @pytest.mark.slow
