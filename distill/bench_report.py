@@ -36,7 +36,8 @@ _TITLES = {
     "scaling": ("Scaling", "Medians; one thing varies at a time, from FLUX's layer (batch: "
                 "DiT-XL/2's, 256 tokens a sample); ratio of moe_ffn to dense."),
     "blocks": ("Blocks", "One block of FLUX.1 at full width; where dense's time goes."),
-    "models": ("Whole models", "Random weights; latency/ideal as above, in the same mode."),
+    "models": ("Whole models", "Random weights; latency/ideal as above, in the same mode. "
+               "Composed: added up from measured blocks, never run as a whole."),
     "dense-parts": ("Where dense's time goes", "By a profile of one step; GELU belongs to the "
                     "FFN, launch gaps to the rest."),
     "prediction-error": ("How good is the prediction?", "The paper's MoE rows ran other kernels "

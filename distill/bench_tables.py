@@ -144,7 +144,7 @@ def dense_parts(all_results: Results) -> Table:
                 continue
             parts = entry["parts"]
             total = sum(parts.values())
-            rows.append([machine_label(name, results), mode, f"{total * 1e3:.4g}",
+            rows.append([machine_label(name, results), mode, _ms(total),
                          *(f"{parts[p] / total:.0%}" for p in roofline.PARTS),
                          run_id(name, results, dense)])  # fmt: skip
     return header, rows
@@ -164,8 +164,8 @@ def models(all_results: Results) -> Table:
                     continue
                 images, peak = entry.get("image_seconds", {}), entry.get("peak_bytes")
                 rows.append([
-                    machine_label(name, results), model, mode,
-                    f"{entry['step_seconds'] * 1e3:.4g}",
+                    machine_label(name, results), model, _mode(mode, entry),
+                    _ms(entry["step_seconds"]),
                     _number(entry, "latency_ratio"), _number(entry, "latency_over_ideal"),
                     *(f"{images[n]:.2f}" if n in images else "" for n in ("28", "8")),
                     "" if peak is None else f"{peak / 2**30:.1f}",
@@ -174,6 +174,16 @@ def models(all_results: Results) -> Table:
                     str(record.get("attention") or ""), run_id(name, results, record),
                 ])  # fmt: skip
     return header, rows
+
+
+def _mode(mode: str, entry: Mapping[str, Any]) -> str:
+    return f"{mode} of {entry['captured']} code" if "captured" in entry else mode
+
+
+def _ms(seconds: float) -> str:
+    """Milliseconds, four digits or all before the point."""
+    ms = seconds * 1e3
+    return f"{ms:.0f}" if ms >= 1e4 else f"{ms:.4g}"
 
 
 def _number(entry: Mapping[str, Any], key: str) -> str:
@@ -222,8 +232,13 @@ def environments(all_results: Results) -> Table:
     return header, rows
 
 
+def _model_rows(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The records behind measured and predicted models."""
+    return [*results["models"].values(), *(roofline.calibrating(results) or ())]
+
+
 # Tables too compact for a column of runs: the records that they show.
-_SHOWN = {"peers": peer_rows, "table1": lambda results: results["models"].values()}
+_SHOWN = {"peers": peer_rows, "table1": _model_rows, "prediction-error": _model_rows}
 
 
 def origin(table: str, all_results: Results) -> str:

@@ -132,19 +132,27 @@ def _fills(sms: int | None, s: int) -> dict[str, float]:
     return {"ffn": 2 / (1 / up + 1 / down), "gemm": square, "attention": 1.0}
 
 
-def calibrate(results: Mapping[str, Any]) -> Calibration | None:
-    """From a results file; None without dense's parts or without a measured MoE layer."""
+def calibrating(results: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+    """The two records that a calibration rests on: dense's parts, and the largest MoE layer."""
     dense = results["models"].get("flux-dense", {})
-    split = dense.get("parts")
     layers = [
         row
         for row in results["layers"]
         if row["pass"] == "forward" and row["shape"]["D"] == 3072
         and row["shape"]["routing"] == "balanced"
     ]  # fmt: skip
-    if not split or not layers:
+    if not dense.get("parts") or not layers:
         return None
-    layer = max(layers, key=lambda row: row["shape"]["T"])
+    return dense, max(layers, key=lambda row: row["shape"]["T"])
+
+
+def calibrate(results: Mapping[str, Any]) -> Calibration | None:
+    """From a results file; None without dense's parts or without a measured MoE layer."""
+    found = calibrating(results)
+    if found is None:
+        return None
+    dense, layer = found
+    split = dense["parts"]
     ceiling = ceilings_of(results, dense)
     peak, rate = ceiling["tflops"] * 1e12, ceiling["gbps"] * 1e9
     sms = results["environment"].get("sms")

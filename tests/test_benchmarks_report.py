@@ -271,7 +271,7 @@ def test_every_measured_row_names_run_back_end_and_config(folder):
     header, rows = TABLES["environments"](results)
     row = dict(zip(header, rows[0], strict=True))
     assert (row["run"], row["size"], row["ceiling TFLOP/s"]) == ("h200-1", "full", "100")
-    for table in ("peers", "table1"):
+    for table in ("peers", "table1", "prediction-error"):
         under = origin(table, results)
         assert "run h200-1, back-end triton" in under and "commit abc" in under, table
     # a model composed of blocks ran their back-end
@@ -287,7 +287,8 @@ def test_runs_are_numbered_by_date_and_shown_with_their_ceilings():
     assert tops == ["100", "50"]
     assert TABLES["stages"](results)[1][0][-1] == "h200-2"
     assert "run h200-2" in origin("peers", results)
-    assert "run h200-1" in origin("table1", results)
+    assert "run h200-1" in origin("table1", results)  # the models', and a prediction's layer
+    assert "run h200-2" in origin("table1", results)
     assert config_of({"config": {"up": "a", "down": "b"}}) == "up a, down b" and config_of({}) == ""
 
 
@@ -319,11 +320,14 @@ def test_tables_of_measured_modes(folder):
     dense = results["h200"]["models"]["flux-dense"]
     entry = {"step_seconds": 0.1, "parts": dense["parts"], "launches": 900, "host_syncs": 0,
              "image_seconds": {"28": 2.9}, "peak_bytes": 24 << 30}  # fmt: skip
+    replayed = {"step_seconds": 20.0, "captured": "eager"}
+    results["h200"]["models"]["flux-moe-l"]["modes"] = {"graphs": replayed}
     dense["modes"] = {"compile": entry, "graphs": {"unavailable": "no"}}
     dense["attention"], dense["config"] = "flash", {"up": "64x64"}
     _, rows = TABLES["models"](results)
     assert rows[0] == ["Model GPU", "flux-dense", "compile", "100", "", "", "2.90", "", "24.0",
                        "900", "0", "triton", "up 64x64", "flash", "h200-1"]  # fmt: skip
+    assert rows[1][2:4] == ["graphs of eager code", "20000"]
     _, missing = TABLES["unavailable"](results)
     assert missing[-1] == ["Model GPU", "flux-dense, graphs", "no", "models", "h200-1"]
     _, rows = TABLES["dense-parts"](results)
