@@ -16,6 +16,7 @@ import statistics
 import flux
 import torch
 from counting import peak_bytes
+from needs import skip_without
 from parts import split
 from race import quartiles
 
@@ -30,6 +31,7 @@ KINDS = ("double", "single")
 def test_blocks(bench):
     image, text = TOKENS["full" if bench.device.type == "cuda" and bench.size == "default"
                          else bench.size]  # fmt: skip
+    skip_without(bench.session, ["diffusers"], [f"{kind}/{image}+{text}" for kind in KINDS])
     kwargs, wide, narrow = flux.block_inputs(bench.size, image, text, bench.device)
     blocks, runs = {}, {}
     for kind in KINDS:

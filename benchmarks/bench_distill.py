@@ -9,6 +9,7 @@ import flux
 import pytest
 import torch
 from counting import peak_bytes
+from needs import skip_without
 
 from d2m_kernels import backends
 
@@ -18,8 +19,8 @@ STAGES = ("shared", "moe", "mob")
 @pytest.fixture(scope="module")
 def digits_run(session):
     """Teacher, student and data of the built-in digits.yaml, its teacher's training left out."""
-    for package in ("sklearn", "yaml", "tqdm"):
-        pytest.importorskip(package)
+    skip_without(session, ("diffusers", "safetensors", "sklearn", "yaml", "tqdm"),
+                 [f"digits/{stage}" for stage in STAGES])  # fmt: skip
     from distill.config import DistillConfig, load_config
     from distill.data import Digits
     from distill.pipeline import student_structure
@@ -72,6 +73,7 @@ def test_block_step(bench):
     """One FLUX-sized MoE double block learns to imitate the dense one: a training step."""
     if bench.device.type != "cuda" and bench.size != "tiny":
         pytest.skip("a FLUX-sized training step is measured on a GPU")
+    skip_without(bench.session, ["diffusers"], ["flux-double-block"])
     image, text = (16, 8) if bench.size == "tiny" else (4096, 512)
     kwargs, wide, narrow = flux.block_inputs(bench.size, image, text, bench.device)
     dense, moe = flux.block_pair("double", bench.size, bench.device)

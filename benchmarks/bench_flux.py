@@ -12,6 +12,7 @@ import pytest
 import torch
 from counting import launches_and_syncs, peak_bytes
 from flux_model import WRONG, Model, rms_error
+from needs import skip, skip_without
 from parts import split
 
 from d2m_kernels import backends
@@ -22,23 +23,24 @@ STEPS = (28, 8)
 MODES = ("eager", "compile", "graphs")
 
 
-def pytest_generate_tests(metafunc):
-    if "preset" in metafunc.fixturenames:
-        metafunc.parametrize("preset", ("flux-moe-l", "flux-moe-s", "flux-moe-xs", "flux-moe-m"))
+PRESETS = ("flux-moe-l", "flux-moe-s", "flux-moe-xs", "flux-moe-m")  # the most telling first
 
 
 @pytest.fixture(scope="module")
 def dense(session):
     """The dense model, its inputs, and what was measured of it so far; or a skip."""
+    skip_without(session, ["diffusers"], PRESETS)
     if session.size != "tiny":
         if session.device.type != "cuda":
             pytest.skip("needs a GPU; bench_blocks.py composes the ratios on a CPU")
         free, _ = torch.cuda.mem_get_info(session.device)
         if free < NEEDED_GB * 1e9:
-            pytest.skip(f"needs {NEEDED_GB} GB of free GPU memory, there are {free / 1e9:.0f}")
+            why = f"needs {NEEDED_GB} GB of free GPU memory, there are {free / 1e9:.0f}"
+            skip(session, why, PRESETS)
     return Model("flux-dense", session)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
 def test_model(bench, dense, preset):
     # Every block of every model shares two compiled graphs; the limit is on variants of one code.
     torch._dynamo.config.recompile_limit = 64

@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from diffusers import FluxTransformer2DModel
 
-from d2m_models import FluxMoEConfig, FluxMoETransformer2DModel, MoBConfig
+from d2m_models import FluxMoEConfig, MoBConfig
 from distill.roofline import config_of
 
 TINY = dict(num_attention_heads=6, attention_head_dim=16, axes_dims_rope=(4, 6, 6),
@@ -38,6 +37,10 @@ def structure(name: str, size: str) -> FluxMoEConfig:
 
 def build(name: str, size: str, device: torch.device, dtype=torch.bfloat16) -> torch.nn.Module:
     """A model with random weights, made on the device; routers stay fp32. Dense is diffusers'."""
+    from diffusers import FluxTransformer2DModel
+
+    from d2m_models import FluxMoETransformer2DModel
+
     config = structure(name, size)
     sizes = dict(TINY if size == "tiny" else {}, guidance_embeds=True)
     before = torch.get_default_dtype()

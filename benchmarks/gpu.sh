@@ -2,6 +2,7 @@
 # Everything on a GPU in one go, offline, in under nine minutes:
 #
 #   benchmarks/gpu.sh OUT [--only PART...] [--budget SECONDS] [--wheels DIR] [--rehearse]
+#   benchmarks/gpu.sh --missing
 #
 # Parts, in order of importance; a run cut short keeps what it has measured:
 #   build tests layers stages models skewed blocks distill host scaling shapes  (--only: also sweep)
@@ -9,43 +10,65 @@
 # of all parts, and with `--only sweep` sweep.json. `d2m report OUT` makes the report of it, on any
 # machine. D2M_COMMIT names the commit where the tree came without its history.
 #
-# The machine needs: nvcc, cmake, ninja, pybind11, setuptools, wheel, torch >= 2.11, triton, numpy,
-# pytest, hypothesis. What it lacks beside them travels as wheels, made where there is a network:
-#   pip download --no-deps -d wheels diffusers==0.42.1 requests pytest-benchmark py-cpuinfo
-#   (add safetensors, huggingface-hub, transformers, accelerate where they are missing; torchao for
-#   the fp8 peer; scattermoe, megablocks, sonic-moe, triton_kernels as further peers)
-# and --wheels wheels installs them, without looking for anything else, for this run only.
+# The machine needs nvcc, torch >= 2.11, triton, numpy and pytest. All else that is used is listed
+# in gpu-wheels.txt; --missing prints those lines of it that the machine lacks, which travel as
+# wheels, made where there is a network (same Python version, Linux of the same kind):
+#   pip download --no-deps --only-binary=:all: -d wheels -r missing.txt
+# --wheels wheels installs exactly these, for this run alone. Further peers that are measured where
+# they are there: torchao (fp8), scattermoe, megablocks, sonic-moe, triton_kernels. Without
+# pytest-benchmark nothing is measured; what else a part lacks is in its records under "skipped".
 # --rehearse: the same on a CPU with tiny sizes; its numbers mean nothing.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-usage() { sed -n '2,22p' "benchmarks/gpu.sh" | sed 's/^# \{0,1\}//'; exit "${1:-2}"; }
+usage() { # the comment above
+  awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' benchmarks/gpu.sh
+  exit "${1:-2}"
+}
 
 all="build tests layers stages models skewed blocks distill host scaling shapes"
-out="" only="" budget=530 wheels="" rehearse=0
+out="" only="" budget=530 wheels="" rehearse=0 missing=0
 while [ $# -gt 0 ]; do
   case $1 in
     --only) shift; while [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; do only="$only $1"; shift; done; continue ;;
     --budget) budget=${2:?--budget needs seconds}; shift ;;
     --wheels) wheels=${2:?--wheels needs a folder}; shift ;;
     --rehearse) rehearse=1 ;;
+    --missing) missing=1 ;;
     -h | --help) usage 0 ;;
     -*) echo "unknown option $1" >&2; usage ;;
     *) [ -z "$out" ] || usage; out=$1 ;;
   esac
   shift
 done
+python=$(command -v python3)
+[ "$rehearse$missing" = 00 ] || python=${PYTHON:-$python}
+if [ "$missing" = 1 ]; then
+  exec "$python" - benchmarks/gpu-wheels.txt <<'END'
+import importlib.metadata
+import sys
+
+for line in open(sys.argv[1]):
+    name = line.split("==")[0]
+    if "==" in line and not any(importlib.metadata.distributions(name=name)):
+        print(line, end="")
+END
+fi
 [ -n "$out" ] || usage
 for part in $only; do
   case " $all sweep " in *" $part "*) ;; *) echo "unknown part $part; parts: $all sweep" >&2; exit 2 ;; esac
 done
-python=$(command -v python3)
-[ "$rehearse" = 0 ] || python=${PYTHON:-$python}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 log=$out/gpu.log
 : >"$log"
-site=$PWD/build/gpu-site
-export PYTHONPATH="$site:$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+site=$PWD/build/gpu-site carried=$PWD/build/gpu-wheels
+rm -rf "$carried"
+if [ -n "$wheels" ]; then
+  "$python" -m pip install -q --no-index --no-deps --target "$carried" "$wheels"/*.whl >>"$log" 2>&1 ||
+    { echo "the wheels in $wheels could not be installed, see $log"; exit 1; }
+  export PATH="$carried/bin:$PATH"
+fi
+export PYTHONPATH="$site:$carried:$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 size=() sweep=()
 if [ "$rehearse" = 1 ]; then size=(--tiny --on cpu) sweep=(--rehearse --tiles 2); fi
@@ -74,14 +97,16 @@ bench() { # bench NAME SECONDS FILE [PYTEST_ARGUMENTS...]: starts no test after 
   shift 2
   local most=$limit
   [ "$most" -lt "$(left)" ] || most=$(left)
+  if [ "$plugin" = 0 ]; then
+    ! wanted "$name" || { echo "$name: not measured, needs pytest-benchmark (see --help)"; status=1; }
+    return 0
+  fi
   part "$name" "$limit" "$python" -m pytest "$@" --benchmark-only -q -p no:cacheprovider \
     --results "$out/" --deadline $((most * 8 / 10)) "${size[@]}"
 }
 
-if [ -n "$wheels" ]; then
-  "$python" -m pip install -q --no-index --no-deps --upgrade --target "$site" "$wheels"/*.whl >>"$log" 2>&1 ||
-    { echo "the wheels in $wheels could not be installed, see $log"; exit 1; }
-fi
+plugin=1
+"$python" -c 'import pytest_benchmark' 2>>"$log" || plugin=0
 cuda=1
 [ "$rehearse" = 0 ] || cuda=0
 part build 150 env D2M_CUDA=$cuda TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-9.0a}" \

@@ -29,14 +29,18 @@ class Results:
         rows[:] = [row for row in rows if row["id"] != record_id]
         rows.append({"id": record_id, **record, "run": self.run})
         if section != "skipped":
-            skipped = self.content["skipped"]
-            skipped[:] = [row for row in skipped if row["id"] != record_id]
+            self._not_skipped(record_id)
         self.save()
 
     def set(self, section: str, key: str, record: dict) -> None:
-        """One entry of a section: of "models"."""
+        """One entry of a section: of "models"; also takes its mention out of "skipped"."""
         self.content[section][key] = {**record, "run": self.run}
+        self._not_skipped(key)
         self.save()
+
+    def _not_skipped(self, record_id: str) -> None:
+        skipped = self.content["skipped"]
+        skipped[:] = [row for row in skipped if row["id"] != record_id]
 
     def set_ceilings(self, ceilings: dict) -> None:
         """This run's ceilings. Shares in a record refer to those of its own run; the section of

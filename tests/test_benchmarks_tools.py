@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 import types
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -451,6 +453,111 @@ def test_gpu_script_rehearsal(tmp_path):
     assert stages == {"route", "permute", "combine", "grouped_gemm_up", "grouped_gemm_down"}
     assert len(content["host"]) == 2 and content["environment"]["size"] == "tiny"
     assert "build" not in run.stdout and "host" in run.stdout
+
+
+@pytest.mark.slow
+def test_gpu_script_rehearses_models_and_distillation(tmp_path):
+    """A whole model in the modes that a CPU has, and a training step of each kind."""
+    pytest.importorskip("pytest_benchmark")
+    pytest.importorskip("diffusers")
+    pytest.importorskip("sklearn")
+    command = ["bash", "benchmarks/gpu.sh", str(tmp_path / "out"), "--rehearse", "--only",
+               "models", "distill"]  # fmt: skip
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
+                   "PYTEST_ADDOPTS": "-k 'flux-moe-s or shared or block_step'"}  # fmt: skip
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment,
+                         timeout=600)  # fmt: skip
+    log = (tmp_path / "out" / "gpu.log").read_text()
+    assert run.returncode == 0, run.stdout + log[-3000:]
+    content = results.load(tmp_path / "out" / "cpu.json")
+    assert [row["id"] for row in content["distillation"]] == ["digits/shared", "flux-double-block"]
+    assert all(row["samples_per_second"] > 0 for row in content["distillation"])
+    models = content["models"]
+    assert set(models) == {"flux-dense", "flux-moe-s"} and content["skipped"] == []
+    for model in models.values():
+        assert model["mode"] == "compile" and model["latency_ratio"] > 0
+        for mode in ("eager", "compile"):
+            entry = model["modes"][mode]
+            assert set(entry["image_seconds"]) == {"28", "8"}
+            assert entry["peak_bytes"] > model["model_bytes"] and entry["step_seconds"] > 0
+    assert models["flux-moe-s"]["modes"]["graphs"] == {
+        "unavailable": "RuntimeError: CUDA graphs need a GPU"
+    }
+    assert models["flux-moe-s"]["latency_over_ideal"] > 0
+
+
+def test_gpu_script_without_packages_says_what_was_not_measured(tmp_path):
+    """diffusers and scikit-learn are blocked: every record that needs them is there as skipped."""
+    pytest.importorskip("pytest_benchmark")
+    blocked = "import sys; sys.modules['diffusers'] = sys.modules['sklearn'] = None"
+    (tmp_path / "sitecustomize.py").write_text(blocked)
+    out = tmp_path / "out"
+    command = ["bash", "benchmarks/gpu.sh", str(out), "--rehearse", "--only", "models", "blocks",
+               "distill"]  # fmt: skip
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
+                   "PYTHONPATH": str(tmp_path)}  # fmt: skip
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment,
+                         timeout=300)  # fmt: skip
+    assert run.returncode == 0, run.stdout + (out / "gpu.log").read_text()[-3000:]
+    skipped = {row["id"]: row["why"] for row in results.load(out / "cpu.json")["skipped"]}
+    assert set(skipped) == {
+        *(f"flux-moe-{name}" for name in ("l", "m", "s", "xs")),
+        *(f"digits/{stage}" for stage in ("shared", "moe", "mob")),
+        "double/16+8", "single/16+8", "flux-double-block",
+    }  # fmt: skip
+    assert all(why.startswith("needs diffusers: ") for why in skipped.values())
+
+
+def test_wheels_of_the_gpu_machine_are_all_listed():
+    """What a listed package depends on is listed, or comes with torch, triton, numpy or pytest."""
+    requirements = pytest.importorskip("packaging.requirements")
+
+    def plain(name):
+        return re.sub(r"[-_.]+", "-", name).lower()
+
+    def needs(name):
+        for text in metadata.requires(name) or []:
+            requirement = requirements.Requirement(text)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                yield plain(requirement.name)
+
+    def there(name):
+        return any(metadata.distributions(name=name))
+
+    lines = (ROOT / "benchmarks" / "gpu-wheels.txt").read_text().splitlines()
+    listed = dict(line.split("==") for line in lines if not line.startswith("#"))
+    given, waiting = set(), ["torch", "triton", "numpy", "pytest"]
+    while waiting:
+        name = waiting.pop()
+        if name not in given and there(name):
+            waiting.extend(needs(name))
+        given.add(name)
+    assert not given & set(listed), "comes with torch, triton, numpy or pytest"
+    known = [n for n, pin in listed.items() if there(n) and metadata.version(n) == pin]
+    if not known:
+        pytest.skip("none of the listed versions is installed")
+    for name in known:
+        lacking = set(needs(name)) - set(listed) - given
+        assert not lacking, f"{name} needs {lacking}"
+
+
+def test_gpu_script_help_is_its_comment():
+    run = subprocess.run(["bash", "benchmarks/gpu.sh", "--help"], cwd=ROOT, capture_output=True,
+                         text=True)  # fmt: skip
+    assert run.returncode == 0 and run.stdout.startswith("Everything on a GPU in one go")
+    assert run.stdout.rstrip().endswith("its numbers mean nothing.")
+    assert not re.search(r"[{}$]|^set ", run.stdout, re.M), "shell code"
+
+
+def test_gpu_script_lists_the_wheels_that_a_machine_lacks():
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = ["bash", "benchmarks/gpu.sh", "--missing"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    lines = (ROOT / "benchmarks" / "gpu-wheels.txt").read_text().splitlines()
+    assert set(run.stdout.splitlines()) <= {line for line in lines if not line.startswith("#")}
+    there = {d.name.lower().replace("_", "-") for d in metadata.distributions()}
+    assert not there & {line.split("==")[0] for line in run.stdout.splitlines()}
 
 
 def test_gpu_script_refuses_what_it_does_not_know():
