@@ -24,7 +24,7 @@ def digits_run(session):
     from distill.config import DistillConfig, load_config
     from distill.data import Digits
     from distill.pipeline import student_structure
-    from distill.stages import make_student, measure_importance
+    from distill.students import make_student, measure_importance
     from distill.teacher import build_teacher, modulation_inputs
 
     config = load_config(DistillConfig, "digits.yaml")
@@ -40,7 +40,8 @@ def digits_run(session):
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage(bench, digits_run, stage):
     from d2m_models.output import group_names
-    from distill.stages import Distillation, group_blocks, prepare_stage
+    from distill.stages import Distillation, prepare_stage
+    from distill.students import group_blocks
     from distill.train import make_optimizer
 
     config, teacher, model, digits, structure = digits_run

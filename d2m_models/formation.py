@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from d2m_models.config import MoEConfig
-from d2m_models.conversion import ffn_names
+from d2m_models.conversion import ffn_names, ffn_width
 from d2m_models.moe import moe_layers
 from d2m_models.partition import coactivation_neuron_order
 from d2m_models.weights import effective_weight
@@ -42,36 +42,56 @@ def record_ffns(
     Args:
         batches: keyword arguments of the model's forward: noised images and prompts of training.
     """
-    parts: dict[str, dict[str, list[Tensor]]] = {n: {"x": [], "h": []} for n in ffn_names(dense)}
+    generator = torch.Generator().manual_seed(seed)
+    samples = {n: _Sample(tokens, ffn_width(dense, n), generator) for n in ffn_names(dense)}
     handles = []
-    for name in parts:
+    for name, sample in samples.items():
         module = dense.get_submodule(name)
         single = name.startswith("single")
         up = module.proj_mlp if single else module.net[0].proj
         down = module.proj_out if single else module.net[2]
-        for linear, kind, width in ((up, "x", up.in_features), (down, "h", up.out_features)):
-
-            def record(_module, args, name=name, kind=kind, width=width):
-                # of proj_out's input the last columns are the MLP's
-                value = args[0].reshape(-1, args[0].shape[-1])[:, -width:]
-                parts[name][kind].append(value.float().cpu())
-
-            handles.append(linear.register_forward_pre_hook(record))
+        handles.append(up.register_forward_pre_hook(sample.see_input))
+        handles.append(down.register_forward_pre_hook(sample.see_activation))
     try:
         for batch in batches:
             dense(**batch)
     finally:
         for handle in handles:
             handle.remove()
-    generator = torch.Generator().manual_seed(seed)
-    records = {}
-    for name, kinds in parts.items():
-        if not kinds["x"]:
-            raise ValueError("batches is empty; pass at least one batch of calibration inputs")
-        x, h = torch.cat(kinds["x"]), torch.cat(kinds["h"])
-        kept = torch.randperm(len(x), generator=generator)[:tokens]
-        records[name] = FFNRecord(x[kept], h[kept])
-    return records
+    if any(sample.h is None for sample in samples.values()):
+        raise ValueError("batches is empty; pass at least one batch of calibration inputs")
+    return {name: FFNRecord(sample.x, sample.h) for name, sample in samples.items()}
+
+
+class _Sample:
+    """A uniform sample of one FFN's tokens: those of the largest random keys, whatever comes.
+
+    Only these are copied and kept: one image of FLUX.1 has 13 GB of activations.
+    """
+
+    def __init__(self, tokens: int, width: int, generator: torch.Generator):
+        self.tokens, self.width, self.generator = tokens, width, generator
+        self.keys = torch.empty(0, dtype=torch.float64)
+        self.x: Tensor | None = None
+        self.h: Tensor | None = None
+
+    def see_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x_nD = args[0].reshape(-1, args[0].shape[-1])
+        fresh = torch.rand(len(x_nD), generator=self.generator, dtype=torch.float64)
+        keys, old = torch.cat([self.keys, fresh]), len(self.keys)
+        best = keys.topk(min(self.tokens, len(keys))).indices
+        self.stay, self.new = best[best < old], best[best >= old] - old
+        self.keys = torch.cat([self.keys[self.stay], fresh[self.new]])  # in _merge's order
+        self.x = self._merge(self.x, x_nD)
+
+    def see_activation(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        h_nF = args[0].reshape(-1, args[0].shape[-1])
+        # of proj_out's input the last columns are the MLP's
+        self.h = self._merge(self.h, h_nF[:, -self.width :])
+
+    def _merge(self, kept: Tensor | None, values: Tensor) -> Tensor:
+        new = values[self.new.to(values.device)].float().cpu()
+        return new if kept is None else torch.cat([kept[self.stay], new])
 
 
 def coactivation_orders(

@@ -80,7 +80,7 @@ def run_arm(arm: str, context: Context, out: Path) -> tuple[dict[str, float], di
         model, shared = train_moe(context, arm, config.other)
         return {**bench.measure(model), "shared_only": bench.rel_mse(shared)}, {}
     if arm == "random":
-        _, shared = train_moe(context, arm, config.structure, order="random", stages="a")
+        _, shared = train_moe(context, arm, config.structure, initialisation="random", stages="a")
         return {"shared_only": bench.rel_mse(shared)}, {}
     if arm == "moe-long":
         model, _ = train_moe(context, arm, config.structure)

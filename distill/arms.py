@@ -11,15 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from distill.ablate_config import AblateConfig
 from distill.ablate_teachers import fingerprint
 from distill.config import StageConfig, to_dict
-from distill.data import generator
 from distill.importance import taylor_importance
-from distill.stages import Distillation, finish_stage, group_blocks, make_student, run_stage
+from distill.stages import Distillation, finish_stage, run_stage
+from distill.students import group_blocks, make_student
 from distill.train import train
 
 
@@ -69,19 +68,18 @@ def importance(context: Context) -> dict[str, Tensor]:
 
 
 def train_moe(
-    context: Context, name: str, fields: Mapping[str, Any], *, order: str = "taylor",
+    context: Context, name: str, fields: Mapping[str, Any], *, initialisation: str = "taylor",
     stages: str = "ab", kind: str = "moe",
 ) -> tuple[nn.Module, nn.Module | None]:  # fmt: skip
     """(model, the model after stage (a) with shared experts only, if there was one).
 
-    order: "taylor" (eq. 6) or "random", which neurons are shared. stages: "ab" the paper's, "a" the
-    first alone, "joint": one stage in which shared and routed experts train together.
+    initialisation: "taylor" (eq. 6) or "random", which neurons are shared. stages: "ab" the
+    paper's, "a" the first alone, "joint": one stage in which shared and routed experts train
+    together.
     """
-    scores = importance(context)
-    if order == "random":
-        gen = generator(context.seed, "weights", 2)
-        scores = {n: torch.rand(len(s), generator=gen) for n, s in scores.items()}
-    model = make_student(context.teacher, structure(context, fields), scores, None, context.seed)
+    scores = None if initialisation == "random" else importance(context)
+    model = make_student(context.teacher, structure(context, fields), scores, None, context.seed,
+                         initialisation=initialisation)  # fmt: skip
     config, first = context.config, 0
     parent = fingerprint(name, to_dict(config.teacher), context.seed, context.share,
                          config.importance_batches, config.importance_samples)  # fmt: skip

@@ -272,6 +272,10 @@ class StageConfig:
 class StudentConfig:
     """The student: a preset name or a structure (the fields of `FluxMoEConfig`), never both.
 
+    initialisation: which neurons are shared and which make an expert. "taylor": the paper's, the
+    most important ones (eq. 6) are shared, the rest is dealt evenly; "random": the baseline of
+    Table 5; "coactivation": shared ones by eq. (6), neurons that fire together make an expert.
+    routers: they start at "random", the paper's, or "fitted" to what each expert contributes.
     importance_batches: batches of eq. (6), 128 samples each. importance_rows: how many of them go
     through the teacher at once; null for all. calibration: samples of silu(temb) for the AdaLN
     basis.
@@ -279,11 +283,17 @@ class StudentConfig:
 
     preset: str | None = None
     structure: dict[str, Any] | None = None
+    initialisation: str = "taylor"
+    routers: str = "random"
     importance_batches: int = 8
     importance_rows: int | None = None
     calibration: int = 1024
 
     def __post_init__(self):
+        check_choice(
+            "student", "initialisation", self.initialisation, ("taylor", "random", "coactivation")
+        )
+        check_choice("student", "routers", self.routers, ("random", "fitted"))
         if (self.preset is None) == (self.structure is None):
             raise ConfigError("student needs exactly one of the keys 'preset' and 'structure'")
         check_least(self, "student", importance_batches=1, importance_rows=1, calibration=1)

@@ -23,11 +23,9 @@ from distill.stages import (
     VERSION,
     Distillation,
     finish_stage,
-    group_blocks,
-    make_student,
-    measure_importance,
     run_stage,
 )
+from distill.students import group_blocks, make_student, measure_importance
 from distill.teacher import load_teacher, modulation_inputs
 from distill.train import train
 

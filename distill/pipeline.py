@@ -16,19 +16,24 @@ from distill.errors import CheckpointError, ConfigError, UserError
 from distill.parallel import World, shard_model, start_world, stop_world
 from distill.preview import Previews
 from distill.sources import data_fingerprint, open_source
-from distill.stages import (
-    VERSION,
-    group_blocks,
-    make_student,
-    measure_importance,
-    run_stage,
-    student_skeleton,
-)
+from distill.stages import VERSION, run_stage
+from distill.students import group_blocks, make_student, measure, student_skeleton
 from distill.teacher import load_flux, load_teacher, modulation_inputs, refuse_pickles
 
 
 def student_structure(config: DistillConfig, teacher: nn.Module) -> Any:
     """The student's FluxMoEConfig; depth defaults to the teacher's."""
+    structure = _structure(config, teacher)
+    for name, plain in (("initialisation", "taylor"), ("routers", "random")):
+        if structure.moe is None and getattr(config.student, name) != plain:
+            raise ConfigError(
+                f"student.{name} is {getattr(config.student, name)!r}, but the student's structure "
+                f"has no key 'moe'; expected {plain!r}"
+            )
+    return structure
+
+
+def _structure(config: DistillConfig, teacher: nn.Module) -> Any:
     from d2m_models import FluxMoEConfig
     from d2m_models.presets import find_preset
 
@@ -116,7 +121,7 @@ def _distill(config: DistillConfig, world: World, progress: bool, accept_changed
 def start_student(
     config: DistillConfig, structure: Any, teacher: nn.Module, source: Any, world: World
 ) -> nn.Module:
-    """The converted teacher: neurons ordered by eq. (6), AdaLN fitted, fp32 weights.
+    """The converted teacher: neurons ordered by eq. (6) or as configured, AdaLN fitted, fp32.
 
     With several ranks only rank 0 makes it, in host memory, and moves its teacher there: a GPU that
     is to hold a shard need not hold teacher and student whole. The others get a skeleton.
@@ -124,15 +129,13 @@ def start_student(
     if not world.main:
         model = student_skeleton(teacher, replace(structure, mob=None))
     else:
-        student, seed = config.student, config.seed
-        importance = measure_importance(
-            teacher, source, student.importance_batches, seed, student.importance_rows
-        )
-        temb = modulation_inputs(teacher, source, student.calibration, seed)
+        seed = config.seed
+        how = measure(teacher, source, config.student, seed)
+        temb = modulation_inputs(teacher, source, config.student.calibration, seed)
         if world.size > 1:
             teacher.cpu()
             temb = temb.cpu()
-        model = make_student(teacher, structure, importance, temb, seed).float()
+        model = make_student(teacher, structure, temb=temb, seed=seed, **how).float()
     world.barrier()
     return model
 

@@ -191,7 +191,7 @@ def plan(config: DistillConfig, gpus: int | None = None, size: int = 1024) -> li
     from dataclasses import replace
 
     from distill.pipeline import student_structure
-    from distill.stages import student_skeleton
+    from distill.students import student_skeleton
 
     parallel = config.parallel
     gpus = gpus or (parallel.shard or 1) * parallel.replicate

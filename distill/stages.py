@@ -1,4 +1,4 @@
-"""The three stages of section 3.2 and the students they train.
+"""The three stages of section 3.2.
 
 (a) "shared": the neurons of highest Taylor score become the shared experts, which alone run and
     learn (top_k = 0);
@@ -9,117 +9,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distill import checkpoint as ckpt
 from distill.config import StageConfig, settings
-from distill.data import Batch, generator
-from distill.importance import taylor_importance
 from distill.objective import Distillation
 from distill.optimizer import FrozenSlice
 from distill.parallel import World, shard_copy
 from distill.train import Preview, train
 
 VERSION = 1  # raise when a change makes old checkpoints mean something else
-
-
-# --- students -------------------------------------------------------------------------------
-
-
-def measure_importance(
-    teacher: nn.Module, source: Any, batches: int, seed: int, rows: int | None = None
-) -> dict[str, Tensor]:
-    """Eq. (6) over `batches` batches of 128 training samples, `rows` of them at a time; in bf16 if
-    the teacher is.
-
-    A large teacher's blocks are recomputed in the backward pass.
-    """
-    weight, size = next(teacher.parameters()), 128
-    device, low = weight.device, weight.dtype == torch.bfloat16
-
-    def batch(number: int) -> Batch | Iterator[Batch]:
-        if rows is None or rows >= size:
-            return source.batch(seed, number, size, "calibrate").to(device)
-        cuts = (slice(i, min(i + rows, size)) for i in range(0, size, rows))
-        return (source.batch(seed, number, size, "calibrate", cut).to(device) for cut in cuts)
-
-    large = sum(p.numel() for p in teacher.parameters()) > 1e9
-    if large:
-        teacher.enable_gradient_checkpointing()
-    try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=low, cache_enabled=False):
-            return taylor_importance(teacher, map(batch, range(batches)))
-    finally:
-        if large:
-            teacher.disable_gradient_checkpointing()
-
-
-def neuron_orders(
-    teacher: nn.Module, structure: Any, importance: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Each FFN's neurons: the most important ones shared, the rest dealt evenly to the experts."""
-    from d2m_models import neuron_order_from_importance
-
-    shared, _ = structure.moe.sizes(teacher.inner_dim, 4 * teacher.inner_dim)
-    return {
-        name: neuron_order_from_importance(score, shared, structure.moe.num_experts)
-        for name, score in importance.items()
-    }
-
-
-def make_student(
-    teacher: nn.Module,
-    structure: Any,
-    importance: Mapping[str, Tensor],
-    temb: Tensor | None,
-    seed: int,
-) -> nn.Module:
-    """`convert_flux` with Taylor orders and a calibrated AdaLN basis; MoB groups come later, in
-    stage (c).
-    """
-    from d2m_models import convert_flux
-
-    return convert_flux(
-        teacher,
-        replace(structure, mob=None),
-        neuron_order=None
-        if structure.moe is None
-        else neuron_orders(teacher, structure, importance),
-        adaln_calibration=temb if structure.adaln_dim is not None else None,
-        generator=generator(seed, "weights"),
-    ).to(next(teacher.parameters()).device)
-
-
-def student_skeleton(teacher: nn.Module, structure: Any) -> nn.Module:
-    """The student that `convert_flux` would make, on the meta device."""
-    from d2m_models import FluxMoETransformer2DModel
-    from d2m_models.conversion import model_arguments
-
-    with torch.device("meta"):
-        return FluxMoETransformer2DModel(**model_arguments(teacher, structure))
-
-
-def group_blocks(model: nn.Module, mob: Any, seed: int) -> nn.Module:
-    """A copy of the model with MoB groups and fresh block routers; no other weight changes."""
-    from d2m_models import FluxMoETransformer2DModel
-    from d2m_models.conversion import model_arguments
-
-    device = next(model.parameters()).device
-    if device.type == "meta":
-        return student_skeleton(model, replace(model.d2m_config, mob=mob))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(seed, "weights", 1).initial_seed())
-        grouped = FluxMoETransformer2DModel(**{**model_arguments(model), "mob": mob.to_dict()})
-    state = {k: v for k, v in grouped.state_dict().items() if k.startswith("mob_routers.")}
-    state |= {k: v.clone() for k, v in model.state_dict().items()}
-    grouped.load_state_dict(state)
-    return grouped.to(device)
 
 
 # --- what trains in a stage -----------------------------------------------------------------

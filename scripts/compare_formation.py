@@ -23,7 +23,7 @@ from d2m_models.formation import coactivation_orders, fit_routers, record_ffns
 from distill import evaluate as ev
 from distill.config import DemoConfig, bundled, load_config
 from distill.data import Digits
-from distill.stages import measure_importance
+from distill.students import measure_importance
 from distill.teacher import load_teacher
 
 MARKS = (0, 25, 50, 100, 200, 400)

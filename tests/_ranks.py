@@ -38,7 +38,7 @@ def models(kind: str):
     from d2m_models import FluxMoEConfig, MoBConfig, MoEConfig
     from distill.config import TeacherConfig, TrainConfig
     from distill.data import Digits
-    from distill.stages import group_blocks, make_student, measure_importance
+    from distill.students import group_blocks, make_student, measure_importance
     from distill.teacher import build_teacher, modulation_inputs
 
     sizes = TeacherConfig(

@@ -128,3 +128,11 @@ def test_the_data_section_of_the_docs_is_valid():
     blocks = [yaml.safe_load(b) for b in re.findall(r"```yaml\n(.*?)```", page, re.S)]
     sections = [b["data"] for b in blocks if "data" in b]
     assert "shards" in [from_dict(DataConfig, s).name for s in sections]
+
+
+def test_the_joint_stage_of_the_docs_is_valid():
+    page = (Path(__file__).parents[1] / "docs" / "distill.md").read_text(encoding="utf-8")
+    blocks = [yaml.safe_load(b) for b in re.findall(r"```yaml\n(.*?)```", page, re.S)]
+    (joint,) = [b for b in blocks if "stages" in b]
+    config = from_dict(DistillConfig, {"teacher": {"path": "x"}, **joint})
+    assert [s.freeze_shared for s in config.stages] == [False]

@@ -216,6 +216,8 @@ teacher:
   rope: [2, 2, 4]
   train: {steps: 4, batch_size: 8, lr: 1.0e-3}
 student:
+  initialisation: coactivation
+  routers: fitted
   importance_batches: 1
   calibration: 64
   structure:

@@ -21,7 +21,8 @@ from distill.config import (  # noqa: E402
 from distill.data import Digits  # noqa: E402
 from distill.errors import ConfigError  # noqa: E402
 from distill.plan import plan, render  # noqa: E402
-from distill.stages import group_blocks, make_student, run_stage  # noqa: E402
+from distill.stages import run_stage  # noqa: E402
+from distill.students import group_blocks, make_student  # noqa: E402
 from distill.teacher import build_teacher  # noqa: E402
 
 GIB = 2**30
@@ -164,7 +165,7 @@ def test_flops_and_time_by_hand():
     from d2m_models import account
     from distill.pipeline import student_structure
     from distill.skeleton import teacher_skeleton
-    from distill.stages import student_skeleton
+    from distill.students import student_skeleton
 
     config = small("moe", micro_batch=8, gradient_checkpointing=True)
     (planned,) = plan(config)

@@ -20,12 +20,10 @@ from distill.losses import distill_loss  # noqa: E402
 from distill.stages import (  # noqa: E402
     Distillation,
     ffn_slices,
-    group_blocks,
-    make_student,
-    measure_importance,
     prepare_stage,
     run_stage,
 )
+from distill.students import group_blocks, make_student, measure_importance  # noqa: E402
 from distill.teacher import build_teacher, modulation_inputs  # noqa: E402
 
 SMALL = TeacherConfig(

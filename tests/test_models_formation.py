@@ -101,3 +101,20 @@ def test_coactivation_orders_convert():
     with torch.no_grad():
         outputs = [m(**flux_inputs()).sample for m in (dense, model)]
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
+
+
+def test_records_are_a_uniform_sample_of_all_batches():
+    """Whatever comes first or last is kept as often; x and h of a record are the same token's."""
+    dense = dense_flux(1, 1)
+    name, counts = "transformer_blocks.0.ff", torch.zeros(len(BATCHES))
+    each = [record_ffns(dense, [b], tokens=10_000)[name].x for b in BATCHES]
+    module = dense.get_submodule(name)
+    for seed in range(60):
+        x, h = record_ffns(dense, BATCHES, tokens=12, seed=seed)[name]
+        assert len(x) == len(h) == 12 == len(x.unique(dim=0))
+        for i, known in enumerate(each):
+            counts[i] += int((x[:, None] == known).all(2).any(1).sum())
+    with torch.no_grad():
+        torch.testing.assert_close(module.net[0](x), h, rtol=1e-4, atol=1e-5)
+    assert counts.sum() == 60 * 12
+    assert (counts - 180).abs().max() < 5 * (720 * 0.25 * 0.75) ** 0.5
