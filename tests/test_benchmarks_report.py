@@ -462,6 +462,7 @@ ENVIRONMENT = {"device", "device_type", "date", "commit", "cpu", "cores", "threa
 
 
 def test_committed_results_follow_the_schema():
+    """Every section of the CPU's; a GPU's may be of a run cut short."""
     found = load_results(RESULTS)
     assert "cpu" in found and found["cpu"]["models"], "benchmarks/results/cpu.json is not there"
     for name, results in found.items():
@@ -474,7 +475,7 @@ def test_committed_results_follow_the_schema():
             assert {"tflops", "gbps", "how", "seconds"} <= set(run["ceilings"])
         assert results["ceilings"]["run"] in results["runs"]
         for section, keys in SECTIONS.items():
-            assert results[section] or section == "skipped", (name, section)
+            assert results[section] or section == "skipped" or name != "cpu", section
             for row in results[section]:
                 assert row["run"] in results["runs"], (name, row["id"])
                 assert keys <= set(row), (name, row["id"], keys - set(row))
@@ -482,10 +483,11 @@ def test_committed_results_follow_the_schema():
             keys = RATES | {"value", "shape", "seconds", "ratio_to_dense", "flop_limit",
                             "peak_bytes"}  # fmt: skip
             assert row["points"] and all(keys <= set(point) for point in row["points"])
-        assert set(results["models"]) == set(roofline.MODELS)
+        assert set(results["models"]) == set(roofline.MODELS) or name != "cpu"
         for model in results["models"].values():
             assert model["run"] in results["runs"]
-            assert MODEL <= set(model), MODEL - set(model)
+            keys = MODEL if name == "cpu" else {"mode", "image_tokens", "text_tokens"}
+            assert keys <= set(model), keys - set(model)
 
 
 def rated(results):
