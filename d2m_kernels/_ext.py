@@ -220,12 +220,9 @@ def cuda_route_permute(x_TD, router_ED, top_k: int, mask_T=None):
 
 
 def cuda_modulate_route(x_TD, scale_BD, shift_BD, eps, router_ED, top_k: int, mask_T=None):
-    """LayerNorm(x) * (1 + scale) + shift [T, D], and `cuda_route_permute` of it."""
+    """LayerNorm(x) * (1 + scale) + shift [T, D], and `cuda_route_permute` of it; one dtype."""
     out_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
-    scale_BD, shift_BD = (
-        t if t.dtype == x_TD.dtype and t.stride(-1) == 1 else t.to(x_TD.dtype).contiguous()
-        for t in (scale_BD, shift_BD)
-    )
+    scale_BD, shift_BD = (t if t.stride(-1) == 1 else t.contiguous() for t in (scale_BD, shift_BD))
     tokens = x_TD.shape[0] // max(scale_BD.shape[0], 1)
     adaln = (
         scale_BD.data_ptr(), scale_BD.stride(0), shift_BD.data_ptr(), shift_BD.stride(0), tokens,

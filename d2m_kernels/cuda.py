@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 
 from d2m_kernels import _ext, backends, torch_
+from d2m_kernels.reference import modulate
 
 NAME = "cuda"
+MAX_EXPERTS = 256  # kMaxExperts in csrc/cuda/common.cuh: what the kernels' shared memory holds
 
 
 def unavailable() -> str | None:
@@ -32,15 +34,29 @@ def _products():
     return backends.module("triton") if backends.unavailable("triton") is None else torch_
 
 
+def _check_experts(count: int) -> None:
+    if count > MAX_EXPERTS:
+        raise ValueError(
+            f"router: expected at most {MAX_EXPERTS} experts for the back-end 'cuda', got {count}; "
+            "take 'triton' or 'torch'"
+        )
+
+
 def route(x_TD, router_ED, top_k, mask_T=None):
+    _check_experts(router_ED.shape[0])
     return _ext.cuda_route_permute(x_TD, router_ED, top_k, mask_T)
 
 
 def modulate_route(x_TD, scale_BD, shift_BD, eps, router_ED, top_k, mask_T=None):
+    _check_experts(router_ED.shape[0])
+    if not x_TD.dtype == scale_BD.dtype == shift_BD.dtype:  # the kernel reads one dtype
+        modulated_TD = modulate(x_TD, scale_BD, shift_BD, eps)
+        return modulated_TD, *_ext.cuda_route_permute(modulated_TD, router_ED, top_k, mask_T)
     return _ext.cuda_modulate_route(x_TD, scale_BD, shift_BD, eps, router_ED, top_k, mask_T)
 
 
 def permute(ids_TK, num_experts: int):
+    _check_experts(num_experts)
     return _ext.cuda_permute(ids_TK, num_experts)
 
 

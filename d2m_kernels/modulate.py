@@ -12,7 +12,7 @@ from d2m_kernels import ops as _ops  # noqa: F401  (registers d2m::*)
 from d2m_kernels.amp import without_autocast
 from d2m_kernels.combine import unit
 from d2m_kernels.reference import wide
-from d2m_kernels.route import needs_grad, router_backward, tokens_of
+from d2m_kernels.route import needs_grad, router_backend, router_backward, tokens_of
 from d2m_kernels.routing import Routing
 
 
@@ -41,7 +41,7 @@ def modulate_route(
     checks.mask(token_mask, x)
     checks.modulation(x, (scale, shift))
     k = checks.top_k(top_k, router.shape[0])
-    name = backends.resolve(backend, x.device.type, x.dtype)
+    name = router_backend(x, router, backends.resolve(backend, x.device.type, x.dtype))
     mask_T = None if token_mask is None else token_mask.reshape(-1)
     with without_autocast(x.device.type):
         modulated_TD, *routing = modulate_route_tokens(
@@ -67,7 +67,9 @@ class ModulateRouteFunction(torch.autograd.Function):
             x_TD, scale_BD, shift_BD, eps, router_ED, top_k, mask_T, backend
         )
         modulated_TD, probs_TE, weights_TK, ids_TK, offsets, order_N, inverse_N = outputs
-        ctx.save_for_backward(x_TD, scale_BD, router_ED, modulated_TD, probs_TE, weights_TK, ids_TK)
+        ctx.save_for_backward(
+            x_TD, scale_BD, router_ED, modulated_TD, mask_T, probs_TE, weights_TK, ids_TK
+        )
         ctx.eps, ctx.shift_dtype = eps, shift_BD.dtype
         ctx.mark_non_differentiable(ids_TK, offsets, order_N, inverse_N)
         return outputs

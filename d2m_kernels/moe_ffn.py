@@ -16,7 +16,7 @@ from d2m_kernels.amp import autocast_dtype, without_autocast
 from d2m_kernels.combine import unit
 from d2m_kernels.modulate import modulate_route_tokens
 from d2m_kernels.reference import finish_block, modulate
-from d2m_kernels.route import needs_grad, reroute, route_tokens, tokens_of
+from d2m_kernels.route import needs_grad, reroute, route_tokens, router_backend, tokens_of
 from d2m_kernels.routing import Routing
 
 
@@ -63,8 +63,8 @@ def moe_ffn(
         gate_first: a stacked gated w1 is [gate; up] (FLUX.2) instead of [up; gate] (diffusers).
         routed_scale: factor of the routed sum.
         token_mask: [...] bool; False (padding): the shared expert only, no part in statistics.
-        routing: ids and order of an earlier call to reuse; probs and weights are recomputed from
-            x, so that gradients flow.
+        routing: ids and order of an earlier call to reuse, its mask with them (token_mask is not
+            looked at); probs and weights are recomputed from x, so that gradients flow.
         freeze_shared: the first S neurons of w1, b1 and w2 get gradient zero, at no cost.
         modulation: (scale, shift), each [B, D], of an AdaLN in front: the layer runs on
             LayerNorm(x) * (1 + scale) + shift instead of x. B is x's first size, or 1; for x of
@@ -76,7 +76,8 @@ def moe_ffn(
         return_routing: also return the `Routing`.
 
     Returns:
-        [..., D] in x's dtype, or autocast's; with return_routing a pair (y, Routing).
+        [..., D] in x's dtype, or autocast's; a gate or residual of a wider dtype widens it, as in
+        torch. With return_routing a pair (y, Routing).
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape or device is wrong.
@@ -143,11 +144,11 @@ def prepare(
     w1, w1_gate = w1 if isinstance(w1, (tuple, list)) else (w1, None)
     b1, b1_gate = b1 if isinstance(b1, (tuple, list)) else (b1, None)
     with without_autocast(device):
-        if modulation is not None and routing is None:
-            router_backend = _router_backend(x_TD, router, name)
+        if modulation is not None and routing is None and k:
             x_TD, *fields = modulate_route_tokens(
-                x_TD, *modulation, norm_eps, router, k, _flat(token_mask), router_backend
-            )
+                x_TD, *modulation, norm_eps, router, k, _flat(token_mask),
+                router_backend(x_TD, router, name),
+            )  # fmt: skip
             routing = Routing(*fields)
         else:
             if modulation is not None:
@@ -183,12 +184,6 @@ def run(call: Call) -> torch.Tensor:
         return y_TD if plain else finish_block(y_TD, gate, residual)
 
 
-def _router_backend(x_TD, router, name: str) -> str:
-    """The router's own dtypes may be ones that the FFN's back-end does not take (fp64 by fp32)."""
-    wide = torch.promote_types(x_TD.dtype, router.dtype) == torch.float64
-    return "reference" if wide else name
-
-
 def _flat(token_mask):
     return None if token_mask is None else token_mask.reshape(-1)
 
@@ -196,7 +191,7 @@ def _flat(token_mask):
 def _route(x_TD, router, k, token_mask, routing, name) -> Routing:
     if routing is not None:
         return reroute(x_TD, router, routing)
-    backend = _router_backend(x_TD, router, name)
+    backend = router_backend(x_TD, router, name)
     return Routing(*route_tokens(x_TD, router, k, _flat(token_mask), backend))
 
 

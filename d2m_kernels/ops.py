@@ -5,6 +5,8 @@ Each op takes the name of the back-end that was resolved for it; autograd lives 
 `torch.autograd.Function`s (measured: 2.9 us a call against 9.3 us for `torch.library.custom_op`).
 """
 
+import functools
+
 import torch
 
 from d2m_kernels import backends
@@ -66,10 +68,24 @@ def _define(name, schema):
     torch.library.define(f"d2m::{name}", schema)
 
     def register(function):
-        torch.library.impl(f"d2m::{name}", "default")(function)
+        torch.library.impl(f"d2m::{name}", "default")(_on_its_device(function))
         return function
 
     return register
+
+
+def _on_its_device(function):
+    """Triton launches on the current device, whatever its arguments are on: make it theirs."""
+
+    @functools.wraps(function)
+    def run(*args):
+        first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return function(*args)
+        return function(*args)
+
+    return run
 
 
 def halves(w, w_gate, activation: str, gate_first: bool):

@@ -61,9 +61,20 @@ def unsupported(_device_type: str, _dtype: torch.dtype) -> str | None:
     return None
 
 
+def wide_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that sums are taken in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def wide(x: torch.Tensor) -> torch.Tensor:
     """x in the dtype that sums are taken in."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(wide_dtype(x))
+
+
+def matmul(a, b):
+    """a b in the wider of both wide dtypes."""
+    dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
+    return a.to(dtype) @ b.to(dtype)
 
 
 # ------------------------------------------------------------------------------- route, permute
@@ -101,7 +112,7 @@ def finish_block(y_TD, gate_BD=None, residual_TD=None):
 
 def route(x_TD, router_ED, top_k: int, mask_T=None):
     """Gate of eqs. 2-3: probs, weights, ids and the expert order (see `Routing`)."""
-    logits_TE = wide(x_TD) @ wide(router_ED).T
+    logits_TE = matmul(x_TD, router_ED.T)
     ids_TK = select(logits_TE, top_k)
     weights_TK = logits_TE.gather(-1, ids_TK).softmax(-1)
     probs_TE = logits_TE.softmax(-1)
@@ -109,6 +120,7 @@ def route(x_TD, router_ED, top_k: int, mask_T=None):
         ids_TK = ids_TK.masked_fill(~mask_T[:, None], -1)
         weights_TK = weights_TK.masked_fill(~mask_T[:, None], 0)
         probs_TE = probs_TE.masked_fill(~mask_T[:, None], 0)
+    probs_TE, weights_TK = probs_TE.to(wide_dtype(x_TD)), weights_TK.to(wide_dtype(x_TD))
     ids_TK = ids_TK.to(torch.int32)
     return probs_TE, weights_TK, ids_TK, *permute(ids_TK, router_ED.shape[0])
 

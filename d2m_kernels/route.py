@@ -10,7 +10,7 @@ import torch
 from d2m_kernels import backends, checks
 from d2m_kernels import ops as _ops  # noqa: F401  (registers d2m::*)
 from d2m_kernels.amp import without_autocast
-from d2m_kernels.reference import wide
+from d2m_kernels.reference import matmul, wide_dtype
 from d2m_kernels.routing import Routing
 
 
@@ -35,7 +35,7 @@ def route(x, router, *, top_k=2, token_mask=None, backend=None) -> Routing:
     checks.input_and_router(x, router)
     checks.mask(token_mask, x)
     k = checks.top_k(top_k, router.shape[0])
-    name = backends.resolve(backend, x.device.type, x.dtype)
+    name = router_backend(x, router, backends.resolve(backend, x.device.type, x.dtype))
     x_TD = tokens_of(x)
     mask_T = None if token_mask is None else token_mask.reshape(-1)
     with without_autocast(x.device.type):
@@ -45,6 +45,11 @@ def route(x, router, *, top_k=2, token_mask=None, backend=None) -> Routing:
 def needs_grad(*tensors) -> bool:
     """Whether autograd has to see an op on these; without it a call costs the host a third less."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def router_backend(x, router, name: str) -> str:
+    """`name`, or "reference" where fp64 meets a narrower dtype, which the others do not take."""
+    return "reference" if torch.float64 in (x.dtype, router.dtype) else name
 
 
 def route_tokens(x_TD, router_ED, top_k, mask_T, backend):
@@ -62,7 +67,7 @@ def tokens_of(x) -> torch.Tensor:
 
 def reroute(x_TD, router, routing: Routing) -> Routing:
     """`routing`'s ids and order with probs and weights computed afresh, so that gradients flow."""
-    logits_TE = wide(x_TD) @ wide(router).T
+    logits_TE = matmul(x_TD, router.T).to(wide_dtype(x_TD))
     live_TK = routing.ids >= 0
     chosen_TK = logits_TE.gather(-1, routing.ids.clamp(min=0).long())
     weights_TK = torch.where(live_TK, chosen_TK.softmax(-1), 0)
@@ -81,31 +86,36 @@ class RouteFunction(torch.autograd.Function):
     def forward(ctx, x_TD, router_ED, top_k, mask_T, backend):
         outputs = torch.ops.d2m.route.default(x_TD, router_ED, top_k, mask_T, backend)
         probs_TE, weights_TK, ids_TK, offsets, order_N, inverse_N = outputs
-        ctx.save_for_backward(x_TD, router_ED, probs_TE, weights_TK, ids_TK)
+        ctx.save_for_backward(x_TD, router_ED, mask_T, probs_TE, weights_TK, ids_TK)
         ctx.mark_non_differentiable(ids_TK, offsets, order_N, inverse_N)
         return outputs
 
     @staticmethod
     def backward(ctx, dprobs_TE, dweights_TK, *_):
-        x_TD, router_ED, *routed = ctx.saved_tensors
         need_x, need_router, *_ = ctx.needs_input_grad
+        x_TD, *rest = ctx.saved_tensors
         dx_TD, drouter_ED = router_backward(
-            x_TD, router_ED, *routed, dprobs_TE, dweights_TK, need_x, need_router
+            x_TD, *rest, dprobs_TE, dweights_TK, need_x, need_router
         )
         return None if dx_TD is None else dx_TD.to(x_TD.dtype), drouter_ED, None, None, None
 
 
 def router_backward(
-    x_TD, router_ED, probs_TE, weights_TK, ids_TK, dprobs_TE, dweights_TK, need_x, need_router
-):
+    x_TD, router_ED, mask_T, probs_TE, weights_TK, ids_TK, dprobs_TE, dweights_TK,
+    need_x, need_router,
+):  # fmt: skip
     """The gradient of both softmaxes: dx in the wide dtype, drouter in the router's; or None."""
     dlogits_TE = softmax_backward(probs_TE, dprobs_TE)
     if ids_TK.shape[1]:
         dchosen_TK = softmax_backward(weights_TK, dweights_TK)
         dchosen_TK = torch.where(ids_TK >= 0, dchosen_TK, 0)
         dlogits_TE = dlogits_TE.scatter_add(1, ids_TK.clamp(min=0).long(), dchosen_TK)
-    dx_TD = dlogits_TE @ wide(router_ED) if need_x else None
-    drouter_ED = (dlogits_TE.T @ wide(x_TD)).to(router_ED.dtype) if need_router else None
+    dx_TD = matmul(dlogits_TE, router_ED).to(probs_TE.dtype) if need_x else None
+    drouter_ED = None
+    if need_router:
+        if mask_T is not None:  # a padding row may hold anything, and 0 * NaN is NaN
+            x_TD = x_TD.masked_fill(~mask_T[:, None], 0)
+        drouter_ED = matmul(dlogits_TE.T, x_TD).to(router_ED.dtype)
     return dx_TD, drouter_ED
 
 

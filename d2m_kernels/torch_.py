@@ -189,7 +189,7 @@ def ffn_fwd(
     parts = [F.linear(x_TD, w[:shared], None if b is None else b[:shared]) for w, b in halves]
     z_shared = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
     y_TD = F.linear(activate(activation, z_shared), w2_DF[:, :shared], b2_D)
-    z_routed = x_TD.new_zeros(0, parts[0].shape[1])
+    z_routed = x_TD.new_zeros(0, len(halves) * ((w2_DF.shape[1] - shared) // E))
     if K:
         rows = _Rows(T * K, offsets)
         x_ND = x_TD[order_N.long() // K]

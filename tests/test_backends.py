@@ -134,3 +134,26 @@ def test_import_is_light():
         "assert 'triton' not in sys.modules and 'd2m_models' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_triton_multiplies_fp32_as_torch_was_told():
+    """TF32 may have been allowed through any of torch's three ways; reading it must not raise."""
+    pytest.importorskip("triton")
+    from d2m_kernels.triton_.common import precision
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for tf32, ieee in (
+            (lambda: torch.set_float32_matmul_precision("high"),
+             lambda: torch.set_float32_matmul_precision("highest")),
+            (lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+             lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", False)),
+            (lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+             lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")),
+        ):  # fmt: skip
+            tf32()
+            assert precision(torch.float32) == "tf32" and precision(torch.bfloat16) == "ieee"
+            ieee()
+            assert precision(torch.float32) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

@@ -205,3 +205,49 @@ def test_autocast():
         y, want = fused(p), composed(p)
     assert y.dtype == want.dtype
     torch.testing.assert_close(y, want, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("k", [0, "dense"])
+@pytest.mark.parametrize("return_routing", [False, True])
+def test_without_routed_experts_the_router_is_not_looked_at(backend, k, return_routing):
+    p = Case(k=k, T=B * S).build()
+    p["x"] = p["x"].detach().view(B, S, -1).requires_grad_()
+    p["router"].data.fill_(float("nan"))
+    scale, shift = torch.randn(2, B, p["x"].shape[-1])
+    y = moe_ffn(**p, top_k=k, shared=8, modulation=(scale, shift), backend=backend,
+                return_routing=return_routing)  # fmt: skip
+    y = y[0] if return_routing else y
+    dx, drouter = torch.autograd.grad(y.sum(), (p["x"], p["router"]))
+    assert y.isfinite().all() and dx.isfinite().all() and dx.any()
+    assert torch.equal(drouter, torch.zeros_like(drouter))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_moe_ffn_with_a_router_of_the_other_precision(dtype):
+    case = Case(T=B * S, D=8, dtype=torch.float64)
+    p = {n: t.detach().to(dtype) for n, t in case.build(grad=False).items()}
+    p["router"] = p["router"].to(torch.float32 if dtype == torch.float64 else torch.float64)
+    p = {n: t.requires_grad_() for n, t in p.items()}
+    scale, shift = torch.randn(2, 1, 8, dtype=dtype)
+    for modulation in (None, (scale, shift)):
+        y = moe_ffn(**p, top_k=2, shared=8, modulation=modulation)
+        same = p | {"router": p["router"].to(dtype)}
+        expected = moe_ffn(**same, top_k=2, shared=8, modulation=modulation)
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+        (drouter,) = torch.autograd.grad(y.sum(), p["router"])
+        (known,) = torch.autograd.grad(expected.sum(), p["router"])
+        torch.testing.assert_close(drouter, known, rtol=1e-4, atol=1e-5)
+
+
+def test_the_cuda_back_end_rounds_a_wider_modulation_once(monkeypatch):
+    """Its kernel reads scale and shift in x's dtype; others are modulated before it."""
+    from d2m_kernels import _ext, cuda, reference
+
+    monkeypatch.setattr(_ext, "cuda_route_permute", reference.route)
+    p = inputs(torch.bfloat16)
+    scale, shift = p["scale"].float() + 1e-4, p["shift"].float() + 1e-4
+    x_TD = p["x"].reshape(B * S, D)
+    modulated, *_ = cuda.modulate_route(x_TD, scale, shift, 1e-6, p["router"], 2)
+    exact = plain(p["x"].double(), scale.double(), shift.double()).view(B * S, D)
+    assert torch.equal(modulated, exact.to(torch.bfloat16))

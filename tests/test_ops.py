@@ -90,3 +90,42 @@ def test_meta_tensors_give_shapes():
     p = {n: t.to("meta") for n, t in case.build(grad=False).items()}
     y = moe_ffn(*p.values(), **case.kwargs())
     assert y.is_meta and y.shape == (case.T, case.D)
+
+
+def test_ops_run_on_their_tensors_device(monkeypatch):
+    """Triton launches on the current device; an op makes its first tensor's device the current."""
+    from types import SimpleNamespace
+
+    from d2m_kernels.ops import _on_its_device
+
+    entered = []
+
+    class Device:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *_):
+            entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    there = [SimpleNamespace(is_cuda=True, device=torch.device("cuda", i)) for i in (0, 1)]
+    op = _on_its_device(lambda first, *_: entered.append("ran"))
+    for first in (torch.zeros(1), there[0], there[1], [there[1], None], [there[0]]):
+        op(first, 7)
+    on_one = [torch.device("cuda", 1), "ran", "left"]
+    assert entered == ["ran", "ran", *on_one, *on_one, "ran"]
+
+
+def test_torch_back_end_without_routed_experts_gives_what_the_fake_says():
+    case = Case(T=9, D=8, S=0, H=4, E=3, k=0)
+    p = case.build(grad=False)
+    weights, slots = torch.zeros(9, 0), torch.zeros(0, dtype=torch.int32)
+    offsets = torch.zeros(4, dtype=torch.int32)
+    args = (p["x"], p["w1"], None, p["w2"], None, None, None, weights, offsets, slots, slots,
+            0, "gelu_tanh", False, 1.0, True)  # fmt: skip
+    for backend in CPU_BACKENDS:
+        torch.library.opcheck(torch.ops.d2m.ffn_fwd.default, (*args, backend), test_utils=CHECKS)

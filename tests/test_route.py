@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from moe_cases import CPU_BACKENDS
 
 from d2m_kernels import Routing, permute, route
+from d2m_kernels.route import reroute
 
 
 def check_order(r: Routing, ids=None) -> None:
@@ -184,3 +185,52 @@ def test_routing_is_a_pytree_and_frozen():
     assert (r.num_experts, r.top_k) == (3, 2)
     with pytest.raises(AttributeError):
         r.ids = None
+
+
+@pytest.mark.parametrize("x_dtype,router_dtype", [("float32", "float64"), ("float64", "float32"),
+                                                  ("bfloat16", "float64")])  # fmt: skip
+def test_fp64_beside_a_narrower_dtype(x_dtype, router_dtype):
+    """Routed by the reference, in fp64; probs and weights in the dtype that x's sums have."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 6, generator=g, dtype=torch.float64).to(getattr(torch, x_dtype))
+    router = torch.randn(4, 6, generator=g, dtype=torch.float64).to(getattr(torch, router_dtype))
+    x.requires_grad_()
+    router.requires_grad_()
+    r = route(x, router, top_k=2)
+    exact = (x.double() @ router.double().T).softmax(-1)
+    assert torch.equal(r.ids.long(), exact.topk(2).indices)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    assert r.probs.dtype == r.weights.dtype == wide
+    torch.testing.assert_close(r.probs.double(), exact, rtol=1e-6, atol=1e-7)
+    # gradients, through the call and through the reused routing
+    for again in (r, reroute(x, router, r)):
+        dx, drouter = torch.autograd.grad(again.probs[:, 0].sum(), (x, router))
+        ex, er = torch.autograd.grad(exact[:, 0].sum(), (x, router), retain_graph=True)
+        assert dx.dtype == x.dtype and drouter.dtype == router.dtype
+        torch.testing.assert_close(dx, ex, rtol=1e-2 if x.dtype == torch.bfloat16 else 1e-5,
+                                   atol=1e-5)  # fmt: skip
+        torch.testing.assert_close(drouter, er, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "torch"])
+def test_a_padding_row_does_not_reach_the_routers_gradient(backend):
+    x, router = torch.randn(5, 4), torch.randn(3, 4, requires_grad=True)
+    mask = torch.tensor([True, True, False, True, True])
+    x[2] = float("nan")
+    r = route(x, router, top_k=2, token_mask=mask, backend=backend)
+    (drouter,) = torch.autograd.grad(r.weights[:, 0].sum() + r.probs[:, 1].sum(), router)
+    kept = route(x[mask], router, top_k=2, backend=backend)
+    (expected,) = torch.autograd.grad(kept.weights[:, 0].sum() + kept.probs[:, 1].sum(), router)
+    torch.testing.assert_close(drouter, expected)
+
+
+def test_the_cuda_kernels_take_256_experts():
+    from d2m_kernels import cuda
+
+    x, router = torch.randn(3, 4), torch.randn(257, 4)
+    with pytest.raises(ValueError, match="at most 256 experts for the back-end 'cuda', got 257"):
+        cuda.route(x, router, 1)
+    with pytest.raises(ValueError, match="got 257"):
+        cuda.modulate_route(x, x[:1], x[:1], 1e-6, router, 1)
+    with pytest.raises(ValueError, match="got 257"):
+        cuda.permute(torch.zeros(3, 1, dtype=torch.int32), 257)

@@ -17,7 +17,7 @@ INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 def precision(dtype: torch.dtype) -> str:
     """How tl.dot multiplies fp32: exactly, unless torch itself was told that TF32 will do."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 
