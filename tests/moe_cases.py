@@ -216,6 +216,16 @@ def compare(case: Case, backend: str, **extra) -> None:
         assert_as_good_as_torch(ours[name], value, own[name], f"{backend} {case} {name}")
 
 
+def compare_closely(case: Case, backend: str) -> None:
+    """Forward and every gradient in fp32 against plain torch in fp64, within 1e-4."""
+    low, exact = case.build(), case.build(torch.float64)
+    ids = route(low["x"].detach(), low["router"].detach(), top_k=case.k, backend=backend).ids
+    ours = run(call(case, backend), low)
+    for name, value in run(lambda p: plain_torch(case, p, ids), exact).items():
+        value = torch.zeros_like(ours[name]) if value is None else value.float()
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=3e-5, msg=name)
+
+
 def stream(case: Case, inputs: dict, **extra) -> Stream:
     return Stream(**inputs, **{**case.kwargs(), **extra})
 

@@ -1,36 +1,25 @@
 """The Triton kernels run under Triton's interpreter and compared with the reference.
 
-The interpreter has to be chosen before Triton is imported and changes every kernel of a process, so
-this file runs itself in a process of its own: collected as usual it holds one test, which starts
-pytest on this same file with TRITON_INTERPRET=1; there the tests below exist.
+Collected as usual this file holds one test, which starts pytest on this same file with
+TRITON_INTERPRET=1 (see triton_cases.py); there the tests below exist.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from triton_cases import INTERPRETED, run_interpreted
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytest.importorskip("triton")
 
 if not INTERPRETED:
 
     @pytest.mark.slow
     def test_kernels_under_the_interpreter():
-        env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        done = subprocess.run(
-            command, env=env, capture_output=True, text=True, cwd=Path(__file__).parent.parent
-        )
-        if "only 0-dimensional arrays can be converted" in done.stdout:
-            pytest.skip("the interpreter of this Triton does not run with NumPy >= 2.4")
-        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+        run_interpreted(__file__)
 
 
 if INTERPRETED:
@@ -41,8 +30,8 @@ if INTERPRETED:
         assert_as_good_as_torch,
         call,
         compare,
+        compare_closely,
         compare_pair,
-        plain_torch,
         run,
         run_pair,
         stream,
@@ -54,7 +43,6 @@ if INTERPRETED:
         moe_ffn,
         moe_ffn_pair,
         reference,
-        route,
         triton_,
         why_two_calls,
     )
@@ -317,16 +305,6 @@ def test_combine(dtype, T, D, E, K):
 # -------------------------------------------------------------------------------------- the layer
 
 
-def compare_closely(case):
-    """Forward and every gradient in fp32 against plain torch in fp64, within 1e-4."""
-    low, exact = case.build(), case.build(torch.float64)
-    ids = route(low["x"].detach(), low["router"].detach(), top_k=case.k, backend="triton").ids
-    ours = run(call(case, "triton"), low)
-    for name, value in run(lambda p: plain_torch(case, p, ids), exact).items():
-        value = torch.zeros_like(ours[name]) if value is None else value.float()
-        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=3e-5, msg=name)
-
-
 @interpreted
 @pytest.mark.parametrize(
     "pin,dtype",
@@ -360,7 +338,7 @@ def test_layer_on_odd_shapes(T, D, S, H, E, k):
         case.dtype = torch.bfloat16
         compare(case, "triton")
     else:
-        compare_closely(case)
+        compare_closely(case, "triton")
 
 
 @interpreted
@@ -792,6 +770,6 @@ if INTERPRETED:
         os.environ[configs.ENV] = pin
         try:
             case = Case(T=T, D=D, S=S, H=H, E=E, k=min(k, E), activation=activation, seed=seed)
-            compare_closely(case)
+            compare_closely(case, "triton")
         finally:
             del os.environ[configs.ENV]
