@@ -109,7 +109,14 @@ def _distill(config: DistillConfig, world: World, progress: bool, accept_changed
             progress=progress,
             world=world,
             accept_changed=accept_changed,
-            preview=Previews(source, out / stage.stage / "previews", config.seed, world),
+            preview=Previews(
+                source,
+                out / stage.stage / "previews",
+                config.seed,
+                world,
+                config.data,
+                stage.train,
+            ),
         )
         first += stage.train.steps
     if world.main:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,27 @@ import torch
 from torch import nn
 
 from distill import checkpoint as ckpt
-from distill.data import Batch
+from distill.config import DataConfig, TrainConfig
+from distill.data import Batch, flux_shift
 from distill.parallel import World
 from distill.sample import sample
+from distill.step import autocast
+
+
+def noise_levels(data: DataConfig, image_tokens: int, steps: int) -> list[float]:
+    """The levels t at which samples are drawn, falling: those the model is trained for.
+
+    grid: the grid itself, however many levels it has. flux-shift: e^mu / (e^mu + 1/t - 1) of equal
+    steps, as FLUX's pipeline takes them for this many image tokens. Else equal steps.
+    """
+    if data.timesteps == "grid":
+        assert data.timestep_grid is not None
+        return sorted(set(data.timestep_grid), reverse=True)
+    levels = [1 - i / steps for i in range(steps)]
+    if data.timesteps != "flux-shift":
+        return levels
+    shift = math.exp(flux_shift(image_tokens))
+    return [shift / (shift + 1 / t - 1) for t in levels]
 
 
 class Previews:
@@ -21,13 +40,23 @@ class Previews:
 
     Args:
         source: batches; `noise_batch` and `to_images` or `decode` are used if it has them.
-        count: pictures. steps: of Euler's method.
+        data: says which noise levels the model knows. train: says what it computes in.
+        count: pictures. steps: of Euler's method, unless there is a grid of noise levels.
     """
 
     def __init__(
-        self, source: Any, folder: Path, seed: int, world: World, count: int = 10, steps: int = 12
+        self,
+        source: Any,
+        folder: Path,
+        seed: int,
+        world: World,
+        data: DataConfig,
+        train: TrainConfig,
+        count: int = 10,
+        steps: int = 12,
     ):
         self.source, self.folder, self.seed, self.world = source, folder, seed, world
+        self.data, self.train = data, train
         self.count, self.steps = count, steps
 
     def noise(self) -> Batch:
@@ -38,7 +67,9 @@ class Previews:
 
     def __call__(self, model: nn.Module, step: int) -> None:
         noise = self.noise()
-        latents = sample(model, noise, self.steps)  # sharded: every rank takes part
+        levels = noise_levels(self.data, noise.noise.shape[1], self.steps)
+        with autocast(self.train, self.world.device):
+            latents = sample(model, noise, levels)  # sharded: every rank takes part
         if not self.world.main:
             return
         path = ckpt.make_folder(self.folder) / f"step-{step:07d}.png"

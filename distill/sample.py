@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,11 +27,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def sample(
-    model: nn.Module, noise: Batch, steps: int, on_step: StepHook | None = None, chunk: int = 256
+    model: nn.Module,
+    noise: Batch,
+    steps: int | Sequence[float],
+    on_step: StepHook | None = None,
+    chunk: int = 256,
 ) -> Tensor:
     """Integrate dx/dt = v(x, t, c) from t = 1 to 0 in `steps` Euler steps: latents [B, S, C].
 
     Args:
+        steps: how many, equally wide; or the noise levels t themselves, falling, 0 left out.
         noise: batch whose `noise` is the start and whose prompts condition it
             (`Digits.noise_batch`); the same for all models that are compared.
         on_step: called as on_step(i, aux) with every step's routing (converted models only).
@@ -40,13 +45,14 @@ def sample(
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     device = next(model.parameters()).device
+    # 1, 1 - 1/n, ..., 1/n; the scheduler appends 0
+    levels = [1 - i / steps for i in range(steps)] if isinstance(steps, int) else list(steps)
     done = []
     with evaluating(model):
         for start in range(0, len(noise), chunk):
             rows = slice(start, start + chunk)
             scheduler = FlowMatchEulerDiscreteScheduler()
-            # sigmas 1, 1 - 1/n, ..., 1/n; the scheduler appends 0
-            scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], device=device)
+            scheduler.set_timesteps(sigmas=levels, device=device)
             x = noise.noise[rows].to(device)
             fixed = {
                 "encoder_hidden_states": noise.text[rows].to(device),
@@ -64,6 +70,7 @@ def sample(
                 )
                 if on_step is not None:
                     on_step(i, out.aux)
-                x = scheduler.step(out.sample, t, x, return_dict=False)[0]
+                # x stays in its own precision, also where autocast computes the velocity in bf16
+                x = scheduler.step(out.sample.to(x.dtype), t, x, return_dict=False)[0]
             done.append(x.float().cpu())
     return torch.cat(done)

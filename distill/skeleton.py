@@ -21,7 +21,7 @@ from distill.config import StageConfig, TeacherConfig
 from distill.data import Batch
 from distill.objective import Distillation
 from distill.parallel import blocks
-from distill.step import autocast, speed_up
+from distill.step import autocast
 
 # --- models without memory ------------------------------------------------------------------
 
@@ -148,7 +148,8 @@ def activations(
         for p in copies[0].parameters():
             kept.parameters.add(p.untyped_storage()._cdata)
         objective = Distillation(*copies, source, stage.loss, samples, 0, 0, features)
-        speed_up(model, stage.train, compile_blocks=False)
+        if stage.train.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
 
         def mark(block: nn.Module, *_: Any) -> None:
             marks[block] = kept.bytes

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +74,27 @@ def fill_gradients(params: Iterable[nn.Parameter]) -> None:
             p.grad = torch.zeros_like(p)
 
 
-def speed_up(model: nn.Module, config: TrainConfig, compile_blocks: bool = True) -> None:
-    """Gradient checkpointing and torch.compile on the model's blocks, as configured."""
-    if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    if config.compile and compile_blocks:
-        for block in blocks(model):
+@contextmanager
+def sped_up(model: nn.Module, config: TrainConfig) -> Iterator[None]:
+    """Gradient checkpointing and torch.compile on the model's blocks, as configured, inside.
+
+    Both are undone at the end: the next stage trains the same model by its own settings.
+    """
+    compiled = [(b, b.__dict__.get("forward")) for b in blocks(model)] if config.compile else []
+    try:
+        if config.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        for block, _ in compiled:
             # the method, not the module: parameters keep their names, hooks (FSDP's) stay outside
             block.forward = torch.compile(block.forward)
+        yield
+    finally:
+        for block, forward in compiled:
+            block.__dict__.pop("forward", None)  # the class's own again
+            if forward is not None:
+                block.forward = forward
+        if config.gradient_checkpointing:
+            model.disable_gradient_checkpointing()
 
 
 def dump_batch(objective: Any, step: int, config: TrainConfig, folder: Path, world: World) -> str:

@@ -35,7 +35,7 @@ from distill.optimizer import (
 )
 from distill.parallel import World, full_tensors
 from distill.progress import Report, read_log
-from distill.step import backward, dump_batch, fill_gradients, speed_up
+from distill.step import backward, dump_batch, fill_gradients, sped_up
 
 __all__ = ["FrozenSlice", "learning_rate", "make_optimizer", "read_log", "train"]
 
@@ -87,8 +87,8 @@ def train(
         raise TrainingError(f"{label}: nothing to train, every parameter is frozen")
     loop = _Loop(model, params, objective, config, folder, run_id, label, frozen, world)
     loop.resume(accept_changed)
-    speed_up(model, config)
-    loop.run(progress, preview)
+    with sped_up(model, config):
+        loop.run(progress, preview)
     loop.average.apply()
     model.zero_grad(set_to_none=True)
     result = dict(full_tensors(model.state_dict(), world))

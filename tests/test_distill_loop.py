@@ -16,13 +16,13 @@ pytest.importorskip("sklearn")
 from _ranks import models  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from distill.config import LossConfig, TrainConfig  # noqa: E402
-from distill.data import Digits  # noqa: E402
+from distill.config import DataConfig, LossConfig, TrainConfig  # noqa: E402
+from distill.data import Digits, flux_shift  # noqa: E402
 from distill.errors import TrainingError, UserError  # noqa: E402
 from distill.objective import Distillation, Statistics  # noqa: E402
 from distill.optimizer import make_optimizer  # noqa: E402
 from distill.parallel import World  # noqa: E402
-from distill.preview import Previews  # noqa: E402
+from distill.preview import Previews, noise_levels  # noqa: E402
 from distill.progress import Trackers, Utilisation, read_log  # noqa: E402
 from distill.stages import prepare_stage  # noqa: E402
 from distill.step import autocast, backward  # noqa: E402
@@ -172,6 +172,38 @@ def test_compiled_blocks_give_the_same(make, tmp_path, monkeypatch):
     assert [e["loss"] for e in log] == pytest.approx([e["loss"] for e in plain], rel=1e-3)
 
 
+def test_the_next_stage_starts_with_plain_blocks(make, tmp_path, monkeypatch):
+    """Compiled once a stage, not on top of the last; recomputed where the stage says so alone."""
+    student, frozen, objective = make()
+    compiled, running = [], []
+
+    def mark(function):
+        compiled.append(function)
+        return lambda *a, **k: function(*a, **k)
+
+    monkeypatch.setattr(torch, "compile", mark)
+    student.register_forward_pre_hook(lambda m, _: running.append(m.gradient_checkpointing))
+    fast = replace(CONFIG, steps=1, compile=True, gradient_checkpointing=True)
+    for i, (config, recomputes) in enumerate([(fast, True), (fast, True), (CONFIG, False)]):
+        running.clear()
+        run((student, frozen, objective), tmp_path / str(i), config)
+        assert set(running) == {recomputes}
+        assert not student.gradient_checkpointing
+        assert not any("forward" in m.__dict__ for m in student.modules())
+    assert len(compiled) == 12  # six blocks, twice
+    kinds = student.transformer_blocks[0], student.single_transformer_blocks[0]
+    assert {f.__func__ for f in compiled} == {type(block).forward for block in kinds}
+
+    def broken(step):
+        assert student.gradient_checkpointing
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run((student, frozen, broken), tmp_path / "broken", fast)
+    assert not student.gradient_checkpointing
+    assert not any("forward" in m.__dict__ for m in student.modules())
+
+
 def test_eight_bit_moments_need_torchao(make, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
@@ -284,7 +316,7 @@ def test_previews_from_the_same_noise(make, tmp_path):
     made = make()
     source = made[2].source
     steps = []
-    previews = Previews(source, tmp_path / "previews", 0, World(), steps=2)
+    previews = Previews(source, tmp_path / "previews", 0, World(), DataConfig(), CONFIG, steps=2)
 
     def preview(model, step):
         assert model.training
@@ -304,6 +336,53 @@ def test_previews_from_the_same_noise(make, tmp_path):
     assert pictures[1].read_bytes() == (tmp_path / "previews/step-0000004.png").read_bytes()
 
 
+GRID = DataConfig(timesteps="grid", timestep_grid=[0.3, 1.0, 0.75])
+
+
+@pytest.mark.parametrize(
+    ("data", "compute"),
+    [
+        (GRID, "bfloat16"),
+        (DataConfig(timesteps="flux-shift"), "float32"),
+        (DataConfig(timesteps="logit-normal"), "bfloat16"),
+    ],
+)
+def test_previews_are_drawn_as_the_run_computes(make, tmp_path, data, compute):
+    """At the noise levels that the teacher knows, in the precision of training."""
+    student, _, objective = make()
+    asked, types = [], set()
+
+    def look(_model, _args, inputs):
+        asked.append(float(inputs["timestep"][0]))
+        types.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        assert {inputs[k].dtype for k in ("timestep", "hidden_states")} == {torch.float32}
+
+    student.register_forward_pre_hook(look, with_kwargs=True)
+    train = replace(CONFIG, compute_dtype=compute)
+    Previews(objective.source, tmp_path, 0, World(), data, train, steps=4)(student, 1)
+    mu = flux_shift(16)
+    expected = {
+        "grid": [1.0, 0.75, 0.3],
+        "logit-normal": [1.0, 0.75, 0.5, 0.25],
+        "flux-shift": [1 / (1 + torch.tensor(-mu).exp().item() * (1 / t - 1))
+                       for t in (1.0, 0.75, 0.5, 0.25)],
+    }  # fmt: skip
+    assert asked == pytest.approx(expected[data.timesteps], rel=1e-5)
+    assert types == {torch.bfloat16 if compute == "bfloat16" else None}
+    assert (tmp_path / "step-0000001.png").exists()
+
+
+def test_shifted_levels_are_those_of_diffusers():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    for tokens in (256, 1024, 4096):
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+        sigmas = [1 - i / 12 for i in range(12)]
+        scheduler.set_timesteps(sigmas=sigmas, mu=flux_shift(tokens))
+        levels = noise_levels(DataConfig(timesteps="flux-shift"), tokens, 12)
+        assert levels == pytest.approx(scheduler.sigmas[:-1].tolist(), rel=1e-5)
+
+
 def test_trackers_get_every_number(make, tmp_path, monkeypatch):
     told = {"board": [], "wandb": []}
     board = SimpleNamespace(add_scalar=lambda *a: told["board"].append(a), close=lambda: None)
@@ -319,6 +398,20 @@ def test_trackers_get_every_number(make, tmp_path, monkeypatch):
     assert [d for _, d in told["wandb"]] == numbers and [s for s, _ in told["wandb"]] == [2, 4]
     assert ("test/loss", log[0]["loss"], 2) in told["board"]
     assert len(told["board"]) == sum(map(len, numbers))
+
+
+def test_tensorboard_reads_what_was_written(make, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = run(make(), tmp_path, replace(CONFIG, loggers=["tensorboard"]))
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    board = EventAccumulator(str(events.parent)).Reload()
+    assert set(board.Tags()["scalars"]) == {f"test/{k}" for k in log[0] if k != "step"}
+    for key in ("loss", "lr", "peak_memory_gib"):
+        points = [(p.step, p.value) for p in board.Scalars(f"test/{key}")]
+        assert [step for step, _ in points] == [2, 4]
+        assert [v for _, v in points] == pytest.approx([e[key] for e in log], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

@@ -204,14 +204,40 @@ def test_masked_tokens_do_not_count(top_k):
 
 
 def test_balance_is_per_layer_not_pooled():
-    """Two layers that collapse onto different experts look even when they are pooled."""
-    gate = torch.zeros(4, 2)
-    gate[:, 0] = 1
-    one = balance_loss(torch.tensor([4, 0]), gate)
-    other = balance_loss(torch.tensor([0, 4]), gate.flip(1))
-    pooled = balance_loss(torch.tensor([4, 4]), torch.cat([gate, gate.flip(1)]))
-    assert ((one + other) / 2).item() == pytest.approx(2.0)
-    assert pooled.item() == pytest.approx(1.0)
+    """Layers that collapse onto different experts look even when they are pooled."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("sklearn")
+    from _ranks import models
+
+    from d2m_models import moe_layers
+    from distill.config import LossConfig
+    from distill.objective import Distillation
+    from distill.stages import prepare_stage
+
+    teacher, student, digits = models("moe")
+    prepare_stage(student, "moe")
+    g = torch.Generator().manual_seed(0)
+    for i, layer in enumerate(moe_layers(student).values()):
+        way_D = torch.randn(layer.router.weight.shape[1], generator=g)
+        with torch.no_grad():  # four of twelve experts have all tokens, two on each side of way_D
+            layer.router.weight.zero_()
+            for k, sign in enumerate((10, 10, -10, -10)):
+                layer.router.weight[(4 * i + k) % 12] = sign * way_D
+    objective = Distillation(teacher, student, digits, LossConfig(), 16, 0)
+    routing = student(**objective.batch(0).inputs(), output_aux=True).aux.routing
+    loads, gates = [], []
+    for layer in routing.values():
+        ids_TK = layer.ids.long()
+        gates.append(torch.zeros(len(ids_TK), 12).scatter(1, ids_TK, layer.weights.detach()))
+        loads.append(ids_TK.flatten().bincount(minlength=12))
+
+    def balance(load_E, gate_TE):
+        return 12 * (load_E / load_E.sum() * gate_TE.mean(0)).sum().item()
+
+    mean = sum(map(balance, loads, gates)) / len(loads)
+    pooled = balance(sum(loads), torch.cat(gates))
+    assert len(loads) == 6 and mean > 2.5 and pooled < 1.5
+    assert objective(0)["balance"].item() == pytest.approx(mean, rel=1e-4)
 
 
 def test_bad_variant():
