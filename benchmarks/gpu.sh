@@ -44,12 +44,22 @@ python=$(command -v python3)
 [ "$rehearse$missing" = 00 ] || python=${PYTHON:-$python}
 if [ "$missing" = 1 ]; then
   exec "$python" - benchmarks/gpu-wheels.txt <<'END'
-import importlib.metadata
+import re
 import sys
+from importlib import metadata
+
+
+def numbers(version):
+    return [int(n) for n in re.findall(r"\d+", version)[:2]]
+
 
 for line in open(sys.argv[1]):
-    name = line.split("==")[0]
-    if "==" in line and not any(importlib.metadata.distributions(name=name)):
+    listed = re.match(r"(.+)==\S+(?:  # (\S+) or later)?$", line)
+    if listed is None:
+        continue
+    name, least = listed.groups()
+    there = next(iter(metadata.distributions(name=name)), None)
+    if there is None or numbers(there.version) < numbers(least or "0"):
         print(line, end="")
 END
 fi
@@ -64,7 +74,9 @@ log=$out/gpu.log
 site=$PWD/build/gpu-site carried=$PWD/build/gpu-wheels
 rm -rf "$carried"
 if [ -n "$wheels" ]; then
-  "$python" -m pip install -q --no-index --no-deps --target "$carried" "$wheels"/*.whl >>"$log" 2>&1 ||
+  # not compiled: most of their modules are never imported
+  "$python" -m pip install -q --no-index --no-deps --no-compile --target "$carried" \
+    "$wheels"/*.whl >>"$log" 2>&1 ||
     { echo "the wheels in $wheels could not be installed, see $log"; exit 1; }
   export PATH="$carried/bin:$PATH"
 fi
