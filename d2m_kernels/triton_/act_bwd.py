@@ -113,7 +113,7 @@ def _down_bwd_tiles(
             z_base = tl.where(routed, z_ptr, z_shared_ptr)
             if dz_ptr is not None:
                 dz_base = tl.where(routed, dz_ptr, dz_shared_ptr)
-            if h_ptr is not None:
+            if h_shared_ptr is not None:  # else the shared neurons are frozen: no h of theirs
                 h_base = tl.where(routed, h_ptr, h_shared_ptr)
         pieces = _parts(acc, PARTS)
         sums = tl.zeros((BLOCK_M,), dtype=tl.float32)

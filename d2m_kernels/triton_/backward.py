@@ -75,7 +75,7 @@ def _buffers(dy, s: FFNInputs, z_shared, z_routed, shared, H, gated, frozen, gra
         z_shared if with_shared else None, z_routed,
         dz_shared=new(z_shared.shape) if need_dz and with_shared else None,
         dz_routed=new(z_routed.shape) if need_dz else None,
-        h_shared=new(T, shared) if need_h and with_shared else None,
+        h_shared=new(T, shared) if need_h and shared > frozen else None,
         h_routed=new(N, H) if need_h else None, partial=partial,
     )  # fmt: skip
 

@@ -143,6 +143,8 @@ def _bias_bwd_kernel(
     )
     offs_c = local * BLOCK_C + tl.arange(0, BLOCK_C)
     c_ok = offs_c < width
+    end = first + tl.minimum((local + 1) * BLOCK_C, width)
+    hi = tl.where(end <= frozen, lo, hi)  # frozen neurons: nothing to read
     left = left_ptr
     stride_l = stride_lr
     if left_shared_ptr is not None:
