@@ -145,15 +145,18 @@ class Report:
         """The interval so far, for a checkpoint in the middle of it."""
         return {
             "sums": {k: float(v) for k, v in self.sums.items()},
+            "wide": [k for k, v in self.sums.items() if v.dtype == torch.float64],
             "loads": {k: v.tolist() for k, v in self.utilisation.loads.items()},
             "count": self.count,
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        device = self.loop.world.device
-        self.sums = {k: torch.tensor(v, device=device) for k, v in state["sums"].items()}
+        device, wide = self.loop.world.device, torch.float64
+        self.sums = {
+            k: torch.tensor(v, device=device, dtype=wide if k in state.get("wide", ()) else None)
+            for k, v in state["sums"].items()
+        }
         loads = state["loads"].items()
-        wide = torch.float64
         self.utilisation.loads = {k: torch.tensor(v, device=device, dtype=wide) for k, v in loads}
         self.count = state["count"]
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -139,6 +142,58 @@ def fill_disk(rank: int, job: dict) -> None:
         checkpoint.save_tensors = save_tensors
 
 
+# Where a save is when the process dies; of the third save after the start.
+IN_A_SAVE = (
+    "tensors not written",
+    "tensors not flushed",
+    "not renamed",
+    "pointer not written",
+    "old one not purged",
+    "half purged",
+)
+
+
+def die_in_a_save(moment: str) -> None:
+    """From now on this process dies by SIGKILL at one moment of its third save."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    from distill import snapshots
+
+    saves = 0
+
+    def before(owner, name, applies):
+        real = getattr(owner, name)
+
+        def patched(*arguments, **options):
+            if saves >= 3 and applies(*arguments):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **options)
+
+        setattr(owner, name, patched)
+
+    real_save = snapshots.Snapshots.save
+
+    def save(self, *arguments):
+        nonlocal saves
+        saves += 1
+        return real_save(self, *arguments)
+
+    snapshots.Snapshots.save = save
+
+    def named(start, which=0):
+        return lambda *paths: str(paths[which]).split("/")[-1].startswith(start)
+
+    step = {
+        "tensors not written": (HuggingFaceStorageWriter, "write_data", lambda *_: True),
+        "tensors not flushed": (snapshots, "_flush", lambda path: path.suffix == ".safetensors"),
+        "not renamed": (os, "replace", named("step-", 1)),
+        "pointer not written": (snapshots.ckpt, "write_text", named("latest")),
+        "old one not purged": (os, "replace", named("step-", 0)),
+        "half purged": (shutil, "rmtree", named(".step-")),
+    }[moment]
+    before(*step)
+
+
 def run(job: dict, world) -> None:
     """One stage on a fresh student; its weights before are kept in before.safetensors."""
     from safetensors.torch import save_file
@@ -158,6 +213,8 @@ def run(job: dict, world) -> None:
     stage = StageConfig(job["kind"], config, LossConfig())
     harm(source, world.rank, folder, job)
     fill_disk(world.rank, job)
+    if job.get("die_in", {}).get("rank") == world.rank:
+        die_in_a_save(job["die_in"]["moment"])
     if world.main:
         save_file(student.state_dict(), folder / "before.safetensors")
     run_stage(
@@ -195,6 +252,23 @@ def main(jobs: list[dict]) -> None:
                 raise
     finally:
         stop_world(world)
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def one_of(size: int, rank: int, port: int, jobs: list[dict], output: str) -> None:
+    """What torchrun starts, for a process that was forked: rank `rank` of `size`."""
+    with open(output, "w", encoding="utf-8") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({k: str(v) for k, v in {**numbers, **place}.items()})
+    main(jobs)
 
 
 if __name__ == "__main__":

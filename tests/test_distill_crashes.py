@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from _ranks import IN_A_SAVE, die_in_a_save
 
 pytest.importorskip("safetensors")
 pytest.importorskip("tqdm")
@@ -69,57 +70,10 @@ def stripped(folder):
 
 # --- kill -9 --------------------------------------------------------------------------------
 
-# Where a save is when the process dies; of the third save after the start.
-IN_A_SAVE = (
-    "tensors not written",
-    "tensors not flushed",
-    "not renamed",
-    "pointer not written",
-    "old one not purged",
-    "half purged",
-)
-
 
 def die_in_save(folder, moment):
     """Train, and die by SIGKILL at one moment of the third save."""
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-
-    saves = 0
-
-    def die(*_, **__):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def before(owner, name, applies):
-        real = getattr(owner, name)
-
-        def patched(*arguments, **options):
-            if saves >= 3 and applies(*arguments):
-                die()
-            return real(*arguments, **options)
-
-        setattr(owner, name, patched)
-
-    real_save = snapshots.Snapshots.save
-
-    def save(self, *arguments):
-        nonlocal saves
-        saves += 1
-        return real_save(self, *arguments)
-
-    snapshots.Snapshots.save = save
-
-    def named(start, which=0):
-        return lambda *paths: str(paths[which]).split("/")[-1].startswith(start)
-
-    step = {
-        "tensors not written": (HuggingFaceStorageWriter, "write_data", lambda *_: True),
-        "tensors not flushed": (snapshots, "_flush", lambda path: path.suffix == ".safetensors"),
-        "not renamed": (os, "replace", named("step-", 1)),
-        "pointer not written": (snapshots.ckpt, "write_text", named("latest")),
-        "old one not purged": (os, "replace", named("step-", 0)),
-        "half purged": (shutil, "rmtree", named(".step-")),
-    }[moment]
-    before(*step)
+    die_in_a_save(moment)
     run(folder)
 
 
