@@ -68,7 +68,7 @@ def _define(name, schema):
     torch.library.define(f"d2m::{name}", schema)
 
     def register(function):
-        torch.library.impl(f"d2m::{name}", "default")(_on_its_device(function))
+        torch.library.impl(f"d2m::{name}", "default")(_below_autograd(_on_its_device(function)))
         return function
 
     return register
@@ -84,6 +84,19 @@ def _on_its_device(function):
             with torch.cuda.device(first.device):
                 return function(*args)
         return function(*args)
+
+    return run
+
+
+def _below_autograd(function):
+    """An op called bare, outside of the `autograd.Function`s, records none of its inner steps."""
+
+    @functools.wraps(function)
+    def run(*args):
+        if not torch.is_grad_enabled():  # as in every autograd.Function
+            return function(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return function(*args)
 
     return run
 

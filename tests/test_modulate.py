@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from d2m_kernels import Stream, modulate_route, moe_ffn, moe_ffn_pair, route
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 B, S, D, E = 3, 7, 16, 4
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from moe_cases import CPU_BACKENDS, Case
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton_cases import BACKENDS, INTERPRETED, run_interpreted
 
 from d2m_kernels import moe_ffn, route
 from d2m_kernels.ops import halves
@@ -13,11 +16,11 @@ from d2m_kernels.ops import halves
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-def arguments(backend: str, activation: str = "gelu_tanh"):
+def arguments(backend: str, activation: str = "gelu_tanh", k: int = 2):
     """Arguments of every op, from one small layer."""
-    case = Case(T=9, D=8, S=4, H=4, E=3, k=2, activation=activation)
+    case = Case(T=9, D=8, S=4, H=4, E=3, k=k, activation=activation)
     p = case.build(grad=False)
-    r = route(p["x"], p["router"], top_k=2, backend=backend)
+    r = route(p["x"], p["router"], top_k=k, backend=backend)
     weights = (p["x"], p["w1"], None, p["w2"], p["b1"], None, p["b2"])
     slots = (r.weights, r.offsets, r.order, r.inverse)
     attrs = (case.S, activation, False, 1.5)
@@ -26,27 +29,27 @@ def arguments(backend: str, activation: str = "gelu_tanh"):
     up, gate = halves(p["w1"], None, activation, False)
     experts = up[case.S :].reshape(3, 4, 8)
     gates = None if gate is None else gate[case.S :].reshape(3, 4, 8)
-    gather = r.order // 2
+    gather = r.order // max(k, 1)
     needs = [True, True, False, True, True, False, True, True]
     x2 = p["x"][:4] + 1  # a second, shorter stream with weights of its own and without biases
-    r2 = route(x2, p["router"], top_k=2, backend=backend)
+    r2 = route(x2, p["router"], top_k=k, backend=backend)
     second = (x2, p["w1"] + 1, None, p["w2"] + 1, None, None, None)
     two = [*weights, *slots, *second, r2.weights, r2.offsets, r2.order, r2.inverse]
     short = torch.ops.d2m.ffn_fwd(*two[11:], *attrs, True, backend)
     gemm = (p["x"], experts, r.offsets, gates, gather, None, None, activation)
-    rows = torch.randn(18, 4)
+    rows = torch.randn(9 * k, 4)
     return {
-        "route": (p["x"], p["router"], 2, None, backend),
+        "route": (p["x"], p["router"], k, None, backend),
         "permute": (r.ids, 3, backend),
         "grouped_gemm": (*gemm, backend),
         "grouped_gemm_bwd": (rows, *gemm, [True, True, gate is not None, False, False], backend),
-        "combine": (torch.randn(18, 8), r.inverse.view(9, 2), r.weights, r.offsets, p["x"], p["b2"],
-                    1.5, backend),
+        "combine": (torch.randn(9 * k, 8), r.inverse.view(9, k), r.weights, r.offsets, p["x"],
+                    p["b2"], 1.5, backend),
         "ffn_fwd": fwd,
         "ffn_bwd": (torch.ones_like(y), *weights, *slots, z_shared, z_routed, *attrs, 2, needs,
                     backend),
         "ffn_streams_fwd": (two, [p["x"][:3], p["x"], None, x2], *attrs, True, backend),
-        "modulate_route": (p["x"], p["w1"][:3], p["w1"][3:6], 1e-6, p["router"], 2, None, backend),
+        "modulate_route": (p["x"], p["w1"][:3], p["w1"][3:6], 1e-6, p["router"], k, None, backend),
         "ffn_streams_bwd": ([y + 1, short[0]], two, [z_shared, z_routed, *short[1:]], *attrs, 2,
                             needs + [True, False, False, True, False, False, False, True],
                             backend),
@@ -57,12 +60,41 @@ OPS = ["route", "permute", "grouped_gemm", "grouped_gemm_bwd", "combine", "ffn_f
        "ffn_streams_fwd", "ffn_streams_bwd", "modulate_route"]  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
+# Every op's arguments of one back-end, activation and top-k, made once.
+every = functools.cache(arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
-def test_opcheck(op, backend, activation):
+@pytest.mark.parametrize(
+    "activation,k",
+    [("swiglu", 2), ("gelu_tanh", 1), ("gelu_tanh", 0), ("gelu_tanh", 2)][: 4 - INTERPRETED],
+)
+def test_opcheck(op, backend, activation, k):
     overload = getattr(torch.ops.d2m, op).default
-    torch.library.opcheck(overload, arguments(backend, activation)[op], test_utils=CHECKS)
+    torch.library.opcheck(overload, every(backend, activation, k)[op], test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", [op for op in OPS if op != "permute"])  # it takes integers only
+def test_autograd_registration(op, backend):
+    """Bare ops given tensors that require gradients: outputs carry none, nothing is recorded."""
+
+    def leaf(a):
+        if isinstance(a, torch.Tensor) and a.is_floating_point():
+            return a.detach().clone().requires_grad_()
+        return [leaf(entry) for entry in a] if isinstance(a, list) else a
+
+    args = tuple(leaf(a) for a in every(backend, "swiglu", 2)[op])
+    overload = getattr(torch.ops.d2m, op).default
+    torch.library.opcheck(overload, args, test_utils="test_autograd_registration")
+
+
+if not INTERPRETED:
+
+    @pytest.mark.slow
+    def test_opcheck_under_the_interpreter():
+        run_interpreted(__file__, "-k", "triton")
 
 
 def test_no_op_is_left_unchecked():
