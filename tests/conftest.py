@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 
 @pytest.fixture
@@ -12,6 +11,8 @@ def poisoned(monkeypatch):
 
     The kernels' own memory comes from new_empty and empty_like; torch.empty only makes empty ones.
     """
+    import torch  # not at the top: half of the tests do without
+
     plain_empty, plain_like = torch.Tensor.new_empty, torch.empty_like
 
     def poison(t):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from moe_cases import Case, assert_as_good_as_torch, compare, run
@@ -63,3 +67,25 @@ else:
         own = run(lambda q: expected(q, offsets, None, activation), p)
         for name, value in run(ours, p).items():
             assert_as_good_as_torch(value, want[name], own[name], name)
+
+    def test_what_the_sanitizers_watch_is_every_kernel(monkeypatch):
+        from triton.runtime.interpreter import InterpretedFunction
+
+        launched, plain = set(), InterpretedFunction.run
+
+        def run_and_note(self, *args, **kwargs):
+            launched.add(self.fn.__name__)
+            return plain(self, *args, **kwargs)
+
+        monkeypatch.setattr(InterpretedFunction, "run", run_and_note)
+        path = Path(__file__).parent / "gpu" / "sanitize.py"
+        spec = importlib.util.spec_from_file_location("sanitize", path)
+        sanitize = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sanitize)
+        sanitize.every_kernel("triton", "cpu")
+        kernels = {
+            name for module in sys.modules if module.startswith("d2m_kernels.triton_")
+            for name, value in vars(sys.modules[module]).items()
+            if name.endswith("_kernel") and isinstance(value, InterpretedFunction)
+        }  # fmt: skip
+        assert len(kernels) == 9 and launched == kernels
