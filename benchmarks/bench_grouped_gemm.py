@@ -15,6 +15,8 @@ from d2m_kernels import grouped_gemm, route
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("side", ["up", "down"])
 def test_grouped_gemm(bench, name, side, routing):
+    if name == "flux-18432" and routing == "zipf" and bench.device.type == "cpu":
+        pytest.skip("--full is ten minutes on a CPU without it")
     shape = shape_for(name, bench).at(routing=routing)
     S, E, H, N = shape.S, shape.E, shape.H, shape.T * shape.K
     p = shape.tensors(bench.device)
