@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distill.ablate_config import AblateConfig
 from distill.ablate_teachers import fingerprint
-from distill.config import StageConfig, to_dict
+from distill.config import StageConfig, first_batch, to_dict
 from distill.importance import taylor_importance
 from distill.stages import Distillation, finish_stage, run_stage
 from distill.students import group_blocks, make_student
@@ -80,7 +80,7 @@ def train_moe(
     scores = None if initialisation == "random" else importance(context)
     model = make_student(context.teacher, structure(context, fields), scores, None, context.seed,
                          initialisation=initialisation)  # fmt: skip
-    config, first = context.config, 0
+    config = context.config
     parent = fingerprint(name, to_dict(config.teacher), context.seed, context.share,
                          config.importance_batches, config.importance_samples)  # fmt: skip
     both = config.shared.train.steps + config.moe.train.steps
@@ -90,12 +90,12 @@ def train_moe(
         "joint": (context.stage(config.moe, kind, steps=both, freeze_shared=False),),
     }[stages]
     after_a = None
-    for stage in plan:
+    for number, stage in enumerate(plan):
+        first = first_batch([s.train for s in plan[:number]], stage.train.batch_size)
         parent = run_stage(model, context.teacher, context.source, stage,
                            context.folder / name / stage.stage, seed=context.seed, first=first,
                            parent=parent, label=f"{name} {stage.stage}",
                            progress=context.progress)  # fmt: skip
-        first += stage.train.steps
         if stage.stage == "shared":
             after_a = _copy(model)
     return model, after_a

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = [
     "TeacherConfig",
     "TrainConfig",
     "bundled",
+    "first_batch",
     "from_dict",
     "load_config",
     "settings",
@@ -104,7 +106,17 @@ class TrainConfig:
         )
 
 
-# Keys of TrainConfig and DistillConfig that may differ when a run is resumed.
+def first_batch(before: Sequence[TrainConfig], batch_size: int) -> int:
+    """Number of the first batch of `batch_size` samples that begins after all those that the runs
+    `before`, one after another, have seen.
+    """
+    seen = 0
+    for train in before:
+        seen = (-(-seen // train.batch_size) + train.steps) * train.batch_size
+    return -(-seen // batch_size)
+
+
+# Keys of any section that may differ when a run is resumed.
 NEUTRAL = frozenset(
     (
         "micro_batch",
@@ -119,6 +131,10 @@ NEUTRAL = frozenset(
         "loggers",
         "parallel",
         "out",
+        "prefetch",
+        "verify",
+        "max_bad_shards",
+        "importance_rows",
     )
 )
 
@@ -184,8 +200,8 @@ class DataConfig:
     run during training; not needed where the embeddings are in the shards. max_sequence_length: T5
     tokens a caption. caption_dropout: share of samples that get the empty prompt. guidance: the
     scale a guidance-distilled teacher is told. prefetch: batches read ahead. verify: compare every
-    shard's SHA-256 at the start. max_bad_shards: damaged shards that are skipped before it is an
-    error.
+    shard's SHA-256 at the start. max_bad_shards: how many may be damaged before it is an error. The
+    result does not depend on these three.
     """
 
     name: str = "digits"

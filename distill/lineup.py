@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from distill import checkpoint as ckpt
 from distill import evaluate as ev
-from distill.config import DemoConfig, StageConfig, TrainConfig, settings
+from distill.config import DemoConfig, StageConfig, TrainConfig, first_batch, settings
 from distill.data import Digits
 from distill.stages import (
     VERSION,
@@ -89,19 +89,24 @@ def start(config: DemoConfig, seed: int, device: str, folder: Path, progress: bo
 def train_moe(run: Run) -> tuple[nn.Module, str]:
     """Stages (a) and (b): the model "moe-l" and its fingerprint."""
     model = make_student(run.teacher, run.structure, run.importance, run.temb, run.seed)
-    parent, first = run.fingerprint("moe-l"), 0
+    parent = run.fingerprint("moe-l")
     for stage in (run.config.shared, run.config.moe):
-        parent = _stage(run, model, stage, "moe-l", first, parent)
-        first += stage.train.steps
+        parent = _stage(run, model, stage, "moe-l", _first(run, stage.stage), parent)
     return model, parent
 
 
 def train_mob(run: Run, moe: nn.Module, parent: str, name: str) -> nn.Module:
     """Stage (c): `moe` with its blocks grouped, "mob-m", "mob-s" or "mob-xs"."""
     model = group_blocks(moe, mob_config(run, name), run.seed)
-    first = run.config.shared.train.steps + run.config.moe.train.steps
-    _stage(run, model, run.config.mob, name, first, parent)
+    _stage(run, model, run.config.mob, name, _first(run, "mob"), parent)
     return model
+
+
+def _first(run: Run, stage: str) -> int:
+    """Number of a stage's first batch: it goes on where the stages before it stopped."""
+    stages = [run.config.shared, run.config.moe, run.config.mob]
+    at = [s.stage for s in stages].index(stage)
+    return first_batch([s.train for s in stages[:at]], stages[at].train.batch_size)
 
 
 def mob_config(run: Run, name: str) -> Any:
@@ -169,7 +174,7 @@ def train_prune_depth(run: Run, moe: nn.Module, parent: str) -> nn.Module:
     from d2m_models import prune_depth
 
     model = prune_depth(moe, kept["double"], kept["single"])
-    first = run.config.shared.train.steps + run.config.moe.train.steps
+    first = _first(run, "mob")
     # stage (c)'s schedule; what is balanced here are experts, as in stage (b)
     return _train_pruned(run, model, "prune-depth", run.config.mob.train, first, aliases, parent)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from distill.config import (  # noqa: E402
     EvalConfig,
     TrainConfig,
     bundled,
+    first_batch,
     from_dict,
     load_config,
+    settings,
     to_dict,
 )
 from distill.errors import ConfigError  # noqa: E402
@@ -136,3 +139,44 @@ def test_the_joint_stage_of_the_docs_is_valid():
     (joint,) = [b for b in blocks if "stages" in b]
     config = from_dict(DistillConfig, {"teacher": {"path": "x"}, **joint})
     assert [s.freeze_shared for s in config.stages] == [False]
+
+
+def test_what_the_result_does_not_depend_on_may_change():
+    """Raising a limit, or reading ahead further, must not refuse a run that was begun."""
+    base = load_config(DistillConfig, "digits.yaml")
+    for part, key, value in (
+        ("data", "max_bad_shards", 5),
+        ("data", "prefetch", 0),
+        ("data", "verify", True),
+        ("student", "importance_rows", 16),
+    ):
+        changed = replace(base, **{part: replace(getattr(base, part), **{key: value})})
+        assert changed != base and settings(changed) == settings(base), key
+    changed = replace(base, data=replace(base.data, timesteps="logit-normal"))
+    assert settings(changed) != settings(base)
+
+
+def train_config(steps, batch_size):
+    return TrainConfig(steps=steps, batch_size=batch_size, lr=1e-3)
+
+
+def test_a_stage_goes_on_after_the_samples_of_those_before():
+    assert first_batch([], 8) == 0
+    assert first_batch([train_config(10, 8), train_config(5, 8)], 8) == 15
+    assert first_batch([train_config(10, 8)], 4) == 20
+    assert first_batch([train_config(5, 8)], 16) == 3  # 40 samples are 2.5 batches
+    assert first_batch([train_config(5, 8), train_config(1, 16)], 8) == 8  # 48 to 64 were second
+
+
+@pytest.mark.parametrize("sizes", [(64, 32, 16), (16, 32, 64)])
+def test_stages_of_other_batch_sizes_see_each_sample_once(sizes):
+    pytest.importorskip("sklearn")
+    from distill.data import Digits
+
+    digits, stages, seen = Digits("train"), [], []
+    for size in sizes:
+        first = first_batch(stages, size)
+        for step in range(first, first + 6):
+            seen += digits._indices(0, step, size).tolist()
+        stages.append(train_config(6, size))
+    assert len(seen) == len(set(seen)) == 6 * sum(sizes)
