@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -134,15 +136,24 @@ def save_tensors(
 
 def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote: (tensors, metadata)."""
+    return _load(Path(path), tensors=True)
+
+
+def load_meta(path: Path | str) -> dict[str, Any]:
+    """The metadata alone."""
+    return _load(Path(path), tensors=False)[1]
+
+
+def _load(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = file.keys() if tensors else ()
+            found = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as err:
         raise CheckpointError(
             f"checkpoint {path} is truncated or no safetensors file ({err}); remove it"
@@ -151,7 +162,7 @@ def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(
             f"checkpoint {path} has format {header.get('format')!r}; this version reads {FORMAT!r}"
         )
-    return tensors, json.loads(header["meta"])
+    return found, json.loads(header["meta"])
 
 
 def pack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -183,15 +194,32 @@ def load_state(module: torch.nn.Module, state: Mapping[str, Tensor], source: Pat
 
 
 def rng_state() -> dict[str, Tensor]:
-    """torch's global random streams (batches have generators of their own)."""
+    """The global random streams of torch, Python and numpy, as tensors (batches have generators of
+    their own).
+    """
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    _, words, normal = random.getstate()  # normal: the second of a pair of draws, if it waits
+    state["python"] = torch.tensor(words)
+    state["python/normal"] = torch.tensor([] if normal is None else [normal], dtype=torch.float64)
+    kind, keys, position, waits, normal = np.random.get_state()
+    if kind == "MT19937":  # numpy's own, unless somebody has put another in its place
+        state["numpy"] = torch.tensor([*keys.tolist(), position, waits])
+        state["numpy/normal"] = torch.tensor([normal], dtype=torch.float64)
     return state
 
 
 def set_rng_state(state: Mapping[str, Tensor]) -> None:
+    """Streams that the state does not have, as older ones, go on as they are."""
     torch.set_rng_state(state["cpu"])
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         if f"cuda{i}" in state:
             torch.cuda.set_rng_state(state[f"cuda{i}"], i)
+    if "python" in state:
+        normal = state["python/normal"].tolist()
+        random.setstate((3, tuple(state["python"].tolist()), normal[0] if normal else None))
+    if "numpy" in state:
+        *keys, position, waits = state["numpy"].tolist()
+        normal = state["numpy/normal"].item()
+        np.random.set_state(("MT19937", np.array(keys, np.uint32), position, waits, normal))

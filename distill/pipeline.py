@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from distill import checkpoint as ckpt
-from distill.config import DistillConfig, EvalConfig, settings
+from distill.config import DistillConfig, EvalConfig, first_batch, settings
 from distill.data import Digits
 from distill.errors import CheckpointError, ConfigError, UserError
 from distill.parallel import World, shard_model, start_world, stop_world
@@ -73,8 +73,7 @@ def _distill(config: DistillConfig, world: World, progress: bool, accept_changed
     started = {"settings": settings(config), "device": device.type}
     if (data := data_fingerprint(config.data)) is not None:
         started["data"] = data
-    if world.main:
-        _claim(out, started, accept_changed)
+    _claim(out, started, accept_changed, write=world.main)
     target = out / "model"
     world.barrier()
     if target.exists():
@@ -86,8 +85,8 @@ def _distill(config: DistillConfig, world: World, progress: bool, accept_changed
     structure = student_structure(config, teacher)
     model = start_student(config, structure, teacher, source, world)
     shard_model(teacher, world)
-    parent, first = ckpt.fingerprint(VERSION, started["settings"]), 0
-    for stage in config.stages:
+    parent = ckpt.fingerprint(VERSION, started["settings"])
+    for number, stage in enumerate(config.stages):
         if stage.stage == "mob":
             if structure.mob is None:
                 raise ConfigError("stages has 'mob', but the student's structure has no key 'mob'")
@@ -103,7 +102,7 @@ def _distill(config: DistillConfig, world: World, progress: bool, accept_changed
             stage,
             out / stage.stage,
             seed=config.seed,
-            first=first,
+            first=first_batch([s.train for s in config.stages[:number]], stage.train.batch_size),
             parent=parent,
             label=stage.stage,
             progress=progress,
@@ -118,7 +117,6 @@ def _distill(config: DistillConfig, world: World, progress: bool, accept_changed
                 stage.train,
             ),
         )
-        first += stage.train.steps
     if world.main:
         ckpt.write_folder(target, model.cpu().save_pretrained)
     world.barrier()
@@ -147,8 +145,10 @@ def start_student(
     return model
 
 
-def _claim(out: Path, started: dict[str, Any], accept_changed: bool = False) -> None:
-    """Write settings.json, or compare with the one that is there."""
+def _claim(
+    out: Path, started: dict[str, Any], accept_changed: bool = False, write: bool = True
+) -> None:
+    """Compare with the settings.json that is there, on every rank; one writes it."""
     path = out / "settings.json"
     text = json.dumps(started, indent=2, sort_keys=True) + "\n"
     old = path.read_text(encoding="utf-8") if path.exists() else text
@@ -162,7 +162,7 @@ def _claim(out: Path, started: dict[str, Any], accept_changed: bool = False) -> 
             f"{out} holds a run with other settings ({'; '.join(changed[:3])}); choose another "
             "output folder, remove it, or go on with --accept-changed-config"
         )
-    if old != text or not path.exists():
+    if write and (old != text or not path.exists()):
         ckpt.write_text(path, text)
 
 

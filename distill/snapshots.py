@@ -101,7 +101,7 @@ class Snapshots:
     Args:
         folder: of the run. keep: how many complete ones stay. wait: False returns from `save` once
             tensors are copied to host memory; they are written beside the next steps, and become
-            a checkpoint at the next call of `settle`.
+            a checkpoint at the next call of `settle`, which waits if `writing` on any rank.
     """
 
     def __init__(self, folder: Path, world: World, keep: int = 2, wait: bool = True):
@@ -164,6 +164,10 @@ class Snapshots:
             reason = failure or UserError("another process could not write its part")
             raise self._failed(step, reason) from failure
 
+    def writing(self) -> bool:
+        """Whether this rank still writes a checkpoint beside the steps."""
+        return self.pending is not None and not self.pending[1].done()
+
     def settle(self) -> None:
         """Wait for the save under way, if any, and make it a checkpoint."""
         from torch.distributed.checkpoint.api import CheckpointException
@@ -196,30 +200,49 @@ class Snapshots:
                 _flush(file)
             _flush(tmp)
             if path.exists():  # a run that was put back before this step
-                shutil.rmtree(path)
+                remove(path)
             os.replace(tmp, path)
             _flush(self.folder)
             ckpt.write_text(self.folder / "latest", f"{path.name}\n")
             for old in complete(self.folder)[: -self.keep]:
-                self._remove(old)
+                remove(old)
 
         self._together(step, publish)
-
-    def _remove(self, path: Path) -> None:
-        """Rename, then delete: a checkpoint in the middle of being deleted is none."""
-        doomed = path.with_name(f".{path.name}.tmp")
-        with suppress(OSError):
-            os.replace(path, doomed)
-            shutil.rmtree(doomed)
 
     def clear(self) -> None:
         """Remove all checkpoints: the run is finished and its result is kept elsewhere."""
         self.settle()
         if self.world.main:
-            for path in complete(self.folder):
-                self._remove(path)
-            (self.folder / "latest").unlink(missing_ok=True)
+            clear(self.folder)
         self.world.barrier()
+
+
+def remove(path: Path) -> None:
+    """Rename, then delete: a checkpoint in the middle of being deleted is none."""
+    doomed = path.with_name(f".{path.name}.old.tmp")
+    with suppress(OSError):
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def clear(folder: Path) -> None:
+    """Remove all checkpoints of a finished run, and what a killed process left of them."""
+    for path in folder.glob(".step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in complete(folder):
+        remove(path)
+    (folder / "latest").unlink(missing_ok=True)
+
+
+def adopt(folder: Path, run_id: str) -> None:
+    """All checkpoints of the folder belong to this run from now on; nothing else of them changes.
+
+    Its settings were changed and that was accepted: the next start must not be refused.
+    """
+    for path in complete(folder):
+        with suppress(CheckpointError):  # one that is damaged stays as it is
+            meta = {**read_meta(path), "run": run_id}
+            ckpt.write_text(path / "state.json", json.dumps(meta))
 
 
 def _quiet() -> None:
@@ -247,9 +270,14 @@ def _reason(err: BaseException) -> str:
     return " ".join(str(err).split())[:300]
 
 
+def anywhere(world: World, *values: bool) -> list[bool]:
+    """For each value whether it is true on any rank."""
+    if world.size == 1:
+        return list(values)
+    flags = torch.tensor([float(value) for value in values], device=world.device)
+    return [count > 0 for count in world.sum(flags).tolist()]
+
+
 def same_everywhere(world: World, value: bool) -> bool:
     """True if it is on any rank."""
-    if world.size == 1:
-        return value
-    flag = torch.tensor([float(value)], device=world.device)
-    return bool(world.sum(flag).item() > 0)
+    return anywhere(world, value)[0]

@@ -77,10 +77,7 @@ def train(
     folder = ckpt.make_folder(folder)
     model_path, log_path = folder / "model.safetensors", folder / "log.jsonl"
     if model_path.exists():
-        if world.size == 1:
-            tensors, meta = ckpt.load_tensors(model_path)
-            _check_run(meta, run_id, model_path, accept_changed)
-            ckpt.load_state(model, tensors, model_path)
+        _finished(model, model_path, run_id, accept_changed, world)
         return read_log(log_path)
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not params:
@@ -96,6 +93,20 @@ def train(
         ckpt.save_tensors(model_path, result, {"run": run_id, "step": loop.step})
     loop.snapshots.clear()
     return read_log(log_path)
+
+
+def _finished(
+    model: nn.Module, path: Path, run_id: str, accept_changed: bool, world: World
+) -> None:
+    """Check whose result it is, on every rank; alone, load it."""
+    meta = ckpt.load_meta(path)
+    _check_run(meta, run_id, path, accept_changed)
+    if world.main and meta.get("run") != run_id:  # accepted: the next start is not to be refused
+        ckpt.save_tensors(path, ckpt.load_tensors(path)[0], {**meta, "run": run_id})
+    if world.main:  # killed between writing the result and removing these
+        snapshots.clear(path.parent)
+    if world.size == 1:
+        ckpt.load_state(model, ckpt.load_tensors(path)[0], path)
 
 
 class _Loop:
@@ -146,6 +157,8 @@ class _Loop:
         self.step, self.skipped, self.bad = meta["step"], meta["skipped"], meta["bad"]
         self.saved = self.step
         self.report.load(meta["interval"])
+        if self.world.main and meta.get("run") != self.run_id:
+            snapshots.adopt(self.folder, self.run_id)
 
     # --- steps ---
 
@@ -170,14 +183,22 @@ class _Loop:
                     bar.update(config.batch_size)
                     if self.step % config.log_every == 0 or self.step == config.steps:
                         bar.set_postfix(report.write())
-                    if preview and config.preview_every and self.step % config.preview_every == 0:
-                        preview(self.model, self.step)
-                    if snapshots.same_everywhere(self.world, bool(stop)):
-                        self.save()
+                    stopping, writing = snapshots.anywhere(
+                        self.world, bool(stop), self.snapshots.writing()
+                    )
+                    if not writing:  # on no rank: what was written becomes a checkpoint
                         self.snapshots.settle()
-                        raise KeyboardInterrupt
-                    if self.step % save_every == 0 and self.step < config.steps:
+                    drawing = config.preview_every and self.step % config.preview_every == 0
+                    last = self.step == config.steps
+                    # before the preview: what fails there is not to cost an interval
+                    if stopping or (drawing if last else self.step % save_every == 0):
                         self.save()
+                    if stopping:
+                        self.snapshots.settle()
+                    if preview and drawing:
+                        preview(self.model, self.step)
+                    if stopping:
+                        raise KeyboardInterrupt
                 self.snapshots.settle()
             finally:
                 report.close()

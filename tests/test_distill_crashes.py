@@ -18,6 +18,7 @@ from _ranks import IN_A_SAVE, die_in_a_save
 pytest.importorskip("safetensors")
 pytest.importorskip("tqdm")
 
+from distill import checkpoint as ckpt  # noqa: E402
 from distill import snapshots  # noqa: E402
 from distill.config import TrainConfig  # noqa: E402
 from distill.errors import CheckpointError, UserError  # noqa: E402
@@ -256,6 +257,103 @@ def test_asynchronous_saves_give_the_same(tmp_path):
     whole, _ = run(tmp_path / "whole", replace(CONFIG, steps=12))
     state = resumed.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in whole.state_dict().items())
+
+
+def test_an_asynchronous_save_is_a_checkpoint_once_it_is_written(tmp_path, monkeypatch):
+    """Not an interval later, when the next one begins."""
+    writers, seen, real = [], {}, snapshots.Snapshots.save
+
+    def save(self, *arguments):
+        writers.append(self)
+        return real(self, *arguments)
+
+    def on_step(step):
+        deadline = time.time() + 60
+        while step == 3 and writers[-1].writing() and time.time() < deadline:
+            time.sleep(0.01)
+        seen[step] = [p.name for p in snapshots.complete(tmp_path)]
+
+    monkeypatch.setattr(snapshots.Snapshots, "save", save)
+    run(tmp_path, replace(CONFIG, steps=6, async_save=True), on_step=on_step)
+    assert seen[3] == [] and seen[4] == seen[5] == ["step-0000003"]
+
+
+def test_a_checkpoint_that_is_in_the_way_is_renamed_before_it_is_deleted(tmp_path, monkeypatch):
+    """Killed in the middle of deleting it, it must not be taken for complete."""
+
+    def stop(step):
+        if step == 7:
+            raise KeyboardInterrupt
+
+    folder, aside = tmp_path / "run", tmp_path / "aside"
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, on_step=stop)
+    (folder / "step-0000006").rename(aside)
+    deleted, real = [], shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda p, *a, **k: deleted.append(p) or real(p, *a, **k))
+
+    def put_back(step):
+        assert step >= 3  # goes on from step 3
+        if step == 4:
+            aside.rename(folder / "step-0000006")
+            (folder / "step-0000006" / "old").touch()
+        if step == 6:
+            assert not (folder / "step-0000006" / "old").exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, on_step=put_back)
+    assert complete_and_readable(folder) == [3, 6] and not list(folder.glob(".*"))
+    assert deleted and all(path.name.startswith(".") for path in deleted)
+
+
+@pytest.mark.parametrize("at", [6, 120])
+def test_a_preview_that_fails_costs_nothing(tmp_path, at):
+    """At a checkpoint's step and at the last one."""
+    config = replace(CONFIG, preview_every=at)
+
+    def preview(model, step):
+        raise OSError(f"no place for the picture of step {step}")
+
+    model, objective = model_and_objective()
+    torch.manual_seed(7)
+    options = {"run_id": "id", "label": "test", "progress": False}
+    with pytest.raises(OSError, match=f"of step {at}"):
+        train(model, objective, config, tmp_path / "run", preview=preview, **options)
+    assert complete_and_readable(tmp_path / "run")[-1] == at
+    resumed, _ = run(tmp_path / "run")
+    whole, _ = run(tmp_path / "whole")
+    state = resumed.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in whole.state_dict().items())
+    assert stripped(tmp_path / "run") == stripped(tmp_path / "whole")
+
+
+def test_accepted_settings_are_the_runs_from_then_on(tmp_path):
+    """The next start is not refused, be the run finished or not."""
+    options = {"label": "test", "progress": False}
+
+    def go(run_id, stop_at=None, **more):
+        def on_step(step):
+            if step == stop_at:
+                raise KeyboardInterrupt
+
+        model, objective = model_and_objective(on_step=on_step)
+        train(model, objective, CONFIG, tmp_path, run_id=run_id, **options, **more)
+        return model.state_dict()
+
+    with pytest.raises(KeyboardInterrupt):
+        go("first", stop_at=8)
+    with pytest.raises(KeyboardInterrupt):  # killed before it has saved anything of its own
+        go("second", stop_at=6, accept_changed=True)
+    with pytest.raises(CheckpointError, match="--accept-changed-config"):
+        go("first")
+    result = go("second")
+    with pytest.raises(CheckpointError, match="--accept-changed-config"):
+        go("third")
+    for more in ({"accept_changed": True}, {}):
+        again = go("third", stop_at=0, **more)
+        assert all(torch.equal(v, again[k]) for k, v in result.items())
+    assert ckpt.load_meta(tmp_path / "model.safetensors")["step"] == 120
 
 
 def test_changed_settings_need_to_be_accepted(tmp_path):

@@ -6,6 +6,7 @@ The ranks are forked from a process that has imported everything, so that many l
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 import signal
 import time
 
@@ -149,3 +150,16 @@ def test_two_ranks_resume_bit_for_bit(whole, tmp_path, kind):
     assert complete_and_readable(tmp_path) == [4, 6]
     finish([{"kind": kind, "train": TRAIN}], tmp_path)
     same_bits(tmp_path, whole / kind)
+
+
+def test_changed_settings_are_refused_by_all_ranks_and_accepted_for_good(whole, tmp_path):
+    """A finished run; were it an error on one rank alone, the others would wait for it."""
+    shutil.copytree(whole / "moe", tmp_path / "run")
+    job = {"folder": str(tmp_path / "run"), "train": TRAIN, "parent": "another"}
+    statuses, said = launch([job], tmp_path)
+    assert statuses == [1, 1], said[-3000:]
+    for rank in (0, 1):
+        text = (tmp_path / "run" / f"error-{rank}.txt").read_text()
+        assert "belongs to a run with other settings" in text
+    finish([{**job, "accept": True}, job], tmp_path)
+    same_bits(tmp_path / "run", whole / "moe")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -96,6 +99,37 @@ def test_resume_needs_the_optimizer_and_rng(tmp_path):
         assert not _states_equal(whole, parts), group
 
 
+@pytest.mark.parametrize("older", [False, True])
+def test_python_and_numpy_streams_go_on(tmp_path, older):
+    """An objective that draws from both; a checkpoint without them is read as well."""
+
+    def run(folder, stop_at=None, seed=3):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        model = _model()
+        inner, draws = _objective(model, stop_at), []
+
+        def objective(step):
+            parts = inner(step)
+            draws.append((random.gauss(0, 1), np.random.standard_normal()))
+            return {"loss": parts["loss"] * (1 + sum(map(abs, draws[-1])))}
+
+        config = replace(CONFIG, save_every=5)  # in the middle of a pair of normal draws
+        return train(model, objective, config, folder, run_id="i", label="t", progress=False), model
+
+    whole, expected = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", stop_at=8)
+    newest = snapshots.newest(tmp_path / "parts")
+    assert newest.name == "step-0000005"
+    if older:
+        ckpt.save_tensors(newest / "rng-00000.safetensors", {"cpu": torch.get_rng_state()})
+    parts, model = run(tmp_path / "parts", seed=99)
+    assert (_strip(parts) == _strip(whole)) == (not older)
+    assert _states_equal(model, expected) == (not older)
+
+
 def _zero(path, prefix):
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -115,6 +149,23 @@ def test_finished_run_is_not_trained_again(tmp_path):
     again, same = _train(tmp_path, stop_at=0)
     assert _states_equal(first, again) and log == same
     assert sorted(p.name for p in tmp_path.iterdir()) == ["log.jsonl", "model.safetensors"]
+
+
+def test_checkpoints_of_a_finished_run_are_removed(tmp_path):
+    """Killed when the result was written and they were not gone yet."""
+    with pytest.raises(KeyboardInterrupt):
+        _train(tmp_path / "run", stop_at=8)
+    kept = tmp_path / "kept"
+    shutil.copytree(tmp_path / "run", kept)
+    _train(tmp_path / "run")
+    for path in kept.glob("*"):
+        if path.name != "log.jsonl":
+            path.rename(tmp_path / "run" / path.name)
+    (tmp_path / "run" / ".step-0000009.tmp").mkdir()
+    assert len(snapshots.complete(tmp_path / "run")) == 2
+    _train(tmp_path / "run", stop_at=0)
+    names = sorted(p.name for p in (tmp_path / "run").iterdir())
+    assert names == ["log.jsonl", "model.safetensors"]
 
 
 def test_other_settings_are_refused(tmp_path):
