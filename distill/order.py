@@ -7,14 +7,17 @@ has those batches whose first position is in epoch e,
 
     k = ceil(e n_b / B) .. ceil((e + 1) n_b / B) - 1   of every bucket b,
 
-in an order that is a permutation too. So before epoch e begins, C(e) = sum_b ceil(e n_b / B)
-batches were given, and with them every sample at least e times and, but for the last batch of each
-bucket, at most e times, whatever number of ranks shares the batches.
+N_b in number, in even turns: the i-th of them is due at (2i + 1) / (2 N_b) of the epoch. So before
+epoch e begins, C(e) = sum_b ceil(e n_b / B) batches were given, and with them every sample at least
+e times and, but for the last batch of each bucket, at most e times, whatever number of ranks shares
+the batches. Within an epoch all buckets are equally far, to a few batches, whatever B is: a stage
+with another B goes on where the one before stopped (with one bucket exactly).
 """
 
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,6 +54,28 @@ def _mix(x: np.ndarray, seed: int) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
+def _turn(numbers: Sequence[int], slot: int) -> tuple[int, int]:
+    """(b, i) of the batch that is the slot-th to be due, where batch i of bucket b, of N_b =
+    numbers[b] in all, is due at (2i + 1) / (2 N_b), and at the same time the first bucket's first.
+    """
+
+    def before(bucket: int, own: int) -> int:
+        """How many are due before batch `own` of the bucket."""
+        total = own
+        for other, number in enumerate(numbers):
+            if other != bucket:
+                # (2j + 1) N_b < (2i + 1) N_c, or equal, if the other bucket comes first
+                last = ((2 * own + 1) * number - (other > bucket)) // numbers[bucket]
+                total += min((last + 1) // 2, number)
+        return total
+
+    for bucket, number in enumerate(numbers):
+        own = bisect_left(range(number), slot, key=lambda i, b=bucket: before(b, i))
+        if own < number and before(bucket, own) == slot:
+            return bucket, own
+    raise AssertionError("a slot lies beyond its epoch")
+
+
 class BucketOrder:
     """Which samples global batch `step` holds, for buckets of `sizes` samples."""
 
@@ -69,13 +94,9 @@ class BucketOrder:
         while sum(self._begin(epoch + 1, count)) <= step:
             epoch += 1
         begin, end = self._begin(epoch, count), self._begin(epoch + 1, count)
-        slot = np.array([step - sum(begin)])
-        slot = int(permute(slot, sum(end) - sum(begin), key("batches", seed, epoch))[0])
-        for bucket, (first, last) in enumerate(zip(begin, end, strict=True)):
-            if slot < last - first:
-                return bucket, (first + slot) * count
-            slot -= last - first
-        raise AssertionError("a slot lies beyond its epoch")
+        numbers = [last - first for first, last in zip(begin, end, strict=True)]
+        bucket, own = _turn(numbers, step - sum(begin))
+        return bucket, (begin[bucket] + own) * count
 
     def samples(self, seed: int, bucket: int, positions: np.ndarray) -> np.ndarray:
         """Numbers 0 .. n_b - 1 of the samples at those positions [I] of the bucket's stream."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ pytest.importorskip("hypothesis")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from distill.order import BucketOrder, key, permute  # noqa: E402
+from distill.config import TrainConfig, first_batch  # noqa: E402
+from distill.order import BucketOrder, _turn, key, permute  # noqa: E402
 
 
 @given(size=st.integers(1, 700), seed=st.integers(0, 2**64 - 1))
@@ -92,6 +94,35 @@ def test_any_step_at_once():
     assert first % 256 == 0 and bucket in (0, 1, 2)
     numbers = order.samples(0, bucket, first + np.arange(256))
     assert len(set(numbers.tolist())) == 256
+
+
+def test_turns_are_even_by_hand():
+    """Due: a at 1/8, 3/8, 5/8, 7/8, b at 1/4, 3/4, c at 1/2; where equal, the first bucket."""
+    assert [_turn([4, 2, 1], slot) for slot in range(7)] == [
+        (0, 0), (1, 0), (0, 1), (2, 0), (0, 2), (1, 1), (0, 3)]  # fmt: skip
+    assert [_turn([2, 0, 2], slot) for slot in range(4)] == [(0, 0), (2, 0), (0, 1), (2, 1)]
+
+
+@given(numbers=st.lists(st.integers(0, 30), min_size=1, max_size=5).filter(any))
+@settings(max_examples=60, deadline=None)
+def test_turns_are_those_of_a_sorted_list(numbers):
+    due = [(Fraction(2 * i + 1, 2 * n), b, i) for b, n in enumerate(numbers) for i in range(n)]
+    assert [_turn(numbers, s) for s in range(len(due))] == [(b, i) for _, b, i in sorted(due)]
+
+
+@pytest.mark.parametrize("sizes", [[1000], [600, 300, 100]])
+@pytest.mark.parametrize("counts", [(40, 20), (20, 40)])
+def test_another_batch_size_goes_on_where_the_last_stopped(sizes, counts):
+    """In the same epoch: no sample twice with one bucket, with several few (190 at random)."""
+    order = BucketOrder(sizes)
+    before, after = counts
+    train = TrainConfig(steps=400 // before, batch_size=before, lr=1.0)
+    first = first_batch([train], after)
+    one = _seen(order, 0, range(train.steps), before)
+    two = _seen(order, 0, range(first, first + 400 // after), after)
+    again = sum((one & two).values())
+    assert one.total() == two.total() == 400
+    assert again == 0 if len(sizes) == 1 else again <= 40
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
