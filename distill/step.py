@@ -74,11 +74,29 @@ def fill_gradients(params: Iterable[nn.Parameter]) -> None:
             p.grad = torch.zeros_like(p)
 
 
+def _any_batch(model: nn.Module) -> bool | None:
+    """What `torch.compile` takes as `dynamic`: sizes are symbols, or become so when they change."""
+    structure = getattr(model, "d2m_config", None)
+    return True if structure is not None and structure.mob is not None else None
+
+
+def _many_graphs() -> AbstractContextManager:
+    import torch._dynamo
+
+    return torch._dynamo.config.patch(recompile_limit=64)
+
+
 @contextmanager
 def sped_up(model: nn.Module, config: TrainConfig) -> Iterator[None]:
     """Gradient checkpointing and torch.compile on the model's blocks, as configured, inside.
 
     Both are undone at the end: the next stage trains the same model by its own settings.
+
+    Blocks of a MoB group run any number of samples. Compiled for each number, and again for any,
+    two graphs would fit one call, and a block could be recomputed by another than it ran; so with
+    groups sizes are symbols from the start, which leaves one graph for a call (and one for a batch
+    of 1). Blocks share graphs, and a frozen one needs others than one that trains: with torch's
+    limit of 8 some would fall back to no graph at all.
     """
     compiled = [(b, b.__dict__.get("forward")) for b in blocks(model)] if config.compile else []
     try:
@@ -86,8 +104,9 @@ def sped_up(model: nn.Module, config: TrainConfig) -> Iterator[None]:
             model.enable_gradient_checkpointing()
         for block, _ in compiled:
             # the method, not the module: parameters keep their names, hooks (FSDP's) stay outside
-            block.forward = torch.compile(block.forward)
-        yield
+            block.forward = torch.compile(block.forward, dynamic=_any_batch(model))
+        with _many_graphs() if compiled else nullcontext():
+            yield
     finally:
         for block, forward in compiled:
             block.__dict__.pop("forward", None)  # the class's own again

@@ -1,6 +1,7 @@
 """Runs of several gloo processes on a small model, for tests; `python tests/_ranks.py JOB` is one.
 
-A job is a JSON file: {"folder", "steps", "train": {...}, "kind": "moe" | "mob", ...}.
+A job is a JSON file: {"folder", "steps", "train": {...}, "kind": "shared" | "moe" | "mob", ...}.
+`python tests/_ranks.py ARGUMENTS...` is `d2m ARGUMENTS...` with a `torch.compile` that only traces.
 """
 
 from __future__ import annotations
@@ -272,5 +273,19 @@ def one_of(size: int, rank: int, port: int, jobs: list[dict], output: str) -> No
     main(jobs)
 
 
+def command(arguments: list[str]) -> int:
+    """The command line; Inductor's code generation, which takes minutes, is torch's to test."""
+    import torch
+
+    from distill import cli
+
+    real = torch.compile
+    torch.compile = lambda function, **options: real(function, backend="eager", **options)
+    torch.set_num_threads(1)
+    return cli.main(arguments)
+
+
 if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        sys.exit(command(sys.argv[1:]))
     main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

@@ -177,7 +177,7 @@ def test_the_next_stage_starts_with_plain_blocks(make, tmp_path, monkeypatch):
     student, frozen, objective = make()
     compiled, running = [], []
 
-    def mark(function):
+    def mark(function, **_):
         compiled.append(function)
         return lambda *a, **k: function(*a, **k)
 

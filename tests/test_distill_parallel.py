@@ -253,6 +253,57 @@ def test_all_stages_by_torchrun(tmp_path):
     assert settings[0] == settings[1]
 
 
+FAST = """
+teacher:
+  num_layers: 1
+  num_single_layers: 2
+  heads: 2
+  head_dim: 8
+  rope: [2, 2, 4]
+  train: {steps: 4, batch_size: 8, lr: 1.0e-3}
+student:
+  importance_batches: 1
+  calibration: 64
+  structure:
+    moe: {shared_ratio: 1.0, expert_ratio: 0.25, num_experts: 12, top_k: 2}
+    dense_double_blocks: []
+    adaln_dim: 8
+    mob: {single_groups: [[0, 1]]}
+stages:
+  - {stage: moe, train: &train {steps: 2, batch_size: 8, lr: 1.0e-3, warmup: 0, ema: 0.5,
+     log_every: 1, compute_dtype: bfloat16, gradient_checkpointing: SPEED, compile: SPEED}}
+  - {stage: mob, train: *train}
+"""
+
+
+@slow
+def test_what_the_ready_configurations_combine(tmp_path):
+    """Two stages, compiled, recomputed, in bf16, averaged, sharded: as one process without.
+
+    Compiled for each number of samples that reaches a block, a block would be recomputed by another
+    graph than it ran.
+    """
+    (tmp_path / "fast.yaml").write_text(FAST.replace("SPEED", "true"))
+    (tmp_path / "plain.yaml").write_text(FAST.replace("SPEED", "false"))
+    env = environment(D2M_CACHE=str(tmp_path / "cache"))
+    for name, processes in (("plain", 1), ("fast", 2)):
+        arguments = [str(ROOT / "tests/_ranks.py"), "distill", f"{name}.yaml", "--out", name]
+        arguments += ["--device", "cpu"]
+        command = torchrun(processes, *arguments) if processes > 1 else [sys.executable, *arguments]
+        status, output = execute(command, env=env, cwd=tmp_path)
+        assert status == 0, output[-3000:]
+    for stage in ("moe", "mob"):
+        fast, plain = (losses(tmp_path / out / stage) for out in ("fast", "plain"))
+        assert len(fast) == len(plain) == 2
+        for mine, theirs in zip(fast, plain, strict=True):
+            assert mine == pytest.approx(theirs, rel=0.02)
+    name = "model/diffusion_pytorch_model.safetensors"
+    fast, plain = (load_file(tmp_path / out / name) for out in ("fast", "plain"))
+    assert fast.keys() == plain.keys()
+    for key, value in plain.items():
+        assert (fast[key].float() - value.float()).norm() <= 0.03 * value.float().norm(), key
+
+
 # --- what needs no processes ----------------------------------------------------------------
 
 
