@@ -103,10 +103,19 @@ def two(tmp_path_factory):
     jobs = {
         "moe": {"train": TRAIN},
         "mob": {"kind": "mob", "train": {**TRAIN, **PARTS}},
-        "hundred": {"train": HUNDRED},
         "poisoned": {"train": TRAIN, "poison": {"rank": 1, "step": 3}},
     }
     launch([{"folder": str(folder / k), **job} for k, job in jobs.items()], 2, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hundred(tmp_path_factory):
+    """Folder with a hundred steps of every stage on two ranks."""
+    folder = tmp_path_factory.mktemp("hundred")
+    kinds = ("shared", "moe", "mob")
+    jobs = [{"folder": str(folder / k), "kind": k, "train": HUNDRED} for k in kinds]
+    launch(jobs, 2, folder)
     return folder
 
 
@@ -140,18 +149,32 @@ def test_hybrid_sharding_equals_one_process(alone, tmp_path):
 
 
 @slow
-def test_frozen_slices_stay_bitwise_for_a_hundred_steps_when_sharded(two):
+@pytest.mark.parametrize(("stage", "frozen"), [("shared", "experts"), ("moe", "shared")])
+def test_frozen_slices_stay_bitwise_for_a_hundred_steps_when_sharded(hundred, stage, frozen):
     from distill.stages import ffn_slices
 
-    folder = two / "hundred"
+    folder = hundred / stage
     before, after = load_file(folder / "before.safetensors"), result(folder)
-    _, student, _ = models("moe")
-    for part, same in (("shared", True), ("experts", False)):
+    _, student, _ = models(stage)
+    for part in ("shared", "experts"):
         slices = ffn_slices(student, part)
         assert slices
         for f in slices:
             old, new = (s[f.name].narrow(f.dim, f.start, f.stop - f.start) for s in (before, after))
-            assert torch.equal(old, new) == same, f
+            assert torch.equal(old, new) == (part == frozen), f
+
+
+@slow
+def test_isolated_blocks_stay_bitwise_for_a_hundred_steps_when_sharded(hundred):
+    folder = hundred / "mob"
+    before, after = load_file(folder / "before.safetensors"), result(folder)
+    grouped = ("single_transformer_blocks.1.", "single_transformer_blocks.2.")
+    for part, moves in (("transformer_blocks.", False), ("single_transformer_blocks.", None)):
+        names = [n for n in before if n.startswith(part) and not n.endswith("neuron_order")]
+        assert names
+        for name in names:
+            moved = not torch.equal(before[name], after[name])
+            assert moved == (name.startswith(grouped) if moves is None else moves), name
 
 
 @slow
@@ -184,7 +207,7 @@ def test_a_dead_rank_ends_all_and_a_restart_goes_on_from_the_checkpoint(alone, t
     job = {"train": TRAIN, "record": True, "die": deaths}
     status, output = launch([job], 2, tmp_path, check=False, max_restarts="1")
     ended = time.time() - (tmp_path / "died1").stat().st_mtime
-    assert status != 0 and ended < 60, output  # a few seconds on a machine with nothing else to do
+    assert status != 0 and ended < 30, output  # a few seconds on a machine with nothing else to do
     assert snapshots.newest(tmp_path).name == "step-0000004"
     lines = (tmp_path / "samples-2-1.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 2, 3, 4]
