@@ -207,7 +207,7 @@ def test_a_dead_rank_ends_all_and_a_restart_goes_on_from_the_checkpoint(alone, t
     job = {"train": TRAIN, "record": True, "die": deaths}
     status, output = launch([job], 2, tmp_path, check=False, max_restarts="1")
     ended = time.time() - (tmp_path / "died1").stat().st_mtime
-    assert status != 0 and ended < 30, output  # a few seconds on a machine with nothing else to do
+    assert status != 0 and ended < 15, output  # 1.1 s on a machine with six busy processes
     assert snapshots.newest(tmp_path).name == "step-0000004"
     lines = (tmp_path / "samples-2-1.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 2, 3, 4]
