@@ -92,11 +92,11 @@ def sped_up(model: nn.Module, config: TrainConfig) -> Iterator[None]:
 
     Both are undone at the end: the next stage trains the same model by its own settings.
 
-    Blocks of a MoB group run any number of samples. Compiled for each number, and again for any,
-    two graphs would fit one call, and a block could be recomputed by another than it ran; so with
-    groups sizes are symbols from the start, which leaves one graph for a call (and one for a batch
-    of 1). Blocks share graphs, and a frozen one needs others than one that trains: with torch's
-    limit of 8 some would fall back to no graph at all.
+    Blocks share graphs; one that is frozen, is recomputed or runs other samples than the last needs
+    another. Beyond torch's limit of 8 graphs a block runs without, and then it was recomputed by
+    another program than it ran, which torch refuses; hence a higher limit. Blocks of a MoB group
+    run any number of samples: sizes are symbols from the start, so that there are few graphs, and
+    no second one, made later for any size, that fits a call too.
     """
     compiled = [(b, b.__dict__.get("forward")) for b in blocks(model)] if config.compile else []
     try:

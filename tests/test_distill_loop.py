@@ -177,12 +177,20 @@ def test_the_next_stage_starts_with_plain_blocks(make, tmp_path, monkeypatch):
     student, frozen, objective = make()
     compiled, running = [], []
 
-    def mark(function, **_):
+    def mark(function, dynamic):
+        assert dynamic is None  # True for MoB groups alone
         compiled.append(function)
         return lambda *a, **k: function(*a, **k)
 
     monkeypatch.setattr(torch, "compile", mark)
-    student.register_forward_pre_hook(lambda m, _: running.append(m.gradient_checkpointing))
+    limit = torch._dynamo.config.recompile_limit
+
+    def look(model, _):
+        running.append(model.gradient_checkpointing)
+        # beyond the limit blocks run without a graph, and are recomputed by another program
+        assert torch._dynamo.config.recompile_limit == (64 if running[-1] else limit)
+
+    student.register_forward_pre_hook(look)
     fast = replace(CONFIG, steps=1, compile=True, gradient_checkpointing=True)
     for i, (config, recomputes) in enumerate([(fast, True), (fast, True), (CONFIG, False)]):
         running.clear()

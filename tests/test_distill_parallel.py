@@ -301,11 +301,7 @@ stages:
 
 @slow
 def test_what_the_ready_configurations_combine(tmp_path):
-    """Two stages, compiled, recomputed, in bf16, averaged, sharded: as one process without.
-
-    Compiled for each number of samples that reaches a block, a block would be recomputed by another
-    graph than it ran.
-    """
+    """Two stages, compiled, recomputed, in bf16, averaged, sharded: as one process in bf16."""
     (tmp_path / "fast.yaml").write_text(FAST.replace("SPEED", "true"))
     (tmp_path / "plain.yaml").write_text(FAST.replace("SPEED", "false"))
     env = environment(D2M_CACHE=str(tmp_path / "cache"))
