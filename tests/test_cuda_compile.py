@@ -133,7 +133,7 @@ def test_nvcc(compiled, stage):
     (folder / f"cuda_resources_{stage}.txt").write_text("\n".join(lines) + "\n")
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_90a"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("stage", KERNELS)
 def test_nvrtc(stage, arch):
     """The sources are what NVRTC takes: no include, no host code. Without a driver."""
@@ -143,6 +143,19 @@ def test_nvrtc(stage, arch):
         cubin, name = _nvrtc.compile_kernel(kernel, f"{stage}.cuh", arch)
         assert cubin[:4] == b"\x7fELF" and name.encode() in cubin
         assert demangle([name])[name] == kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", KERNELS)
+def test_nvrtc_takes_every_kernel(stage):
+    if _nvrtc.library() is None:
+        pytest.skip("libnvrtc is not here (pip install nvidia-cuda-nvrtc)")
+    names = {}
+    for kernel in KERNELS[stage]:
+        cubin, name = _nvrtc.compile_kernel(kernel, f"{stage}.cuh", "sm_90a")
+        assert cubin[:4] == b"\x7fELF" and name.encode() in cubin
+        names[name] = kernel
+    assert demangle(sorted(names)) == names
 
 
 def test_nvrtc_errors_are_told():

@@ -25,8 +25,15 @@ SHARED_LIMIT = {90: 227 * 1024, 80: 163 * 1024}
 REGISTERS = 65536
 GEMMS = ("_grouped_gemm_fwd", "_down_fwd", "_down_bwd", "_weight_bwd")
 OTHERS = ("_route_fwd", "_count_fwd", "_permute_fwd", "_combine_fwd", "_bias_bwd")
-# (T, D, F, shared, E, K): FLUX.1-MoE-L's FFN, and a DiT-XL/2 whose experts no tile divides.
-SHAPES = {"flux": (4608, 3072, 12288, 3072, 12, 2), "dit-xl": (1000, 1152, 4608, 1152, 8, 2)}
+# (T, D, F, shared, E, K): FLUX.1-MoE-L's FFN, and a DiT-XL/2 whose experts no tile divides; as many
+# experts as there may be; sizes that nothing divides, and sizes 1: constants to the JIT.
+SHAPES = {
+    "flux": (4608, 3072, 12288, 3072, 12, 2),
+    "dit-xl": (1000, 1152, 4608, 1152, 8, 2),
+    "many": (4608, 3072, 3072 + 256 * 64, 3072, 256, 2),
+    "odd": (127, 33, 5 + 3 * 7, 5, 3, 3),
+    "ones": (1, 1, 2, 1, 1, 1),
+}
 
 
 # -------------------------------------------------------------------------------------- the worker
@@ -62,7 +69,7 @@ def cases(arch: int):
     for i in range(max(len(c) for c in tiles.values())):
         pins = {stage: c[min(i, len(c) - 1)] for stage, c in tiles.items()}
         for activation in ("gelu_tanh", "geglu"):
-            for shape in SHAPES:
+            for shape in ("flux", "dit-xl"):
                 yield f"{shape} {activation}", pins, lambda a=activation, s=shape: layer(s, a)
             label = f"flux pair {activation}"
             yield label, pins, lambda a=activation: layer("flux", a, tokens=(4096, 512))
@@ -77,6 +84,13 @@ def cases(arch: int):
     for i in range(len(tiles["down_combine"])):
         pins = {"down_combine": tiles["down_combine"][i]}
         yield "flux block", pins, block_end
+        yield "flux block pair", pins, lambda: block_end((4096, 512))
+    chosen = {stage: tiles[stage][0] for stage in tiles}  # for groups of 36 rows
+    chosen |= {s: tiles[s][-2] for s in ("down_combine", "dx_combine")}  # but these take T rows
+    yield "many gelu_tanh", chosen, lambda: layer("many", "gelu_tanh")
+    small = dict.fromkeys(configs.STAGES, configs.SMALL)
+    yield "odd swiglu", small, lambda: layer("odd", "swiglu", tokens=(127, 9))
+    yield "ones gelu", chosen, lambda: layer("ones", "gelu")
     half = {stage: c[0] for stage, c in tiles.items()}
     yield "flux gelu fp16", half, lambda: layer("flux", "gelu", "float16")
     for experts in (12, 64, 256):
@@ -121,8 +135,11 @@ def layer(shape: str, activation: str, dtype: str = "bfloat16", tf32: bool = Fal
     triton_.ffn_streams_bwd(dys, streams, zs, S, activation, 1.0, 0, grads)
 
 
-def block_end():
-    """The down-projection with a block's AdaLN gate and residual in its epilogue."""
+def block_end(tokens=()):
+    """The down-projection with a block's AdaLN gate and residual in its epilogue.
+
+    As a double block's inference has it, of both streams where there are two in `tokens`.
+    """
     import torch
 
     from d2m_kernels.triton_.down import Shared, down_shared
@@ -133,13 +150,15 @@ def block_end():
     def new(*size, dtype=torch.bfloat16):
         return torch.empty(*size, dtype=dtype, device="meta")
 
-    weights, offsets = new(T, K, dtype=torch.float32), new(E + 1, dtype=torch.int32)
-    end = Shared(
-        new(T, S), neuron_columns(new(D, F), S, 768), new(T, D), offsets, y2=new(T * K, D),
-        inverse_TK=new(T, K, dtype=torch.int32), weights_TK=weights, bias=new(D),
-        adaln_BD=new(1, D), residual_TD=new(T, D),
-    )  # fmt: skip
-    down_shared("down_combine", [end], S=S)
+    def end(T):
+        weights, offsets = new(T, K, dtype=torch.float32), new(E + 1, dtype=torch.int32)
+        return Shared(
+            new(T, S), neuron_columns(new(D, F), S, 768), new(T, D), offsets, y2=new(T * K, D),
+            inverse_TK=new(T, K, dtype=torch.int32), weights_TK=weights, bias=new(D),
+            adaln_BD=new(1, 6 * D)[:, 5 * D :], residual_TD=new(T, D),
+        )  # fmt: skip
+
+    down_shared("down_combine", [end(n) for n in tokens or (T,)], S=S)
 
 
 def small_stages(experts: int, x_dtype: str, router_dtype: str):
@@ -274,7 +293,10 @@ def test_every_kernel_and_config_was_compiled(rows):
 
 @pytest.mark.slow
 def test_nothing_spills(rows):
-    spilled = [r for r in rows if r["stack"] or r["local"]]
+    # Rows that nothing aligns take a pointer and a mask an element: they compile, and are slower.
+    served = [r for r in rows if r["label"].split()[0] not in ("odd", "ones")]
+    assert {"flux block pair", "many gelu_tanh"} <= {r["label"] for r in served}
+    spilled = [r for r in served if r["stack"] or r["local"]]
     assert not spilled, described(spilled)
 
 

@@ -22,7 +22,7 @@ BACKENDS = ("triton",) if INTERPRETED else CPU_BACKENDS
 UP = {"gelu_tanh": "up", "swiglu": "up_gated"}
 
 
-def run_interpreted(file: str, *options: str, seconds: float = 900) -> None:
+def run_interpreted(file: str, *options: str, seconds: float = 1800) -> None:
     """pytest on `file` with every kernel interpreted; fails with what that printed."""
     pytest.importorskip("triton")
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

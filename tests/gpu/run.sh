@@ -13,7 +13,8 @@ out=${1:-build/gpu-tests}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 rm -f "$out"/*.log "$out"/*.rc
-export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$out/triton}" OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$out/triton}" PYTHONUNBUFFERED=1
+export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 # the shards are the threads
 deadline=$((SECONDS + ${D2M_GPU_SECONDS:-460}))
 cores=$(nproc)
 shards=${D2M_SHARDS:-$((cores > 3 ? cores / 2 : 1))}
