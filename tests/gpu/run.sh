@@ -44,7 +44,7 @@ tests() { # tests NAME BACKENDS SHARDS: starts them, pytest of a share each
   done
 }
 
-export PYTHONPATH="$PWD:$PWD/tests"
+export PYTHONPATH="$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
 tests triton triton,torch "$shards"
 if [ "${D2M_GPU_BUILD:-1}" = 1 ]; then
   part build 240 env D2M_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-9.0a}" \
