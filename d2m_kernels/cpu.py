@@ -9,6 +9,7 @@ product wrote is still in the cache when the activation reads it.
 
 from __future__ import annotations
 
+import math
 import threading
 
 import torch
@@ -47,20 +48,22 @@ permute = _ext.cpu_permute
 combine = _ext.cpu_combine
 
 
-def workspace(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised [rows, columns] that is this thread's until it asks again.
+def workspace(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    """Uninitialised tensors that are this thread's until it asks again.
 
     Memory fresh from the system costs a page fault every 4 KiB, 5% of a layer's forward for the
     routed rows of 4608 tokens; so up to WORKSPACE_BYTES are kept for the next call.
     """
-    size = rows * columns * dtype.itemsize
-    if size > WORKSPACE_BYTES:
-        return torch.empty(rows, columns, dtype=dtype)
+    sizes = [math.prod(shape) for shape in shapes]
+    total = sum(sizes) * dtype.itemsize
     buffer = getattr(_held, "buffer", None)
-    if buffer is None or buffer.numel() < size:
+    if buffer is None or buffer.numel() < total:
         with torch.inference_mode(False):  # an inference tensor could not be written to outside
-            buffer = _held.buffer = torch.empty(size, dtype=torch.uint8)
-    return buffer[:size].view(dtype).view(rows, columns)
+            buffer = torch.empty(total, dtype=torch.uint8)
+        if total <= WORKSPACE_BYTES:
+            _held.buffer = buffer
+    parts = buffer[:total].view(dtype).split(sizes)
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def blocks(offsets):
@@ -119,7 +122,12 @@ def ffn_fwd(
     z_shared = x_TD.new_empty(T, shared * halves) if save else None
     z_routed = x_TD.new_empty(order_N.shape[0], width) if save else None
     block_rows = min(BLOCK_ROWS, max(T, order_N.shape[0]))
-    scratch = None if save else x_TD.new_empty(block_rows * max(shared * halves, width))
+    y_ND, x_block, scratch = workspace(
+        x_TD.dtype,
+        (order_N.shape[0], x_TD.shape[1]),
+        (block_rows if K else 0, x_TD.shape[1]),
+        (0 if save else block_rows * max(shared * halves, width),),
+    )
 
     def hidden(x, own, z, rows):
         """act(x w1^T + b1) of the neurons `own` on some rows; z, where it is kept, gets the sum."""
@@ -139,8 +147,6 @@ def ffn_fwd(
     if not K:
         return y_TD, z_shared, z_routed
 
-    y_ND = workspace(order_N.shape[0], x_TD.shape[1], x_TD.dtype)
-    x_block = x_TD.new_empty(block_rows, x_TD.shape[1])
     for e, lo, hi in blocks(offsets):
         x_e = _ext.cpu_gather_rows(x_TD, order_N[lo:hi], K, x_block[: hi - lo])
         h = hidden(x_e, own_E[e], z_routed, slice(lo, hi))
@@ -167,7 +173,7 @@ def ffn_bwd(
     if K:
         dx_ND = None
         if grads.x is not None:
-            dx_ND = workspace(order_N.shape[0], x_TD.shape[1], x_TD.dtype)
+            (dx_ND,) = workspace(x_TD.dtype, (order_N.shape[0], x_TD.shape[1]))
         dweights_N = weights_TK.new_zeros(T * K)
         for e, lo, hi in spans(offsets):
             slots = order_N[lo:hi].long()
