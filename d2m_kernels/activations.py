@@ -41,6 +41,16 @@ def pointwise_backward(name: str, z: torch.Tensor, dh: torch.Tensor) -> torch.Te
     return torch.ops.aten.threshold_backward(dh, z, 0)
 
 
+def _pointwise_backward_(name: str, z: torch.Tensor, dh: torch.Tensor) -> torch.Tensor:
+    aten = torch.ops.aten
+    if name in ("gelu", "gelu_tanh"):
+        kind = "tanh" if name == "gelu_tanh" else "none"
+        return aten.gelu_backward.grad_input(dh, z, approximate=kind, grad_input=dh)
+    if name == "silu":
+        return aten.silu_backward.grad_input(dh, z, grad_input=dh)
+    return aten.threshold_backward.grad_input(dh, z, 0, grad_input=dh)
+
+
 def activate(name: str, z: torch.Tensor) -> torch.Tensor:
     """h [.., F] from the pre-activation z [.., F], or [.., 2F] = [up | gate] when gated."""
     if not is_gated(name):
@@ -69,3 +79,8 @@ def activate_backward(name: str, z: torch.Tensor, dh: torch.Tensor) -> torch.Ten
         return pointwise_backward(name, z, dh)
     up, gate = z.chunk(2, dim=-1)
     return torch.cat([dh * pointwise(name, gate), pointwise_backward(name, gate, dh * up)], dim=-1)
+
+
+def activate_backward_(name: str, z: torch.Tensor, dh: torch.Tensor) -> torch.Tensor:
+    """`activate_backward` in dh's memory, where dz has its size: when not gated."""
+    return activate_backward(name, z, dh) if is_gated(name) else _pointwise_backward_(name, z, dh)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from d2m_kernels import _ext
-from d2m_kernels.activations import activate, activate_, activate_backward, pointwise
+from d2m_kernels.activations import activate, activate_, activate_backward_, pointwise
 from d2m_kernels.reference import FFNGrads, grouped_gemm_bwd, neurons, spans
 
 __all__ = ["combine", "ffn_bwd", "ffn_fwd", "grouped_gemm", "grouped_gemm_bwd", "permute", "route"]
@@ -162,18 +162,19 @@ def ffn_bwd(
     own_E = neurons(shared, offsets.shape[0] - 1, up_FD.shape[0])
     T, K = weights_TK.shape
     w = (up_FD, gate_FD, w2_DF)
+    rows = order_N.shape[0] if K and grads.x is not None else 0
+    width = own_E[0].stop - own_E[0].start
+    most = max(T * shared, max((hi - lo for _, lo, hi in spans(offsets)), default=0) * width)
+    dx_ND, *scratch = workspace(x_TD.dtype, (rows, x_TD.shape[1]), (most,), (most,))
     dx_TD = None
     if shared:
         dx_TD, _ = _part_bwd(
-            slice(0, shared), frozen, w, dy_TD, x_TD, z_shared, activation, None, grads
+            slice(0, shared), frozen, w, dy_TD, x_TD, z_shared, activation, None, grads, scratch
         )
     if grads.b2 is not None:
         torch.sum(dy_TD, 0, out=grads.b2)
     _zero_empty(own_E, offsets, grads)
     if K:
-        dx_ND = None
-        if grads.x is not None:
-            (dx_ND,) = workspace(x_TD.dtype, (order_N.shape[0], x_TD.shape[1]))
         dweights_N = weights_TK.new_zeros(T * K)
         for e, lo, hi in spans(offsets):
             slots = order_N[lo:hi].long()
@@ -181,9 +182,9 @@ def ffn_bwd(
             dy_e = _ext.cpu_gather_rows(dy_TD, order_N[lo:hi], K)
             factor = (scale * weights_TK.view(-1)[slots, None]).to(x_TD.dtype)
             dx_e, sums = _part_bwd(
-                own_E[e], 0, w, dy_e, x_e, z_routed[lo:hi], activation, factor, grads
+                own_E[e], 0, w, dy_e, x_e, z_routed[lo:hi], activation, factor, grads, scratch
             )
-            if dx_ND is not None:
+            if dx_e is not None:
                 dx_ND[lo:hi] = dx_e
             dweights_N[slots] = scale * sums
         if grads.weights is not None:
@@ -195,20 +196,21 @@ def ffn_bwd(
         grads.x.zero_() if dx_TD is None else grads.x.copy_(dx_TD)
 
 
-def _part_bwd(own, frozen, w, dy, x, z, activation, factor, grads: FFNGrads):
+def _part_bwd(own, frozen, w, dy, x, z, activation, factor, grads: FFNGrads, scratch):
     """One expert's gradients, written into `grads`; returns dx of its rows and rowsum(dA' * h).
 
     `factor` [rows, 1] is scale * weight, None for the shared expert; the first `frozen` neurons of
-    the layer have no gradient.
+    the layer have no gradient. `scratch` holds dh and h, and then dz in dh's place.
     """
     up_FD, gate_FD, w2_DF = w
-    size = own.stop - own.start
-    dh = dy @ w2_DF[:, own]
-    h = activate(activation, z)
+    size, gated = own.stop - own.start, gate_FD is not None
+    dh, h = (part[: dy.shape[0] * size].view(dy.shape[0], size) for part in scratch)
+    torch.mm(dy, w2_DF[:, own], out=dh)
+    h = activate(activation, z) if gated else activate_(activation, h.copy_(z))
     sums = None if factor is None else torch.linalg.vecdot(dh.float(), h.float())
     if factor is not None:
-        dh, h = dh * factor, h * factor
-    dz = activate_backward(activation, z, dh)
+        dh, h = dh.mul_(factor), h.mul_(factor)
+    dz = activate_backward_(activation, z, dh)
 
     skip = min(max(frozen - own.start, 0), size)
     live = slice(own.start + skip, own.stop)
