@@ -11,9 +11,12 @@ _BASELINE = {"dense": "eager dense", "dense compiled": "compiled dense"}
 
 
 def peer_rows(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The layers that `peers` shows: FLUX's width, balanced routing."""
-    return [row for row in results["layers"]
+    """The layers that `peers` shows: FLUX's width, balanced routing; forward first, most tokens
+    first, in whatever order they were measured.
+    """
+    rows = [row for row in results["layers"]
             if row["shape"]["D"] == 3072 and row["shape"]["routing"] == "balanced"]  # fmt: skip
+    return sorted(rows, key=lambda row: (row["pass"] != "forward", -row["shape"]["T"]))
 
 
 def peers(all_results: Results) -> Table:
