@@ -23,13 +23,16 @@ def peers(all_results: Results) -> Table:
     """The layer as ratios to dense, a column a shape at FLUX's width: ours, then the peers."""
     columns: dict[str, dict[str, str]] = {}
     for name, results in all_results.items():
+        runs = len({row["run"] for row in peer_rows(results)})
         for row in peer_rows(results):
             what = f"{row['pass'].replace('_', ' + ')}, T={row['shape']['T']}"
             cells = {"FLOP limit": f"{row['flop_limit']:.3f}"}
             for contender, ratio in row["ratio_to_dense"].items():
                 low, high = row["ratio_quartiles"][contender]
                 cells[contender] = f"{ratio:.3f} ({low:.3f}-{high:.3f})"
-            columns[f"{machine_label(name, results)}: {what} (x {_against(row)})"] = cells
+            where = f"{machine_label(name, results)}: {what}"
+            run = f", {run_id(name, results, row)}" if runs > 1 else ""
+            columns[f"{where} (x {_against(row)}{run})"] = cells
     known = dict.fromkeys(name for cells in columns.values() for name in cells)
     first = [name for name in ("FLOP limit", "moe_ffn") if name in known]
     order = first + [name for name in known if name not in first and name not in _BASELINE]
