@@ -66,6 +66,11 @@ def workspace(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
+def forget_workspace() -> None:
+    """Give this thread's workspace back."""
+    _held.__dict__.clear()
+
+
 def blocks(offsets):
     """(expert, first row, end row) of blocks of at most BLOCK_ROWS rows."""
     return [
