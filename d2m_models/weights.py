@@ -85,7 +85,8 @@ def effective_weight(
     Raises:
         RuntimeError: the weight cannot be read this way; the message says what to do.
     """
-    use = use or (lambda weight, bias: (weight, bias))
+    if use is None:  # `use or ...` is a branch on a closure, which Dynamo of torch 2.11 refuses
+        use = lambda weight, bias: (weight, bias)  # noqa: E731
     if is_plain(linear):
         return use(linear.weight, linear.bias)
     return _read(linear, use)
