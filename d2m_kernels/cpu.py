@@ -167,12 +167,9 @@ def ffn_bwd(
     own_E = neurons(shared, offsets.shape[0] - 1, up_FD.shape[0])
     T, K = weights_TK.shape
     w = (up_FD, gate_FD, w2_DF)
-    rows = order_N.shape[0] if K and grads.x is not None else 0
-    width = own_E[0].stop - own_E[0].start
-    most = max(T * shared, max((hi - lo for _, lo, hi in spans(offsets)), default=0) * width)
-    dx_ND, *scratch = workspace(x_TD.dtype, (rows, x_TD.shape[1]), (most,), (most,))
     dx_TD = None
     if shared:
+        scratch = workspace(x_TD.dtype, (T * shared,), (T * shared,))
         dx_TD, _ = _part_bwd(
             slice(0, shared), frozen, w, dy_TD, x_TD, z_shared, activation, None, grads, scratch
         )
@@ -180,6 +177,10 @@ def ffn_bwd(
         torch.sum(dy_TD, 0, out=grads.b2)
     _zero_empty(own_E, offsets, grads)
     if K:
+        rows = 0 if grads.x is None else order_N.shape[0]
+        largest = max((hi - lo for _, lo, hi in spans(offsets)), default=0)
+        size = largest * (own_E[0].stop - own_E[0].start)
+        dx_ND, *scratch = workspace(x_TD.dtype, (rows, x_TD.shape[1]), (size,), (size,))
         dweights_N = weights_TK.new_zeros(T * K)
         for e, lo, hi in spans(offsets):
             slots = order_N[lo:hi].long()
