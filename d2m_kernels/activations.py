@@ -59,6 +59,17 @@ def activate(name: str, z: torch.Tensor) -> torch.Tensor:
     return up * pointwise(name, gate)
 
 
+def activate_into(name: str, z: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`activate` into `out` [.., F]."""
+    if is_gated(name):
+        up, gate = z.chunk(2, dim=-1)
+        return torch.mul(up, pointwise(name, gate), out=out)
+    aten = torch.ops.aten
+    if name in ("gelu", "gelu_tanh"):
+        return aten.gelu.out(z, approximate="tanh" if name == "gelu_tanh" else "none", out=out)
+    return aten.silu.out(z, out=out) if name == "silu" else aten.relu.out(z, out=out)
+
+
 def activate_(name: str, z: torch.Tensor) -> torch.Tensor:
     """`activate` in z's own memory: the result is z, or its `up` half when gated."""
     if not is_gated(name):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from d2m_kernels import _ext
-from d2m_kernels.activations import activate, activate_, activate_backward_, pointwise
+from d2m_kernels.activations import activate_, activate_backward_, activate_into, pointwise
 from d2m_kernels.reference import FFNGrads, grouped_gemm_bwd, neurons, spans
 
 __all__ = ["combine", "ffn_bwd", "ffn_fwd", "grouped_gemm", "grouped_gemm_bwd", "permute", "route"]
@@ -131,15 +131,15 @@ def ffn_fwd(
         x_TD.dtype,
         (order_N.shape[0], x_TD.shape[1]),
         (block_rows if K else 0, x_TD.shape[1]),
-        (0 if save else block_rows * max(shared * halves, width),),
+        (block_rows * max(shared, width // halves) * (1 if save else halves),),
     )
 
     def hidden(x, own, z, rows):
         """act(x w1^T + b1) of the neurons `own` on some rows; z, where it is kept, gets the sum."""
-        size = (own.stop - own.start) * halves
-        if save:
-            return activate(activation, _pre_activation(x, *w1, own, z[rows]))
+        size = (own.stop - own.start) * (1 if save else halves)
         block = scratch[: x.shape[0] * size].view(x.shape[0], size)
+        if save:
+            return activate_into(activation, _pre_activation(x, *w1, own, z[rows]), block)
         return activate_(activation, _pre_activation(x, *w1, own, block))
 
     if shared:
@@ -167,52 +167,51 @@ def ffn_bwd(
     own_E = neurons(shared, offsets.shape[0] - 1, up_FD.shape[0])
     T, K = weights_TK.shape
     w = (up_FD, gate_FD, w2_DF)
-    dx_TD = None
     if shared:
         scratch = workspace(x_TD.dtype, (T * shared,), (T * shared,))
-        dx_TD, _ = _part_bwd(
-            slice(0, shared), frozen, w, dy_TD, x_TD, z_shared, activation, None, grads, scratch
-        )
+        own = slice(0, shared)
+        _part_bwd(own, frozen, w, dy_TD, x_TD, z_shared, activation, None, grads, scratch, grads.x)
     if grads.b2 is not None:
         torch.sum(dy_TD, 0, out=grads.b2)
     _zero_empty(own_E, offsets, grads)
     if K:
-        rows = 0 if grads.x is None else order_N.shape[0]
         largest = max((hi - lo for _, lo, hi in spans(offsets)), default=0)
         size = largest * (own_E[0].stop - own_E[0].start)
-        dx_ND, *scratch = workspace(x_TD.dtype, (rows, x_TD.shape[1]), (size,), (size,))
+        rows, D = 0 if grads.x is None else order_N.shape[0], x_TD.shape[1]
+        dx_ND, x_block, dy_block, *scratch = workspace(
+            x_TD.dtype, (rows, D), (largest, D), (largest, D), (size,), (size,)
+        )
         dweights_N = weights_TK.new_zeros(T * K)
         for e, lo, hi in spans(offsets):
             slots = order_N[lo:hi].long()
-            x_e = _ext.cpu_gather_rows(x_TD, order_N[lo:hi], K)
-            dy_e = _ext.cpu_gather_rows(dy_TD, order_N[lo:hi], K)
+            x_e = _ext.cpu_gather_rows(x_TD, order_N[lo:hi], K, x_block[: hi - lo])
+            dy_e = _ext.cpu_gather_rows(dy_TD, order_N[lo:hi], K, dy_block[: hi - lo])
             factor = (scale * weights_TK.view(-1)[slots, None]).to(x_TD.dtype)
-            dx_e, sums = _part_bwd(
-                own_E[e], 0, w, dy_e, x_e, z_routed[lo:hi], activation, factor, grads, scratch
+            dx_e = dx_ND[lo:hi] if rows else None
+            sums = _part_bwd(
+                own_E[e], 0, w, dy_e, x_e, z_routed[lo:hi], activation, factor, grads, scratch, dx_e
             )
-            if dx_e is not None:
-                dx_ND[lo:hi] = dx_e
             dweights_N[slots] = scale * sums
         if grads.weights is not None:
             grads.weights.copy_(dweights_N.view(T, K))
         if grads.x is not None:
             slots = (dx_ND, inverse_N.view(T, K), None, offsets)
-            dx_TD = combine(*slots, dx_TD, None, 1.0, out=dx_TD)
-    if grads.x is not None:
-        grads.x.zero_() if dx_TD is None else grads.x.copy_(dx_TD)
+            combine(*slots, grads.x if shared else None, None, 1.0, out=grads.x)
+    elif grads.x is not None and not shared:
+        grads.x.zero_()
 
 
-def _part_bwd(own, frozen, w, dy, x, z, activation, factor, grads: FFNGrads, scratch):
-    """One expert's gradients, written into `grads`; returns dx of its rows and rowsum(dA' * h).
+def _part_bwd(own, frozen, w, dy, x, z, activation, factor, grads: FFNGrads, scratch, dx):
+    """One expert's gradients, written into `grads` and `dx`; returns rowsum(dA' * h).
 
     `factor` [rows, 1] is scale * weight, None for the shared expert; the first `frozen` neurons of
     the layer have no gradient. `scratch` holds dh and h, and then dz in dh's place.
     """
     up_FD, gate_FD, w2_DF = w
-    size, gated = own.stop - own.start, gate_FD is not None
+    size = own.stop - own.start
     dh, h = (part[: dy.shape[0] * size].view(dy.shape[0], size) for part in scratch)
     torch.mm(dy, w2_DF[:, own], out=dh)
-    h = activate(activation, z) if gated else activate_(activation, h.copy_(z))
+    h = activate_into(activation, z, h)
     sums = None if factor is None else torch.linalg.vecdot(dh.float(), h.float())
     if factor is not None:
         dh, h = dh.mul_(factor), h.mul_(factor)
@@ -231,12 +230,11 @@ def _part_bwd(own, frozen, w, dy, x, z, activation, factor, grads: FFNGrads, scr
     if grads.w2 is not None:
         grads.w2[:, own.start : live.start] = 0
         torch.mm(dy.T, h[:, skip:], out=grads.w2[:, live])
-    dx = None
-    if grads.x is not None:
-        dx = dz[:, :size] @ up_FD[own]
+    if dx is not None:
+        torch.mm(dz[:, :size], up_FD[own], out=dx)
         if gate_FD is not None:
             dx.addmm_(dz[:, size:], gate_FD[own])
-    return dx, sums
+    return sums
 
 
 def _zero_empty(own_E, offsets, grads: FFNGrads):

@@ -11,7 +11,7 @@ from d2m_kernels import backends, checks
 from d2m_kernels import ops as _ops  # noqa: F401  (registers d2m::*)
 from d2m_kernels.amp import without_autocast
 from d2m_kernels.combine import unit
-from d2m_kernels.reference import wide
+from d2m_kernels.reference import wide, wide_dtype
 from d2m_kernels.route import needs_grad, router_backend, router_backward, tokens_of
 from d2m_kernels.routing import Routing
 
@@ -79,7 +79,7 @@ class ModulateRouteFunction(torch.autograd.Function):
         x_TD, scale_BD, router_ED, modulated_TD, *routed = ctx.saved_tensors
         need_x, need_scale, need_shift, _, need_router, *_ = ctx.needs_input_grad
         dx_TD, drouter_ED = router_backward(
-            modulated_TD, router_ED, *routed, dprobs_TE, dweights_TK, True, need_router
+            modulated_TD, router_ED, *routed, dprobs_TE, dweights_TK, wide_dtype(x_TD), need_router
         )
         # x' is rounded once; its gradient from both paths is summed in the wide dtype.
         (T, D), B = x_TD.shape, scale_BD.shape[0]

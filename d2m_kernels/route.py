@@ -13,6 +13,8 @@ from d2m_kernels.amp import without_autocast
 from d2m_kernels.reference import matmul, wide_dtype
 from d2m_kernels.routing import Routing
 
+BLOCK_ROWS = 1024
+
 
 def route(x, router, *, top_k=2, token_mask=None, backend=None) -> Routing:
     """Selects the top-k experts of every token: alpha = softmax(W_g x), I = TopK(alpha), eq. 3.
@@ -94,29 +96,48 @@ class RouteFunction(torch.autograd.Function):
     def backward(ctx, dprobs_TE, dweights_TK, *_):
         need_x, need_router, *_ = ctx.needs_input_grad
         x_TD, *rest = ctx.saved_tensors
-        dx_TD, drouter_ED = router_backward(
-            x_TD, *rest, dprobs_TE, dweights_TK, need_x, need_router
+        grads = router_backward(
+            x_TD, *rest, dprobs_TE, dweights_TK, x_TD.dtype if need_x else None, need_router
         )
-        return None if dx_TD is None else dx_TD.to(x_TD.dtype), drouter_ED, None, None, None
+        return *grads, None, None, None
 
 
 def router_backward(
     x_TD, router_ED, mask_T, probs_TE, weights_TK, ids_TK, dprobs_TE, dweights_TK,
-    need_x, need_router,
+    dx_dtype, need_router,
 ):  # fmt: skip
-    """The gradient of both softmaxes: dx in the wide dtype, drouter in the router's; or None."""
+    """The gradient of both softmaxes: dx in `dx_dtype`, drouter in the router's; or None."""
     dlogits_TE = softmax_backward(probs_TE, dprobs_TE)
     if ids_TK.shape[1]:
         dchosen_TK = softmax_backward(weights_TK, dweights_TK)
         dchosen_TK = torch.where(ids_TK >= 0, dchosen_TK, 0)
         dlogits_TE = dlogits_TE.scatter_add(1, ids_TK.clamp(min=0).long(), dchosen_TK)
-    dx_TD = matmul(dlogits_TE, router_ED).to(probs_TE.dtype) if need_x else None
-    drouter_ED = None
+    dx_TD = drouter_ED = None
+    if dx_dtype is not None:
+        dx_TD = _in_blocks(dlogits_TE, router_ED, dx_dtype)
     if need_router:
         if mask_T is not None:  # a padding row may hold anything, and 0 * NaN is NaN
             x_TD = x_TD.masked_fill(~mask_T[:, None], 0)
-        drouter_ED = matmul(dlogits_TE.T, x_TD).to(router_ED.dtype)
+        blocks = zip(_split(dlogits_TE), _split(x_TD), strict=True)
+        drouter_ED = sum(matmul(d.T, x) for d, x in blocks).to(router_ED.dtype)
     return dx_TD, drouter_ED
+
+
+def _split(a_TX) -> tuple[torch.Tensor, ...]:
+    """Blocks of rows in eager code on a CPU: what one widens stays in the cache."""
+    eager = a_TX.device.type == "cpu" and not torch.compiler.is_compiling()
+    return a_TX.split(BLOCK_ROWS) if eager else (a_TX,)
+
+
+def _in_blocks(a_TE, b_ED, dtype) -> torch.Tensor:
+    """a b, rounded to `dtype`."""
+    blocks = _split(a_TE)
+    if len(blocks) == 1:
+        return matmul(a_TE, b_ED).to(dtype)
+    out_TD = a_TE.new_empty(a_TE.shape[0], b_ED.shape[1], dtype=dtype)
+    for out, a in zip(_split(out_TD), blocks, strict=True):
+        out.copy_(matmul(a, b_ED))
+    return out_TD
 
 
 def softmax_backward(p, dp):

@@ -1,16 +1,10 @@
-"""What the benchmarks are made of: timing, forced routing, counts, files, compare.py, gpu.sh."""
+"""What the benchmarks are made of: timing, forced routing, counts, composed and whole models."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shutil
-import subprocess
 import sys
 import time
 import types
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -19,9 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # its modules are no package
 
-import compare  # noqa: E402
 import counting  # noqa: E402
-import environment as env  # noqa: E402
 import peers  # noqa: E402
 import race  # noqa: E402
 import results  # noqa: E402
@@ -205,6 +197,25 @@ def test_models_are_composed_from_their_blocks():
         assert composed(name, units) == want, name
 
 
+def test_extra_memory_of_the_cpu_backend():
+    """Beyond the result: at most the routed rows and hidden units, and the shared activation."""
+    from d2m_kernels import backends, moe_ffn
+
+    if backends.resolve(None, "cpu", torch.float32) != "cpu":
+        pytest.skip("the compiled back-end is not there")
+    shape = shapes.FFNShape(T=4608, D=128, S=128, H=32, dtype=torch.float32)
+    p = shape.tensors("cpu")
+    with torch.inference_mode():
+
+        def call():
+            return moe_ffn(p["x"], p["router"], p["w1"], p["w2"], p["b1"], p["b2"], top_k=shape.K,
+                           shared=shape.S)  # fmt: skip
+
+        extra = counting.peak_bytes(call, CPU) - p["x"].nbytes
+    routed, activation = shape.T * shape.K * (shape.D + shape.H), shape.T * shape.S
+    assert 0 < extra <= 1.1 * 4 * (routed + activation)
+
+
 # --- whole models ---------------------------------------------------------------------------
 
 
@@ -281,331 +292,3 @@ def test_graphs_fall_back_to_eager_code_where_compile_fails(monkeypatch):
     assert modes["graphs"] == {"unavailable": "RuntimeError: read on the host"}
     assert modes["eager"]["latency_ratio"] > 0 and "ZeroDivision" in modes["eager"]["incomplete"]
     assert modes["eager"]["latency_over_ideal"] > 0 and "peak_bytes" not in modes["eager"]
-
-
-# --- results files --------------------------------------------------------------------------
-
-
-def test_results_are_kept_renewed_and_merged(tmp_path):
-    path = tmp_path / "out" / "cpu.json"
-    first = results.Results(path, {"date": "1", "commit": "a"})
-    first.add("skipped", "route/x", {"why": "deadline"})
-    first.add("stages", "permute/x", {"v": 1})
-    first.set("models", "flux-moe-l", {"v": 1})
-    second = results.Results(path, {"date": "2", "commit": "b"})
-    second.add("stages", "permute/x", {"v": 2})
-    second.add("stages", "route/x", {"v": 3})
-    content = results.load(path)
-    assert [(row["id"], row["v"]) for row in content["stages"]] == [
-        ("permute/x", 2),
-        ("route/x", 3),
-    ]
-    assert content["skipped"] == []  # measured after all
-    assert set(content["runs"]) == {"1 a", "2 b"}  # the model is still of the first run
-    second.set("models", "flux-moe-l", {"v": 2})
-    assert set(results.load(path)["runs"]) == {"2 b"}
-    path.write_text('{"schema": "something/2"}')
-    with pytest.raises(ValueError, match="something/2"):
-        results.Results(path, {"date": "3", "commit": "c"})
-
-
-def test_ceilings_belong_to_their_run(tmp_path):
-    """A second run's ceilings leave those alone by which the first run's shares were taken."""
-    path = tmp_path / "cpu.json"
-    first = results.Results(path, {"date": "1", "commit": "a"})
-    first.set_ceilings({"tflops": 1.0, "gbps": 10.0})
-    first.add("stages", "route/x", {"v": 1})
-    second = results.Results(path, {"date": "2", "commit": "b"})
-    second.set_ceilings({"tflops": 2.0, "gbps": 20.0})
-    second.add("stages", "permute/x", {"v": 1})
-    content = results.load(path)
-    tops = [content["runs"][row["run"]]["ceilings"]["tflops"] for row in content["stages"]]
-    assert tops == [1.0, 2.0]
-    assert content["ceilings"] == {"tflops": 2.0, "gbps": 20.0, "run": "2 b"}
-    assert "ceilings" not in content["environment"]
-
-
-def test_environment_and_file_name(monkeypatch):
-    monkeypatch.setenv("D2M_COMMIT", "0123")
-    record = env.environment(CPU)
-    assert record["commit"] == "0123" and record["torch"] == torch.__version__
-    names = {"NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA H100 PCIe": "h100",
-             "NVIDIA GeForce RTX 4090": "rtx-4090", "NVIDIA H20": "h20"}  # fmt: skip
-    for name, slug in names.items():
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_, name=name: name)
-        assert env.slug(torch.device("cuda")) == slug
-    assert env.slug(CPU) == "cpu"
-
-
-# --- compare --------------------------------------------------------------------------------
-
-
-def results_file(path, ours, dense=(1.0, 1.1, 1.0, 1.05, 1.0)):
-    content = results.empty()
-    rows = {"moe_ffn": race.summary(list(ours)), "dense": race.summary(list(dense))}
-    content["layers"].append({"id": "l", "seconds": rows})
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content))
-    return path
-
-
-BASE = (0.40, 0.44, 0.40, 0.42, 0.40)  # 0.4 of dense in every round
-
-
-@pytest.mark.parametrize(
-    ("factor", "verdict"), [(1.0, "same"), (1.01, "same"), (1.10, "slower"), (0.9, "faster")]
-)
-def test_compare_tells_changes_from_noise(tmp_path, factor, verdict):
-    old = compare.collect(results_file(tmp_path / "a.json", BASE))
-    new = compare.collect(results_file(tmp_path / "b.json", [t * factor for t in BASE]))
-    lines, slower = compare.compare(old, new, 0.02)
-    assert slower == (verdict == "slower")
-    assert (verdict == "same") == (len(lines) == 1)
-    assert verdict == "same" or lines[0].startswith(verdict)
-
-
-def test_compare_ignores_a_machine_that_slowed_down(tmp_path):
-    """Both contenders took half as long again: the ratio within rounds did not move."""
-    old = compare.collect(results_file(tmp_path / "a.json", BASE))
-    slow = [t * 1.5 for t in BASE]
-    dense = [1.5, 1.65, 1.5, 1.575, 1.5]
-    new = compare.collect(results_file(tmp_path / "b.json", slow, dense))
-    assert compare.compare(old, new, 0.02)[1] == 0
-
-
-def test_compare_does_not_judge_two_rounds(tmp_path):
-    old = compare.collect(results_file(tmp_path / "a.json", BASE[:2], (1.0, 1.1)))
-    new = compare.collect(results_file(tmp_path / "b.json", (0.8, 0.9), (1.0, 1.1)))
-    lines, slower = compare.compare(old, new, 0.02)
-    assert slower == 0 and "too few rounds" in lines[-1]
-
-
-def test_compare_joins_the_runs_of_a_folder(tmp_path):
-    for i in range(3):
-        results_file(tmp_path / "runs" / f"{i}.json", BASE)
-    (rounds,) = compare.collect(tmp_path / "runs").values()
-    assert len(rounds) == 15
-    with pytest.raises(SystemExit, match="no results"):
-        compare.collect(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "cannot read .*b.json: No such file"),
-        ("{", "b.json is no valid JSON"),
-        ('{"schema": "something/2"}', "b.json: schema 'something/2', expected"),
-        ("[]", "b.json: schema None, expected"),
-        ('{"schema": "dense2moe-benchmarks/1"}', "b.json lacks the sections stages, "),
-    ],
-)
-def test_compare_says_in_a_line_what_is_wrong_with_a_file(
-    tmp_path, monkeypatch, capsys, text, message
-):
-    good, bad = results_file(tmp_path / "a.json", BASE), tmp_path / "b.json"
-    if text is not None:
-        bad.write_text(text)
-    monkeypatch.setattr(sys, "argv", ["compare.py", str(good), str(bad)])
-    with pytest.raises(SystemExit, match=message) as stop:
-        compare.main()
-    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code  # exit status 1
-    assert capsys.readouterr().out == ""
-
-
-def test_compare_says_in_a_line_what_git_said(tmp_path):
-    """As a program: nothing was measured, no work tree stays behind, no traceback."""
-    (tmp_path / "benchmarks").mkdir()
-    for name in ("compare.py", "race.py", "results.py"):
-        shutil.copy(ROOT / "benchmarks" / name, tmp_path / "benchmarks")
-
-    def run(*command):
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-
-    def compared():
-        return run(sys.executable, "benchmarks/compare.py", "--run", "no-such-branch", ".")
-
-    if shutil.which("git") is None:
-        pytest.skip("needs git")
-    outside = compared()
-    assert outside.returncode == 1 and "not a git repository" in outside.stderr
-    run("git", "init", "-q")
-    unknown = compared()
-    assert unknown.returncode == 1 and unknown.stdout == ""
-    assert "cannot check out 'no-such-branch'" in unknown.stderr
-    for process in (outside, unknown):
-        assert process.stderr.count("\n") == 1, process.stderr
-    assert run("git", "worktree", "list").stdout.count("\n") == 1
-
-
-# --- end to end -----------------------------------------------------------------------------
-
-
-def test_gpu_script_rehearsal(tmp_path):
-    """The script of the GPU machine runs here from end to end, with tiny sizes."""
-    pytest.importorskip("pytest_benchmark")
-    command = ["bash", "benchmarks/gpu.sh", str(tmp_path / "out"), "--rehearse", "--only", "host",
-               "stages"]  # fmt: skip
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    log = (tmp_path / "out" / "gpu.log").read_text()
-    assert run.returncode == 0, run.stdout + log[-3000:]
-    content = results.load(tmp_path / "out" / "cpu.json")
-    stages = {row["stage"] for row in content["stages"]}
-    assert stages == {"route", "permute", "combine", "grouped_gemm_up", "grouped_gemm_down"}
-    assert len(content["host"]) == 2 and content["environment"]["size"] == "tiny"
-    assert "build" not in run.stdout and "host" in run.stdout
-
-
-@pytest.mark.slow
-def test_gpu_script_rehearses_models_and_distillation(tmp_path):
-    """A whole model in the modes that a CPU has, and a training step of each kind."""
-    pytest.importorskip("pytest_benchmark")
-    pytest.importorskip("diffusers")
-    pytest.importorskip("sklearn")
-    command = ["bash", "benchmarks/gpu.sh", str(tmp_path / "out"), "--rehearse", "--only",
-               "models", "distill"]  # fmt: skip
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
-                   "PYTEST_ADDOPTS": "-k 'flux-moe-s or shared or block_step'"}  # fmt: skip
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment,
-                         timeout=600)  # fmt: skip
-    log = (tmp_path / "out" / "gpu.log").read_text()
-    assert run.returncode == 0, run.stdout + log[-3000:]
-    content = results.load(tmp_path / "out" / "cpu.json")
-    assert [row["id"] for row in content["distillation"]] == ["digits/shared", "flux-double-block"]
-    assert all(row["samples_per_second"] > 0 for row in content["distillation"])
-    models = content["models"]
-    assert set(models) == {"flux-dense", "flux-moe-s"} and content["skipped"] == []
-    for model in models.values():
-        assert model["mode"] == "compile" and model["latency_ratio"] > 0
-        for mode in ("eager", "compile"):
-            entry = model["modes"][mode]
-            assert set(entry["image_seconds"]) == {"28", "8"}
-            assert entry["peak_bytes"] > model["model_bytes"] and entry["step_seconds"] > 0
-    assert models["flux-moe-s"]["modes"]["graphs"] == {
-        "unavailable": "RuntimeError: CUDA graphs need a GPU"
-    }
-    assert models["flux-moe-s"]["latency_over_ideal"] > 0
-
-
-def test_gpu_script_without_packages_says_what_was_not_measured(tmp_path):
-    """diffusers and scikit-learn are blocked: every record that needs them is there as skipped."""
-    pytest.importorskip("pytest_benchmark")
-    blocked = "import sys; sys.modules['diffusers'] = sys.modules['sklearn'] = None"
-    (tmp_path / "sitecustomize.py").write_text(blocked)
-    out = tmp_path / "out"
-    command = ["bash", "benchmarks/gpu.sh", str(out), "--rehearse", "--only", "models", "blocks",
-               "distill"]  # fmt: skip
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
-                   "PYTHONPATH": str(tmp_path)}  # fmt: skip
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment,
-                         timeout=300)  # fmt: skip
-    assert run.returncode == 0, run.stdout + (out / "gpu.log").read_text()[-3000:]
-    skipped = {row["id"]: row["why"] for row in results.load(out / "cpu.json")["skipped"]}
-    assert set(skipped) == {
-        *(f"flux-moe-{name}" for name in ("l", "m", "s", "xs")),
-        *(f"digits/{stage}" for stage in ("shared", "moe", "mob")),
-        "double/16+8", "single/16+8", "flux-double-block",
-    }  # fmt: skip
-    assert all(why.startswith("needs diffusers: ") for why in skipped.values())
-
-
-def test_wheels_of_the_gpu_machine_are_all_listed():
-    """What a listed package depends on is listed, or comes with torch, triton, numpy or pytest."""
-    requirements = pytest.importorskip("packaging.requirements")
-
-    def plain(name):
-        return re.sub(r"[-_.]+", "-", name).lower()
-
-    def needs(name):
-        for text in metadata.requires(name) or []:
-            requirement = requirements.Requirement(text)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                yield plain(requirement.name)
-
-    def there(name):
-        return any(metadata.distributions(name=name))
-
-    listed = dict(re.findall(r"^(\S+)==(\S+)", GPU_WHEELS.read_text(), re.M))
-    given, waiting = set(), ["torch", "triton", "numpy", "pytest"]
-    while waiting:
-        name = waiting.pop()
-        if name not in given and there(name):
-            waiting.extend(needs(name))
-        given.add(name)
-    assert given & set(listed) == {"setuptools"}  # torch has it, but any version of it will do
-    known = [n for n, pin in listed.items() if there(n) and metadata.version(n) == pin]
-    if not known:
-        pytest.skip("none of the listed versions is installed")
-    for name in known:
-        lacking = set(needs(name)) - set(listed) - given
-        assert not lacking, f"{name} needs {lacking}"
-
-
-def test_gpu_script_help_is_its_comment():
-    run = subprocess.run(["bash", "benchmarks/gpu.sh", "--help"], cwd=ROOT, capture_output=True,
-                         text=True)  # fmt: skip
-    assert run.returncode == 0 and run.stdout.startswith("Everything on a GPU in one go")
-    assert run.stdout.rstrip().endswith("its numbers mean nothing.")
-    assert not re.search(r"[{}$]|^set ", run.stdout, re.M), "shell code"
-
-
-def test_gpu_script_lists_the_wheels_that_a_machine_lacks(tmp_path):
-    def missing(*options):
-        python = tmp_path / "python"
-        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" {" ".join(options)} "$@"\n')
-        python.chmod(0o755)
-        environment = {**os.environ, "PYTHON": str(python)}
-        run = subprocess.run(["bash", "benchmarks/gpu.sh", "--missing"], cwd=ROOT, text=True,
-                             capture_output=True, env=environment)  # fmt: skip
-        assert run.returncode == 0, run.stderr
-        return run.stdout.splitlines()
-
-    listed = re.findall(r"^\S+==.*", GPU_WHEELS.read_text(), re.M)
-    assert missing("-S", "-E") == listed  # a python without any package
-    lacking = {line.split("==")[0] for line in missing()}
-    there = {re.sub(r"[-_.]+", "-", d.name).lower(): d.version for d in metadata.distributions()}
-    absent = {line.split("==")[0] for line in listed} - set(there)
-    assert absent <= lacking
-    for name in lacking - absent:
-        least = re.search(rf"^{name}==.*# (\S+) or later$", GPU_WHEELS.read_text(), re.M)
-        assert least and there[name] != least.group(1), f"{name} {there[name]} is there"
-
-    old = tmp_path / "old" / "setuptools-65.5.1.dist-info"
-    old.mkdir(parents=True)
-    (old / "METADATA").write_text("Name: setuptools\nVersion: 65.5.1\n")
-    (tmp_path / "old" / "pybind11-2.13.0.dist-info").mkdir()
-    (tmp_path / "old" / "pybind11-2.13.0.dist-info" / "METADATA").write_text(
-        "Name: pybind11\nVersion: 2.13.0\n"
-    )
-    (tmp_path / "start.py").write_text(
-        f"import sys; del sys.argv[0]; sys.path.append({str(tmp_path / 'old')!r})\n"
-        "exec(sys.stdin.read())\n"
-    )
-    left = missing("-S", "-E", str(tmp_path / "start.py"))
-    assert left == [line for line in listed if not line.startswith("pybind11==")]
-
-
-def test_gpu_script_refuses_what_it_does_not_know():
-    for arguments in (["out", "--only", "nonsense"], ["--nonsense"], []):
-        run = subprocess.run(["bash", "benchmarks/gpu.sh", *arguments], cwd=ROOT,
-                             capture_output=True, text=True)  # fmt: skip
-        assert run.returncode == 2, arguments
-
-
-def test_extra_memory_of_the_cpu_backend():
-    """Beyond the result: at most the routed rows and hidden units, and the shared activation."""
-    from d2m_kernels import backends, moe_ffn
-
-    if backends.resolve(None, "cpu", torch.float32) != "cpu":
-        pytest.skip("the compiled back-end is not there")
-    shape = shapes.FFNShape(T=4608, D=128, S=128, H=32, dtype=torch.float32)
-    p = shape.tensors("cpu")
-    with torch.inference_mode():
-
-        def call():
-            return moe_ffn(p["x"], p["router"], p["w1"], p["w2"], p["b1"], p["b2"], top_k=shape.K,
-                           shared=shape.S)  # fmt: skip
-
-        extra = counting.peak_bytes(call, CPU) - p["x"].nbytes
-    routed, activation = shape.T * shape.K * (shape.D + shape.H), shape.T * shape.S
-    assert 0 < extra <= 1.1 * 4 * (routed + activation)

@@ -78,9 +78,9 @@ def cases(arch: int):
         for tf32 in (False, True)[: 2 if activation == "gelu_tanh" else 1]:
             label = f"flux {activation} {'tf32' if tf32 else 'fp32'}"
             yield label, fp32, lambda a=activation, t=tf32: layer("flux", a, "float32", t)
-    halves = {stage: configs.in_halves(c[-2]) for stage, c in tiles.items()}
+    whole = {stage: configs.without_halves(c[-2]) for stage, c in tiles.items()}
     for activation in ("gelu_tanh", "geglu"):
-        yield f"flux halves {activation}", halves, lambda a=activation: layer("flux", a)
+        yield f"flux whole {activation}", whole, lambda a=activation: layer("flux", a)
     for i in range(len(tiles["down_combine"])):
         pins = {"down_combine": tiles["down_combine"][i]}
         yield "flux block", pins, block_end
@@ -88,9 +88,14 @@ def cases(arch: int):
     chosen = {stage: tiles[stage][0] for stage in tiles}  # for groups of 36 rows
     chosen |= {s: tiles[s][-2] for s in ("down_combine", "dx_combine")}  # but these take T rows
     yield "many gelu_tanh", chosen, lambda: layer("many", "gelu_tanh")
-    small = dict.fromkeys(configs.STAGES, configs.SMALL)
-    yield "odd swiglu", small, lambda: layer("odd", "swiglu", tokens=(127, 9))
-    yield "ones gelu", chosen, lambda: layer("ones", "gelu")
+    ragged = {"": (configs.RAGGED, "bfloat16"), " fp32": (configs.RAGGED_FP32, "float32")}
+    for suffix, (tile, dtype) in ragged.items():
+        pins = dict.fromkeys(configs.STAGES, tile)
+        for shape, activation, tokens in (
+            ("odd", "swiglu", (127, 9)), ("odd", "gelu", ()), ("ones", "gelu", ()),
+        ):  # fmt: skip
+            sizes = (shape, activation, dtype, False, tokens)
+            yield f"{shape} {activation}{suffix}", pins, lambda s=sizes: layer(*s)
     half = {stage: c[0] for stage, c in tiles.items()}
     yield "flux gelu fp16", half, lambda: layer("flux", "gelu", "float16")
     for experts in (12, 64, 256):
@@ -287,16 +292,17 @@ def test_every_kernel_and_config_was_compiled(rows):
         assert kernels == {*GEMMS, *OTHERS}
         tiles = {c.name for s in configs.STAGES for c in configs.candidates(s, f"sm{arch}")}
         compiled = {r["config"] for r in rows if r["arch"] == arch and r["config"]}
-        halves = {n for n, c in configs.by_name().items() if c.halves} & compiled
-        assert halves and compiled == tiles | {configs.FP32.name} | halves
+        assert any(configs.by_name()[name].halves for name in compiled)
+        whole = {configs.without_halves(configs.by_name()[name]).name for name in tiles}
+        others = {c.name for c in (configs.FP32, configs.RAGGED, configs.RAGGED_FP32)}
+        assert tiles | others <= compiled <= tiles | others | whole
 
 
 @pytest.mark.slow
 def test_nothing_spills(rows):
-    # Rows that nothing aligns take a pointer and a mask an element: they compile, and are slower.
-    served = [r for r in rows if r["label"].split()[0] not in ("odd", "ones")]
-    assert {"flux block pair", "many gelu_tanh"} <= {r["label"] for r in served}
-    spilled = [r for r in served if r["stack"] or r["local"]]
+    labels = {"flux block pair", "many gelu_tanh", "odd swiglu", "odd gelu fp32", "ones gelu"}
+    assert labels <= {r["label"] for r in rows}
+    spilled = [r for r in rows if r["stack"] or r["local"]]
     assert not spilled, described(spilled)
 
 
@@ -305,7 +311,8 @@ def test_shared_memory_fits(rows):
     from d2m_kernels.triton_ import configs
 
     over = [r for r in rows if r["shared"] > SHARED_LIMIT[r["arch"]]]
-    last_resort = (configs.SMALL.name, configs.FP32.name, None)
+    lasts = (configs.SMALL, configs.RAGGED, configs.FP32, configs.RAGGED_FP32)
+    last_resort = (*(c.name for c in lasts), None)
     limit = configs.SHARED_LIMIT["small"]
     over += [r for r in rows if r["config"] in last_resort and r["shared"] > limit]
     assert not over, described(over)

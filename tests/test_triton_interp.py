@@ -710,13 +710,13 @@ def test_half_tiles_give_the_same_bits(activation, monkeypatch):
 def test_pinning_understands_stages_and_ignores_nonsense(monkeypatch):
     x = torch.zeros(1, dtype=torch.bfloat16)
     monkeypatch.setenv(configs.ENV, f"up={TMA},wgrad=small")
-    assert configs.select("up", x, 1e6, 64).name == TMA
-    assert configs.select("wgrad", x, 1e6, 64) is configs.SMALL
+    assert configs.select("up", x, 1e6, 64, (64, 33)).name == TMA
+    assert configs.select("wgrad", x, 1e6, 64, (64, 48)) is configs.SMALL
     monkeypatch.setenv(configs.ENV, "up=nothing")
     with pytest.warns(UserWarning, match="ignored 'up=nothing'; expected"):
-        assert configs.select("up", x, 1e6, 64) is configs.SMALL  # the CPU's only tile
+        assert configs.select("up", x, 1e6, 64, (64,)) is configs.SMALL  # the CPU's only wide tile
     monkeypatch.setenv(configs.ENV, TMA)
-    assert {configs.select(stage, x, 1, 1).name for stage in configs.STAGES} == {TMA}
+    assert {configs.select(s, x, 1, 1, (1,)).name for s in configs.STAGES} == {TMA}
 
 
 @interpreted
@@ -725,8 +725,10 @@ def test_every_stage_has_a_rule_for_any_size(arch, monkeypatch):
     monkeypatch.setattr(configs, "arch_of", lambda *_: arch)
     x = torch.zeros(1, dtype=torch.bfloat16)
     for stage in configs.STAGES:
-        chosen = {configs.select(stage, x, r, w) for r in (1, 200, 1e5) for w in (1, 3072)}
+        sizes = [(r, w, (w, 3072)) for r in (1, 200, 1e5) for w in (16, 3072)]
+        chosen = {configs.select(stage, x, *size) for size in sizes}
         assert chosen <= set(configs.candidates(stage, arch)) - {configs.SMALL}
+        assert configs.select(stage, x, 1e5, 3072, (3072, 3080)) is configs.RAGGED
 
 
 @interpreted

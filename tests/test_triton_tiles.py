@@ -36,7 +36,7 @@ else:
         tried = {(stage, arithmetic(configs.by_name()[name])) for stage, name in tried}
         for arch in ARCHS:
             for stage in configs.STAGES:
-                for config in configs.candidates(stage, arch):
+                for config in (*configs.candidates(stage, arch), configs.RAGGED):
                     assert (stage, arithmetic(config)) in tried, f"{arch} {stage} {config.name}"
 
     @pytest.mark.parametrize("activation,pin", ROWS)

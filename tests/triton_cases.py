@@ -60,7 +60,7 @@ def pins(archs, activation: str, same=arithmetic) -> list[str]:
             for config in configs.candidates(stage, arch):
                 if config != configs.SMALL:
                     tiles.setdefault(same(config), config)
-        rows[stage] = [*tiles.values(), configs.SMALL]
+        rows[stage] = [*tiles.values(), configs.RAGGED, configs.SMALL]
     return [
         ",".join(f"{stage}={c[min(i, len(c) - 1)].name}" for stage, c in rows.items())
         for i in range(max(map(len, rows.values())))

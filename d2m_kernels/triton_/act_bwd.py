@@ -29,7 +29,7 @@ from d2m_kernels.triton_.common import (
 from d2m_kernels.triton_.launch import launch, numbered, power_of_two
 from d2m_kernels.triton_.weights import Weights
 
-LEAST_BLOCK_N = 64  # of any config of the stage "act_bwd"
+LEAST_BLOCK_N = min(config.block_n for config in configs.by_name().values())
 
 
 @triton.jit
@@ -210,5 +210,5 @@ def activations(
 
     routed = (large.order_N.shape[0] / E, H)
     rows, width = (T, shared) if large.z_shared is not None else routed
-    config = configs.select("act_bwd", large.dy, rows, width)
+    config = configs.select("act_bwd", large.dy, rows, width, (H, D, shared))
     launch(_down_bwd_kernel, "act_bwd", config, large.dy.device, arguments)

@@ -53,6 +53,15 @@ class Config:
         return meta if self.max_registers is None else meta | dict(maxnreg=self.max_registers)
 
 
+def with_halves(config: Config) -> Config:
+    """The variant that skips the empty half of a group's last tile, for twice the code."""
+    return replace(config, halves=config.block_m >= 128)
+
+
+def without_halves(config: Config) -> Config:
+    return replace(config, halves=False)
+
+
 @dataclass(frozen=True)
 class Rule:
     config: Config
@@ -66,6 +75,17 @@ SMALL = Config(64, 64, 32, warps=4, stages=3, per_sm=2, max_registers=255)
 # fp32 products without TF32 run on the plain units. Left to itself ptxas stops at 80 registers here
 # to fit a third program on the SM, and spills.
 FP32 = Config(64, 64, 16, warps=8, stages=2, max_registers=255)
+# Sizes that 16 does not divide take a pointer and a mask an element, which no wider tile has the
+# registers for.
+RAGGED = Config(64, 32, 32, warps=4, stages=2, max_registers=255)
+RAGGED_FP32 = replace(FP32, block_n=32)
+
+
+def _halved(*rules: Rule) -> tuple[Rule, ...]:
+    """With whole tiles of 128 rows alone 8% of the routed rows are padding at T = 4608, with half
+    tiles at the groups' ends 4%."""
+    return tuple(replace(rule, config=with_halves(rule.config)) for rule in rules)
+
 
 # sm_90. 128x256 over 8 warps needs 9.3 TB/s of L2 at 790 TFLOP/s, 128x128 needs 12.3: the wide tile
 # where K is long, two programs of the narrow one on an SM where K is 768 and the epilogue weighs.
@@ -78,12 +98,12 @@ _PAIR_END = replace(_PAIR, max_registers=128)
 _SHORT = Config(64, 128, 64, warps=4, stages=4, per_sm=2, tma=True)
 _SHORT_GATED = Config(64, 64, 64, warps=4, stages=4, per_sm=2, tma=True)
 _SM90 = {
-    "up": (Rule(_SHORT, max_rows=128), Rule(_NARROW, max_width=128), Rule(_WIDE)),
-    "up_gated": (Rule(_SHORT_GATED, max_rows=128), Rule(_NARROW)),
-    "down": (Rule(_SHORT, max_rows=128), Rule(_PAIR)),
+    "up": _halved(Rule(_SHORT, max_rows=128), Rule(_NARROW, max_width=128), Rule(_WIDE)),
+    "up_gated": _halved(Rule(_SHORT_GATED, max_rows=128), Rule(_NARROW)),
+    "down": _halved(Rule(_SHORT, max_rows=128), Rule(_PAIR)),
     "down_combine": (Rule(_SHORT, max_rows=512), Rule(_PAIR_END)),
     "act_bwd": (Rule(_SHORT, max_rows=128), Rule(_NARROW)),
-    "dx": (Rule(_SHORT, max_rows=128), Rule(_PAIR)),
+    "dx": _halved(Rule(_SHORT, max_rows=128), Rule(_PAIR)),
     "dx_combine": (Rule(_SHORT, max_rows=512), Rule(_PAIR_END)),
     "wgrad": (Rule(Config(128, 256, 64, warps=8, stages=3)),),
 }
@@ -96,12 +116,12 @@ _SM80_SHORT = Config(64, 128, 32, warps=4, stages=4, per_sm=2)
 _SM80_FORWARD = (Rule(_SM80_SHORT, max_rows=128), Rule(_SM80_PAIR))
 _SM80_BACKWARD = (Rule(_SM80_SHORT, max_rows=128), Rule(_SM80_EIGHT))
 _SM80 = {
-    "up": _SM80_FORWARD,
+    "up": _halved(*_SM80_FORWARD),
     "up_gated": (Rule(_SM80_SHORT),),
-    "down": _SM80_FORWARD,
+    "down": _halved(*_SM80_FORWARD),
     "down_combine": _SM80_FORWARD,
     "act_bwd": _SM80_BACKWARD,
-    "dx": _SM80_BACKWARD,
+    "dx": _halved(*_SM80_BACKWARD),
     "dx_combine": _SM80_BACKWARD,
     "wgrad": (Rule(_SM80_PAIR),),
 }
@@ -132,19 +152,14 @@ def arch_of(device_type: str, device_index: int | None) -> str:
 @functools.cache
 def by_name() -> dict[str, Config]:
     """Every config that ENV may name."""
-    named = {"small": SMALL, "fp32": FP32, FP32.name: FP32}
+    named = {"small": SMALL, "ragged": RAGGED, "fp32": FP32, "ragged_fp32": RAGGED_FP32}
+    named |= {config.name: config for config in named.values()}
     for arch in TABLE:
         for stage in STAGES:
             named.update((config.name, config) for config in candidates(stage, arch))
-    return named | {config.name: config for config in map(in_halves, named.values())}
-
-
-def in_halves(config: Config) -> Config:
-    """The variant that skips the empty half of a group's last tile: to be pinned and measured.
-
-    128-row tiles compute 8% too many rows at T = 4608, this half as many, for twice the code.
-    """
-    return replace(config, halves=config.block_m >= 128)
+    for variant in (with_halves, without_halves):
+        named |= {config.name: config for config in map(variant, tuple(named.values()))}
+    return named
 
 
 @functools.cache
@@ -165,13 +180,19 @@ def _pinned(spec: str) -> dict[str, Config]:
     return pins
 
 
-def select(stage: str, x: torch.Tensor, rows: float, width: int) -> Config:
-    """The config of a launch on x's device and dtype, for groups of `rows` x `width` outputs."""
+def select(stage: str, x: torch.Tensor, rows: float, width: int, sizes: tuple) -> Config:
+    """The config of a launch on x's device and dtype, for groups of `rows` x `width` outputs.
+
+    `sizes`: every width and depth of the launch, which decide how wide its loads may be.
+    """
     pinned = _pinned(os.environ.get(ENV, "")).get(stage)
     if pinned is not None:
         return pinned
+    ragged = any(size % 16 for size in sizes)
     if x.dtype == torch.float32:
-        return FP32
+        return RAGGED_FP32 if ragged else FP32
+    if ragged:
+        return RAGGED
     for rule in TABLE.get(arch_of(x.device.type, x.device.index), {}).get(stage, ()):
         if rows <= rule.max_rows and width <= rule.max_width:
             return rule.config

@@ -177,5 +177,5 @@ def down_shared(stage, streams: list[Shared], *, S: int, scale=1.0, trans=False)
             PARTS=config.parts(32 if plain else 16),
         )  # fmt: skip
 
-    config = configs.select(stage, large.h, T, D)
+    config = configs.select(stage, large.h, T, D, (D, S))
     launch(_down_fwd_kernel, stage, config, large.h.device, arguments)

@@ -204,7 +204,7 @@ def grouped_matmul(
             HALVES=config.halves,
         )  # fmt: skip
 
-    config = configs.select(stage, x, rows, width)
+    config = configs.select(stage, x, rows, width, (N, K, S))
     launch(_grouped_gemm_fwd_kernel, stage, config, x.device, arguments)
 
 

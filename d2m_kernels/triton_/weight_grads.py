@@ -201,7 +201,8 @@ def weight_grad(streams: list[Sums], *, shared, H, frozen, top_k, half):
             PARTS=config.parts(64),
         )  # fmt: skip
 
-    config = configs.select("wgrad", first.right, H if first.left_shared is None else shared, D)
+    rows = H if first.left_shared is None else shared
+    config = configs.select("wgrad", first.right, rows, D, (D, H, shared))
     launch(_weight_bwd_kernel, "wgrad", config, first.right.device, arguments)
 
 
