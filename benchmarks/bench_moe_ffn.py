@@ -131,7 +131,7 @@ def test_forward(bench, name, routing):
         found, missing = contenders(bench, p, shape)
         runs = {n: c.run for n, c in found.items()}
         headline = name == "flux-4608" and routing == "balanced"
-        budget = bench.seconds(9, 80 if headline else 15)
+        budget = bench.seconds(9, 120 if headline else 15)
         race = bench.race(runs, "moe_ffn", bench.rounds(15), budget=budget)
         counts = bench.count(runs["moe_ffn"])
         extra = costs(bench, runs)
