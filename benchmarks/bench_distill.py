@@ -21,7 +21,8 @@ def digits_run(session):
     """Teacher, student and data of the built-in digits.yaml, its teacher's training left out."""
     skip_without(session, ("diffusers", "safetensors", "sklearn", "yaml", "tqdm"),
                  [f"digits/{stage}" for stage in STAGES])  # fmt: skip
-    from distill.config import DistillConfig, load_config
+    from distill.checked import load_config
+    from distill.config import DistillConfig
     from distill.data import Digits
     from distill.pipeline import student_structure
     from distill.students import make_student, measure_importance

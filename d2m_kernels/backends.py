@@ -1,7 +1,7 @@
 """Which back-end serves a call: probed once, resolved by device and dtype, able to say why not.
 
 A back-end is a module with the stages' functions (`route`, `permute`, `grouped_gemm`, `combine`,
-`ffn_fwd`, `ffn_bwd`; see `reference.py`), `unavailable()` and `unsupported(device_type, dtype)`,
+`ffn_fwd`, `ffn_bwd`; see `reference`), `unavailable()` and `unsupported(device_type, dtype)`,
 which return None or the reason. `ffn_streams_fwd` and `ffn_streams_bwd` are for those that can run
 two streams of tokens in the launches of one; elsewhere the streams run one after another.
 """

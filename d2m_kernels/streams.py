@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from d2m_kernels import ops
+from d2m_kernels import backends, ops
 from d2m_kernels.amp import without_autocast
 from d2m_kernels.combine import unit
 from d2m_kernels.moe_ffn import Call, prepare, run
@@ -86,7 +86,7 @@ def why_two_calls(first: Stream, second: Stream, *, backend=None) -> str | None:
             for name, stream in (("first", first), ("second", second))
         ]
     difference = _difference(*calls)
-    if difference is None and not ops.backends.groups_streams(calls[0].backend):
+    if difference is None and not backends.groups_streams(calls[0].backend):
         return f"the back-end {calls[0].backend} runs streams one after another"
     return difference
 

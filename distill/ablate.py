@@ -20,7 +20,7 @@ from distill.ablate_config import AblateConfig
 from distill.ablate_teachers import fingerprint, train_hyper, train_teacher
 from distill.ablate_workers import Workers
 from distill.arms import Context, train_mob, train_moe, train_pruned_depth, train_pruned_mlp
-from distill.config import bundled, from_dict, load_config, to_dict
+from distill.checked import bundled, from_dict, load_config, to_dict
 from distill.errors import UserError
 
 # kind of training -> the arm with which its learning rate is searched

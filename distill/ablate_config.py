@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distill.checked import check_least
-from distill.config import StageConfig, TeacherConfig, TrainConfig
+from distill.config import StageConfig, TeacherConfig
 from distill.errors import ConfigError
+from distill.train_config import TrainConfig
 
 
 @dataclass(frozen=True)

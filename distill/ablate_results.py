@@ -8,8 +8,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from distill.ablate_config import AblateConfig
+from distill.checked import to_dict
 from distill.claims import RULE, SCHEMA, Claim, judge, value_of
-from distill.config import to_dict
 
 MEASURES = {
     "rel_mse": "||student - teacher||^2 / ||teacher||^2 over held-out (x_t, t, prompt)",

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from distill import checkpoint as ckpt
 from distill.ablate_config import AblateConfig
-from distill.config import TeacherConfig, to_dict
+from distill.checked import to_dict
+from distill.config import TeacherConfig
 from distill.importance import flow_matching_loss
 from distill.photos import Photos
 from distill.train import train

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from distill.ablate_config import AblateConfig
 from distill.ablate_teachers import fingerprint
-from distill.config import StageConfig, first_batch, to_dict
+from distill.checked import to_dict
+from distill.config import StageConfig
 from distill.importance import taylor_importance
 from distill.stages import Distillation, finish_stage, run_stage
 from distill.students import group_blocks, make_student
 from distill.train import train
+from distill.train_config import first_batch
 
 
 @dataclass(frozen=True)

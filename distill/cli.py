@@ -174,7 +174,7 @@ def run_ablate(args: argparse.Namespace) -> None:
     one_thread()
     from distill.ablate import run_ablate as ablate
     from distill.ablate_config import AblateConfig
-    from distill.config import load_config
+    from distill.checked import load_config
 
     config = load_config(AblateConfig, args.config) if args.config else None
     page = ablate(
@@ -191,7 +191,8 @@ def run_ablate(args: argparse.Namespace) -> None:
 def run_distill(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from distill.config import DistillConfig, load_config
+    from distill.checked import load_config
+    from distill.config import DistillConfig
 
     config = load_config(DistillConfig, args.config)
     if args.out is not None:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from distill import checkpoint as ckpt
 from distill import evaluate as ev
 from distill import report
-from distill.config import DemoConfig, bundled, load_config, to_dict
+from distill.checked import bundled, load_config, to_dict
 from distill.data import Digits
+from distill.demo_config import DemoConfig
 from distill.lineup import Run, start, train_all
 from distill.stages import VERSION
 from distill.train import read_log

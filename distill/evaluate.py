@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.config import EvalConfig
 from distill.data import Batch, Digits, generator
+from distill.demo_config import EvalConfig
 from distill.sample import evaluating, sample
 
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from distill import checkpoint as ckpt
 from distill import evaluate as ev
-from distill.config import DemoConfig, StageConfig, TrainConfig, first_batch, settings
+from distill.config import StageConfig
 from distill.data import Digits
+from distill.demo_config import DemoConfig
 from distill.stages import (
     VERSION,
     Distillation,
@@ -28,6 +29,7 @@ from distill.stages import (
 from distill.students import group_blocks, make_student, measure_importance
 from distill.teacher import load_teacher, modulation_inputs
 from distill.train import train
+from distill.train_config import TrainConfig, first_batch, settings
 
 
 @dataclass

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distill.config import TrainConfig
 from distill.errors import UserError
 from distill.parallel import local, local_span
+from distill.train_config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from distill.config import ParallelConfig
 from distill.errors import ConfigError
+from distill.train_config import ParallelConfig
 
 T = TypeVar("T")
 

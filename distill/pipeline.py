@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from distill import checkpoint as ckpt
-from distill.config import DistillConfig, EvalConfig, first_batch, settings
+from distill.config import DistillConfig
 from distill.data import Digits
+from distill.demo_config import EvalConfig
 from distill.errors import CheckpointError, ConfigError, UserError
 from distill.parallel import World, shard_model, start_world, stop_world
 from distill.preview import Previews
@@ -19,6 +20,7 @@ from distill.sources import data_fingerprint, open_source
 from distill.stages import VERSION, run_stage
 from distill.students import group_blocks, make_student, measure, student_skeleton
 from distill.teacher import load_flux, load_teacher, modulation_inputs, refuse_pickles
+from distill.train_config import first_batch, settings
 
 
 def student_structure(config: DistillConfig, teacher: nn.Module) -> Any:

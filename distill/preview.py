@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from distill import checkpoint as ckpt
-from distill.config import DataConfig, TrainConfig
+from distill.config import DataConfig
 from distill.data import Batch, flux_shift
 from distill.parallel import World
 from distill.sample import sample
 from distill.step import autocast
+from distill.train_config import TrainConfig
 
 
 def noise_levels(data: DataConfig, image_tokens: int, steps: int) -> list[float]:

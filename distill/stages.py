@@ -15,11 +15,12 @@ from typing import Any
 from torch import nn
 
 from distill import checkpoint as ckpt
-from distill.config import StageConfig, settings
+from distill.config import StageConfig
 from distill.objective import Distillation
 from distill.optimizer import FrozenSlice
 from distill.parallel import World, shard_copy
 from distill.train import Preview, train
+from distill.train_config import settings
 
 VERSION = 1  # raise when a change makes old checkpoints mean something else
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from distill import checkpoint as ckpt
-from distill.config import TrainConfig
 from distill.objective import Distillation, Statistics
 from distill.parallel import World, blocks
+from distill.train_config import TrainConfig
 
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from distill import checkpoint as ckpt
-from distill.config import DataConfig, TeacherConfig, settings, to_dict
+from distill.checked import to_dict
+from distill.config import DataConfig, TeacherConfig
 from distill.data import Digits
 from distill.errors import CheckpointError, UserError
 from distill.importance import flow_matching_loss
 from distill.train import train
+from distill.train_config import settings
 
 VERSION = (
     1  # raise when the data, the model or the loss changes, so that cached teachers are retrained

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from distill import checkpoint as ckpt
 from distill import snapshots
-from distill.config import TrainConfig
 from distill.errors import CheckpointError, ConfigError, TrainingError
 from distill.optimizer import (
     Average,
@@ -36,6 +35,7 @@ from distill.optimizer import (
 from distill.parallel import World, full_tensors
 from distill.progress import Report, read_log
 from distill.step import backward, dump_batch, fill_gradients, sped_up
+from distill.train_config import TrainConfig
 
 __all__ = ["FrozenSlice", "learning_rate", "make_optimizer", "read_log", "train"]
 

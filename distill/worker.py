@@ -32,7 +32,7 @@ def beside(run: Run, name: str) -> Iterator[None]:
     if done or not run.device.startswith("cpu") or len(_cores()) < 2:
         yield
         return
-    from distill.config import to_dict
+    from distill.checked import to_dict
 
     task = {
         "config": to_dict(run.config),
@@ -72,7 +72,8 @@ def main() -> int:
     try:
         import torch
 
-        from distill.config import DemoConfig, from_dict
+        from distill.checked import from_dict
+        from distill.demo_config import DemoConfig
         from distill.lineup import start, train_moe, train_prune_depth, train_prune_mlp
 
         torch.set_num_threads(1)

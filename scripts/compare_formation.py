@@ -21,8 +21,9 @@ from d2m_models import (
 )
 from d2m_models.formation import coactivation_orders, fit_routers, record_ffns
 from distill import evaluate as ev
-from distill.config import DemoConfig, bundled, load_config
+from distill.checked import bundled, load_config
 from distill.data import Digits
+from distill.demo_config import DemoConfig
 from distill.students import measure_importance
 from distill.teacher import load_teacher
 

@@ -40,10 +40,11 @@ def environment(**more: str) -> dict[str, str]:
 def models(kind: str):
     """(teacher, student before stage (b) or (c), data); the same in every process."""
     from d2m_models import FluxMoEConfig, MoBConfig, MoEConfig
-    from distill.config import TeacherConfig, TrainConfig
+    from distill.config import TeacherConfig
     from distill.data import Digits
     from distill.students import group_blocks, make_student, measure_importance
     from distill.teacher import build_teacher, modulation_inputs
+    from distill.train_config import TrainConfig
 
     sizes = TeacherConfig(
         num_layers=2,
@@ -199,9 +200,10 @@ def run(job: dict, world) -> None:
     """One stage on a fresh student; its weights before are kept in before.safetensors."""
     from safetensors.torch import save_file
 
-    from distill.config import LossConfig, StageConfig, TrainConfig
+    from distill.config import LossConfig, StageConfig
     from distill.parallel import shard_model
     from distill.stages import run_stage
+    from distill.train_config import TrainConfig
 
     teacher, student, source = models(job["kind"])
     shard_model(teacher, world)
@@ -239,9 +241,9 @@ def main(jobs: list[dict]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from distill.config import ParallelConfig
     from distill.errors import UserError
     from distill.parallel import start_world, stop_world
+    from distill.train_config import ParallelConfig
 
     world = start_world(ParallelConfig(**jobs[0].get("parallel", {}), timeout_minutes=2), "cpu")
     try:

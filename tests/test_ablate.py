@@ -20,7 +20,7 @@ from distill import ablate, claims  # noqa: E402
 from distill.ablate_config import AblateConfig  # noqa: E402
 from distill.ablate_results import CLAIMS, separation  # noqa: E402
 from distill.ablate_workers import Workers  # noqa: E402
-from distill.config import bundled, from_dict, load_config  # noqa: E402
+from distill.checked import bundled, from_dict, load_config  # noqa: E402
 from distill.errors import CheckpointError, UserError  # noqa: E402
 
 # --- workers --------------------------------------------------------------------------------

@@ -25,9 +25,11 @@ from distill.ablate_measure import (  # noqa: E402
 )
 from distill.ablate_results import CLAIMS, separation  # noqa: E402
 from distill.ablate_teachers import build, leap  # noqa: E402
-from distill.config import TeacherConfig, TrainConfig, bundled, from_dict, load_config  # noqa: E402
+from distill.checked import bundled, from_dict, load_config  # noqa: E402
+from distill.config import TeacherConfig  # noqa: E402
 from distill.errors import ConfigError  # noqa: E402
 from distill.photos import Photos  # noqa: E402
+from distill.train_config import TrainConfig  # noqa: E402
 
 # --- the rule -------------------------------------------------------------------------------
 

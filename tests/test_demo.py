@@ -271,8 +271,9 @@ def test_convert(d2m, tmp_path):
     import torch
 
     from d2m_models import FluxMoETransformer2DModel
-    from distill.config import TeacherConfig, TrainConfig
+    from distill.config import TeacherConfig
     from distill.teacher import build_teacher
+    from distill.train_config import TrainConfig
 
     sizes = {"num_layers": 2, "num_single_layers": 2, "heads": 2, "head_dim": 8, "rope": [2, 2, 4]}
     dense = build_teacher(

@@ -15,7 +15,8 @@ for package in ("diffusers", "sklearn", "matplotlib", "yaml", "safetensors", "tq
     pytest.importorskip(package)
 
 from distill import demo, lineup, report, worker  # noqa: E402
-from distill.config import DemoConfig, bundled, load_config  # noqa: E402
+from distill.checked import bundled, load_config  # noqa: E402
+from distill.demo_config import DemoConfig  # noqa: E402
 from distill.errors import UserError  # noqa: E402
 
 KINDS = {

@@ -10,20 +10,11 @@ import pytest
 
 yaml = pytest.importorskip("yaml")
 
-from distill.config import (  # noqa: E402
-    DataConfig,
-    DemoConfig,
-    DistillConfig,
-    EvalConfig,
-    TrainConfig,
-    bundled,
-    first_batch,
-    from_dict,
-    load_config,
-    settings,
-    to_dict,
-)
+from distill.checked import bundled, from_dict, load_config, to_dict  # noqa: E402
+from distill.config import DataConfig, DistillConfig  # noqa: E402
+from distill.demo_config import DemoConfig, EvalConfig  # noqa: E402
 from distill.errors import ConfigError  # noqa: E402
+from distill.train_config import TrainConfig, first_batch, settings  # noqa: E402
 
 TRAIN = {"steps": 5, "batch_size": 2, "lr": 1e-3}
 GOOD = {

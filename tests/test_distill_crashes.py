@@ -20,10 +20,10 @@ pytest.importorskip("tqdm")
 
 from distill import checkpoint as ckpt  # noqa: E402
 from distill import snapshots  # noqa: E402
-from distill.config import TrainConfig  # noqa: E402
 from distill.errors import CheckpointError, UserError  # noqa: E402
 from distill.parallel import World  # noqa: E402
 from distill.train import read_log, train  # noqa: E402
+from distill.train_config import TrainConfig  # noqa: E402
 
 CONFIG = TrainConfig(
     steps=120, batch_size=4, lr=1e-2, warmup=2, ema=0.9, log_every=6, save_every=3, keep=2

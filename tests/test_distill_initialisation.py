@@ -18,8 +18,9 @@ from d2m_models import (  # noqa: E402
     moe_layers,
     neuron_order_from_importance,
 )
+from distill.checked import from_dict  # noqa: E402
 from distill.cli import main  # noqa: E402
-from distill.config import DistillConfig, StudentConfig, from_dict  # noqa: E402
+from distill.config import DistillConfig, StudentConfig  # noqa: E402
 from distill.data import Digits, generator  # noqa: E402
 from distill.errors import ConfigError  # noqa: E402
 from distill.pipeline import load_model, student_structure  # noqa: E402

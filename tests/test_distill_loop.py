@@ -16,7 +16,7 @@ pytest.importorskip("sklearn")
 from _ranks import models  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from distill.config import DataConfig, LossConfig, TrainConfig  # noqa: E402
+from distill.config import DataConfig, LossConfig  # noqa: E402
 from distill.data import Digits, flux_shift  # noqa: E402
 from distill.errors import TrainingError, UserError  # noqa: E402
 from distill.objective import Distillation, Statistics  # noqa: E402
@@ -27,6 +27,7 @@ from distill.progress import Trackers, Utilisation, read_log  # noqa: E402
 from distill.stages import prepare_stage  # noqa: E402
 from distill.step import autocast, backward  # noqa: E402
 from distill.train import train  # noqa: E402
+from distill.train_config import TrainConfig  # noqa: E402
 
 CONFIG = TrainConfig(steps=4, batch_size=6, lr=1e-3, warmup=0, schedule="constant", log_every=2)
 

@@ -18,10 +18,10 @@ pytest.importorskip("sklearn")
 from safetensors.torch import load_file  # noqa: E402
 
 from distill import snapshots  # noqa: E402
-from distill.config import ParallelConfig  # noqa: E402
 from distill.errors import ConfigError  # noqa: E402
 from distill.parallel import World, start_world  # noqa: E402
 from distill.progress import read_log  # noqa: E402
+from distill.train_config import ParallelConfig  # noqa: E402
 
 slow = pytest.mark.slow
 LIMIT = 240  # seconds after which a run that hangs is ended

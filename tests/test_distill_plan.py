@@ -11,20 +11,15 @@ pytest.importorskip("diffusers")
 pytest.importorskip("sklearn")
 
 from d2m_kernels import cpu  # noqa: E402
-from distill.config import (  # noqa: E402
-    DistillConfig,
-    LossConfig,
-    StageConfig,
-    TrainConfig,
-    bundled,
-    load_config,
-)
+from distill.checked import bundled, load_config  # noqa: E402
+from distill.config import DistillConfig, LossConfig, StageConfig  # noqa: E402
 from distill.data import Digits  # noqa: E402
 from distill.errors import ConfigError  # noqa: E402
 from distill.plan import plan, render  # noqa: E402
 from distill.stages import run_stage  # noqa: E402
 from distill.students import group_blocks, make_student  # noqa: E402
 from distill.teacher import build_teacher  # noqa: E402
+from distill.train_config import TrainConfig  # noqa: E402
 
 GIB = 2**30
 

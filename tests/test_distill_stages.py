@@ -12,7 +12,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("sklearn")
 
 from d2m_models import FluxMoEConfig, MoBConfig, MoEConfig, moe_layers, set_top_k  # noqa: E402
-from distill.config import LossConfig, StageConfig, TeacherConfig, TrainConfig  # noqa: E402
+from distill.config import LossConfig, StageConfig, TeacherConfig  # noqa: E402
 from distill.data import Digits  # noqa: E402
 from distill.evaluate import held_out_batch, predict, relative_mse  # noqa: E402
 from distill.importance import ffn_linears, flow_matching_loss, taylor_importance  # noqa: E402
@@ -25,6 +25,7 @@ from distill.stages import (  # noqa: E402
 )
 from distill.students import group_blocks, make_student, measure_importance  # noqa: E402
 from distill.teacher import build_teacher, modulation_inputs  # noqa: E402
+from distill.train_config import TrainConfig  # noqa: E402
 
 SMALL = TeacherConfig(
     num_layers=2,

@@ -23,9 +23,9 @@ pytest.importorskip("tqdm")
 
 from distill import checkpoint as ckpt  # noqa: E402
 from distill import snapshots  # noqa: E402
-from distill.config import TrainConfig  # noqa: E402
 from distill.errors import CheckpointError, TrainingError, UserError  # noqa: E402
 from distill.train import FrozenSlice, learning_rate, read_log, train  # noqa: E402
+from distill.train_config import TrainConfig  # noqa: E402
 
 MACHINE = ("samples_per_second", "peak_memory_gib")
 CONFIG = TrainConfig(steps=12, batch_size=4, lr=1e-2, warmup=2, ema=0.9, log_every=3)

@@ -128,7 +128,7 @@ def test_ops_run_on_their_tensors_device(monkeypatch):
     """Triton launches on the current device; an op makes its first tensor's device the current."""
     from types import SimpleNamespace
 
-    from d2m_kernels.ops import _on_its_device
+    from d2m_kernels.ops.define import _on_its_device
 
     entered = []
 

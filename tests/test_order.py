@@ -13,8 +13,8 @@ pytest.importorskip("hypothesis")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from distill.config import TrainConfig, first_batch  # noqa: E402
 from distill.order import BucketOrder, _turn, key, permute  # noqa: E402
+from distill.train_config import TrainConfig, first_batch  # noqa: E402
 
 
 @given(size=st.integers(1, 700), seed=st.integers(0, 2**64 - 1))
