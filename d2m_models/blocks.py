@@ -6,7 +6,8 @@ A block is called like diffusers' own and returns (text, image); three more argu
 
     token_mask      [B, X] bool, False for padding: those text tokens are not routed
     saved_routing   dict, filled by the first pass and read by a recomputation, so that gradient
-                    checkpointing never routes twice (ids that flip would corrupt the gradient)
+                    checkpointing never routes twice (ids that flip would corrupt the gradient);
+                    not used by compiled blocks, whose two passes are to be one program
     return_routing  also return {"ff": Routing, "ff_context": Routing} or {"": Routing}
 """
 
@@ -43,7 +44,7 @@ def fuses_adaln(backend: str | None, x: Tensor) -> bool:
 
 def _reuse(layer: ExpertLayer, key: str, saved: dict[str, Routing] | None, x, mask):
     """The ids for this pass: None (route now), or those that the first pass saved."""
-    if saved is None or layer.top_k in (0, "dense"):
+    if saved is None or torch.compiler.is_compiling() or layer.top_k in (0, "dense"):
         return None
     if key not in saved:
         saved[key] = layer.choose(x, mask)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from distill import checkpoint as ckpt
 from distill.objective import Distillation, Statistics
@@ -86,25 +88,39 @@ def _many_graphs() -> AbstractContextManager:
     return torch._dynamo.config.patch(recompile_limit=64)
 
 
+def _recomputed(forward: Callable) -> Callable:
+    """`forward` as gradient checkpointing for `torch.compile`: all but the routing is recomputed.
+
+    Around a compiled block it does not work: the first pass routes and the recomputation is given
+    the routing, which makes two graphs, and they do not save the same tensors.
+    """
+    keep = partial(create_selective_checkpoint_contexts, [torch.ops.d2m.route.default])
+
+    def run(*args, **kwargs):
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=keep, **kwargs)
+
+    return run
+
+
 @contextmanager
 def sped_up(model: nn.Module, config: TrainConfig) -> Iterator[None]:
     """Gradient checkpointing and torch.compile on the model's blocks, as configured, inside.
 
     Both are undone at the end: the next stage trains the same model by its own settings.
 
-    Blocks share graphs; one that is frozen, is recomputed or runs other samples than the last needs
-    another. Beyond torch's limit of 8 graphs a block runs without, and then it was recomputed by
-    another program than it ran, which torch refuses; hence a higher limit. Blocks of a MoB group
-    run any number of samples: sizes are symbols from the start, so that there are few graphs, and
-    no second one, made later for any size, that fits a call too.
+    Blocks share graphs; one that is frozen or runs other samples than the last needs another, and
+    there are more than torch's limit of 8. Blocks of a MoB group run any number of samples: sizes
+    are symbols from the start, so that there are few graphs.
     """
     compiled = [(b, b.__dict__.get("forward")) for b in blocks(model)] if config.compile else []
+    outside = config.gradient_checkpointing and not compiled
     try:
-        if config.gradient_checkpointing:
+        if outside:
             model.enable_gradient_checkpointing()
         for block, _ in compiled:
             # the method, not the module: parameters keep their names, hooks (FSDP's) stay outside
-            block.forward = torch.compile(block.forward, dynamic=_any_batch(model))
+            forward = _recomputed(block.forward) if config.gradient_checkpointing else block.forward
+            block.forward = torch.compile(forward, dynamic=_any_batch(model))
         with _many_graphs() if compiled else nullcontext():
             yield
     finally:
@@ -112,7 +128,7 @@ def sped_up(model: nn.Module, config: TrainConfig) -> Iterator[None]:
             block.__dict__.pop("forward", None)  # the class's own again
             if forward is not None:
                 block.forward = forward
-        if config.gradient_checkpointing:
+        if outside:
             model.disable_gradient_checkpointing()
 
 

@@ -282,7 +282,7 @@ def command(arguments: list[str]) -> int:
     from distill import cli
 
     real = torch.compile
-    torch.compile = lambda function, **options: real(function, backend="eager", **options)
+    torch.compile = lambda function, **options: real(function, backend="aot_eager", **options)
     torch.set_num_threads(1)
     return cli.main(arguments)
 

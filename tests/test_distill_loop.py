@@ -25,7 +25,7 @@ from distill.parallel import World  # noqa: E402
 from distill.preview import Previews, noise_levels  # noqa: E402
 from distill.progress import Trackers, Utilisation, read_log  # noqa: E402
 from distill.stages import prepare_stage  # noqa: E402
-from distill.step import autocast, backward  # noqa: E402
+from distill.step import autocast, backward, sped_up  # noqa: E402
 from distill.train import train  # noqa: E402
 from distill.train_config import TrainConfig  # noqa: E402
 
@@ -157,20 +157,64 @@ def test_checkpointing_keeps_ids_that_would_flip(make, monkeypatch):
     assert len(calls) == len(layers) == len(set(map(id, calls)))  # once each, not once a pass
 
 
-def test_compiled_blocks_give_the_same(make, tmp_path, monkeypatch):
-    real, compiled = torch.compile, []
+@pytest.fixture
+def traced(monkeypatch):
+    """What `torch.compile` is given; it traces, but leaves out Inductor, which takes minutes."""
+    real, given = torch.compile, []
 
-    def quick(function, **options):  # Inductor's code generation is torch's to test
-        compiled.append(function)
+    def quick(function, **options):
+        given.append(function)
         return real(function, backend="aot_eager", **options)
 
+    torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", quick)
-    student, frozen, objective = make()
+    return given
+
+
+@pytest.mark.parametrize("kind, recompute", [("moe", False), ("moe", True), ("mob", True)])
+def test_compiled_blocks_give_the_same(make, tmp_path, traced, kind, recompute):
+    student, frozen, objective = make(kind)
     names = set(student.state_dict())
-    log = run((student, frozen, objective), tmp_path / "compiled", replace(CONFIG, compile=True))
-    assert len(compiled) == 6 and set(student.state_dict()) == names
-    plain = run(make(), tmp_path / "plain")
+    fast = replace(CONFIG, compile=True, gradient_checkpointing=recompute)
+    log = run((student, frozen, objective), tmp_path / "compiled", fast)
+    assert len(traced) == 6 and set(student.state_dict()) == names
+    plain = run(make(kind), tmp_path / "plain")
     assert [e["loss"] for e in log] == pytest.approx([e["loss"] for e in plain], rel=1e-3)
+
+
+def test_compiled_blocks_keep_little_and_route_once(make, traced, monkeypatch):
+    """Checkpointing inside a compiled block: the layer runs again, its routing does not."""
+    from d2m_kernels import cpu
+
+    calls, kept = [], {}
+    for name in ("route", "ffn_fwd", "ffn_bwd"):
+        real = getattr(cpu, name)
+        monkeypatch.setattr(
+            cpu, name, lambda *a, _name=name, _real=real: calls.append(_name) or _real(*a)
+        )
+
+    def step(recompute):
+        made, sizes = make(), {}
+
+        def pack(t):
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        calls.clear()
+        fast = replace(CONFIG, compile=True, gradient_checkpointing=recompute)
+        with sped_up(made[0], fast), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            _, _, grads = gradients(made, fast)
+        for p in made[0].parameters():
+            sizes.pop(p.untyped_storage().data_ptr(), None)
+        kept[recompute] = sum(sizes.values())
+        return grads, {name: calls.count(name) for name in ("route", "ffn_fwd", "ffn_bwd")}
+
+    expected, once = step(False)
+    grads, twice = step(True)
+    same(grads, expected, 1e-5)
+    assert once["ffn_fwd"] == once["ffn_bwd"] == once["route"] > 0
+    assert twice == once | {"ffn_fwd": 2 * once["ffn_fwd"]}
+    assert kept[True] < 0.5 * kept[False]
 
 
 def test_the_next_stage_starts_with_plain_blocks(make, tmp_path, monkeypatch):
@@ -187,24 +231,26 @@ def test_the_next_stage_starts_with_plain_blocks(make, tmp_path, monkeypatch):
     limit = torch._dynamo.config.recompile_limit
 
     def look(model, _):
-        running.append(model.gradient_checkpointing)
-        # beyond the limit blocks run without a graph, and are recomputed by another program
-        assert torch._dynamo.config.recompile_limit == (64 if running[-1] else limit)
+        fast = "forward" in model.transformer_blocks[0].__dict__
+        running.append((fast, model.gradient_checkpointing))
+        # beyond the limit blocks run without a graph
+        assert torch._dynamo.config.recompile_limit == (64 if fast else limit)
 
     student.register_forward_pre_hook(look)
-    fast = replace(CONFIG, steps=1, compile=True, gradient_checkpointing=True)
-    for i, (config, recomputes) in enumerate([(fast, True), (fast, True), (CONFIG, False)]):
+    slow = replace(CONFIG, steps=1, gradient_checkpointing=True)
+    fast = replace(slow, compile=True)
+    # (compiled, checkpointed by the model): what is compiled is checkpointed inside
+    runs = [(fast, (True, False))] * 2 + [(slow, (False, True)), (CONFIG, (False, False))]
+    for i, (config, state) in enumerate(runs):
         running.clear()
         run((student, frozen, objective), tmp_path / str(i), config)
-        assert set(running) == {recomputes}
+        assert set(running) == {state}
         assert not student.gradient_checkpointing
         assert not any("forward" in m.__dict__ for m in student.modules())
     assert len(compiled) == 12  # six blocks, twice
-    kinds = student.transformer_blocks[0], student.single_transformer_blocks[0]
-    assert {f.__func__ for f in compiled} == {type(block).forward for block in kinds}
 
     def broken(step):
-        assert student.gradient_checkpointing
+        assert "forward" in student.transformer_blocks[0].__dict__
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -296,3 +296,27 @@ def test_regional_compilation(top_k):
     expected = run(model)
     model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(run(model), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True], ids=["blocks", "model"])
+def test_checkpointing_and_compilation(whole):
+    """Both passes of a compiled block save the same tensors, though the first one routes."""
+    _, model = converted()
+    model.train()
+
+    def gradients(function):
+        model.zero_grad()
+        function(**flux_inputs()).sample.square().mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    expected = gradients(model)
+    model.enable_gradient_checkpointing()
+    torch._dynamo.reset()
+    if whole:
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    else:
+        compiled = model
+        model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    for name, grad in gradients(compiled).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6)

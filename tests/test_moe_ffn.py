@@ -275,6 +275,22 @@ def test_compiles_without_a_graph_break(backend, k):
         torch.testing.assert_close(ours[name], eager[name])
 
 
+@pytest.mark.slow
+def test_inductor():
+    """The default back-end of `torch.compile`: our ops between its own generated code, twice."""
+    case = Case(T=17, k=2)
+    layer = call(case, None)
+
+    def block(p):
+        return torch.nn.functional.silu(layer({**p, "x": 2 * p["x"] + 1})) + p["x"]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True)
+    eager, ours = run(block, case.build()), run(compiled, case.build())
+    for name in eager:
+        torch.testing.assert_close(ours[name], eager[name])
+
+
 def test_inference_mode_and_no_grad():
     case = Case()
     p = case.build(grad=False)
