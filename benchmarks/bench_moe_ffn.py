@@ -16,7 +16,7 @@ from d2m_kernels import backends, moe_ffn
 # On a CPU seconds add up: three minutes for the default set, ten for --full.
 _CPU_DEFAULT = {
     "forward": {("flux-4608", "balanced"), ("dit-xl-8", "balanced")},
-    "forward_backward": {("flux-1536", "balanced")},
+    "forward_backward": {("flux-512", "balanced")},
 }
 _CPU_FULL = {
     "forward": {("flux-4608", routing) for routing in ROUTINGS}

@@ -33,8 +33,8 @@ class _Operators(TorchDispatchMode):
 
 def launches_and_syncs(function: Callable[[], object], device: torch.device) -> dict:
     """GPU: kernels launched and synchronising calls of one call, by the profiler and torch's own
-    sync debugging. CPU: operators dispatched, and those of them that would stall a GPU."""
-    function()
+    sync debugging, after a call to warm up. CPU: operators dispatched, and those of them that would
+    stall a GPU."""
     if device.type == "cpu":
         with _Operators() as operators:
             function()
@@ -43,6 +43,7 @@ def launches_and_syncs(function: Callable[[], object], device: torch.device) -> 
             "operators": sum(name not in views for name in operators.names),
             "host_syncs": sum(name in _SYNCING for name in operators.names),
         }
+    function()
     torch.cuda.synchronize(device)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
         function()
@@ -71,8 +72,8 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int | No
     On a CPU ours begins without the workspace that the call before has kept, which would count as
     nothing.
     """
-    function()
     if device.type == "cuda":
+        function()
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
