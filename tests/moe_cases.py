@@ -6,9 +6,11 @@ Shapes: T tokens, D model, F hidden = S shared + E * H, E experts, K top-k.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from d2m_kernels import Stream, backends, moe_ffn, moe_ffn_pair, route
 
@@ -195,6 +197,12 @@ def call(case: Case, backend: str | None, **extra):
         p["x"], p["router"], p["w1"], p["w2"], p["b1"], p["b2"], backend=backend,
         **{**case.kwargs(), **extra},
     )  # fmt: skip
+
+
+def checkpointed(function):
+    """A function of the inputs that is run again in the backward pass, but for the routing."""
+    keep = partial(create_selective_checkpoint_contexts, [torch.ops.d2m.route.default])
+    return lambda p: checkpoint(function, p, use_reentrant=False, context_fn=keep)
 
 
 def compare(case: Case, backend: str, **extra) -> None:

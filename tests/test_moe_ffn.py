@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from moe_cases import CPU_BACKENDS, Case, call, compare, double_loop, run
+from moe_cases import CPU_BACKENDS, Case, call, checkpointed, compare, double_loop, run
 
-from d2m_kernels import Routing, moe_ffn, route
+from d2m_kernels import Routing, backends, moe_ffn, route
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -273,6 +273,29 @@ def test_compiles_without_a_graph_break(backend, k):
     eager, ours = run(call(case, backend), case.build()), run(compiled, case.build())
     for name in eager:
         torch.testing.assert_close(ours[name], eager[name])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_checkpointing_runs_the_layer_twice_and_routes_once(backend, compiled, monkeypatch):
+    module, calls = backends.module(backend), []
+    for name in ("route", "ffn_fwd"):
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, _name=name, _real=real: calls.append(_name) or _real(*a)
+        )
+    case = Case(T=17, k=2)
+    layer = call(case, backend)
+    expected = run(layer, case.build())
+    assert calls == ["route", "ffn_fwd"]
+    again = checkpointed(layer)
+    if compiled:
+        torch._dynamo.reset()
+        again = torch.compile(again, fullgraph=True, backend="aot_eager")
+    ours = run(again, case.build())
+    assert calls == ["route", "ffn_fwd"] * 2 + ["ffn_fwd"]
+    for name in expected:
+        torch.testing.assert_close(ours[name], expected[name])
 
 
 @pytest.mark.slow

@@ -12,7 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from moe_cases import Case, available, call, compare, compare_pair, run, run_pair, stream
+from moe_cases import (
+    Case,
+    available,
+    call,
+    checkpointed,
+    compare,
+    compare_pair,
+    run,
+    run_pair,
+    stream,
+)
 
 from d2m_kernels import (
     Stream,
@@ -357,12 +367,14 @@ def test_grouped_gemm_backward(backend, activation, gathered):
         assert ((ours.double() - exact).square().mean().sqrt() <= 2e-2 * rms).item()
 
 
-@pytest.mark.parametrize("k", [2, "dense"])
-def test_compiles_without_a_graph_break(backend, k):
+@pytest.mark.parametrize("k, recompute", [(2, False), (2, True), ("dense", False)])
+def test_compiles_without_a_graph_break(backend, k, recompute):
     torch._dynamo.reset()
     case = Case(T=130, D=64, S=32, H=32, k=k, dtype=torch.bfloat16, device="cuda")
-    eager = run(call(case, backend), case.build())
-    compiled = run(torch.compile(call(case, backend), fullgraph=True), case.build())
+    layer = call(case, backend)
+    eager = run(layer, case.build())
+    function = checkpointed(layer) if recompute else layer
+    compiled = run(torch.compile(function, fullgraph=True), case.build())
     for name in eager:
         torch.testing.assert_close(compiled[name], eager[name], rtol=2e-2, atol=2e-2)
 
