@@ -139,7 +139,7 @@ def grouped_gemm(
 def grouped_gemm_bwd(
     dout, x, w_ENK, offsets, w_gate, gather, bias_EN, bias_gate, activation, needs
 ):
-    """Gradients of `grouped_gemm` (see reference.py): no host sync where grouped_mm has none."""
+    """Gradients of `grouped_gemm` (see `reference`): no host sync where grouped_mm has none."""
     need_x, need_w, need_w_gate, need_bias, need_bias_gate = needs
     index = None if gather is None else gather.long()
     x_M = x if index is None else x[index]

@@ -46,6 +46,7 @@ if INTERPRETED:
         triton_,
         why_two_calls,
     )
+    from d2m_kernels.activations import pointwise
     from d2m_kernels.reference import FFNGrads
     from d2m_kernels.triton_ import configs
     from d2m_kernels.triton_.down import Shared, down_shared
@@ -181,9 +182,9 @@ def own_grouped_gemm(x, w, offsets, w_gate, gather, bias, bias_gate, activation)
         if w_gate is not None:
             b = None if bias_gate is None else bias_gate[e]
             gate = torch.nn.functional.linear(x[lo:hi], w_gate[e], b)
-            out[lo:hi] = z * reference.pointwise(activation, gate)
+            out[lo:hi] = z * pointwise(activation, gate)
         else:
-            out[lo:hi] = z if activation is None else reference.pointwise(activation, z)
+            out[lo:hi] = z if activation is None else pointwise(activation, z)
     return out
 
 
@@ -484,7 +485,7 @@ def test_dense_equals_the_dense_ffn_and_slices_of_stacked_weights():
     p = case.build(grad=False)
     p["w1"] = torch.cat([randn(3, 32), p["w1"]])[3:]
     p["w2"] = torch.cat([randn(32, 5), p["w2"]], dim=1)[:, 5:]  # as in proj_out: [attention | mlp]
-    hidden = reference.pointwise("gelu_tanh", p["x"] @ p["w1"].T + p["b1"])
+    hidden = pointwise("gelu_tanh", p["x"] @ p["w1"].T + p["b1"])
     expected = hidden @ p["w2"].T + p["b2"]
     torch.testing.assert_close(call(case, "triton")(p), expected, rtol=1e-5, atol=1e-5)
 
