@@ -171,6 +171,7 @@ def traced(monkeypatch):
     return given
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, recompute", [("moe", False), ("moe", True), ("mob", True)])
 def test_compiled_blocks_give_the_same(make, tmp_path, traced, kind, recompute):
     student, frozen, objective = make(kind)
@@ -182,6 +183,7 @@ def test_compiled_blocks_give_the_same(make, tmp_path, traced, kind, recompute):
     assert [e["loss"] for e in log] == pytest.approx([e["loss"] for e in plain], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_keep_little_and_route_once(make, traced, monkeypatch):
     """Checkpointing inside a compiled block: the layer runs again, its routing does not."""
     from d2m_kernels import cpu
