@@ -25,7 +25,6 @@ from d2m_models.mob import MixtureOfBlocks
 from distill.roofline import MODELS, PARTS, account_of, config_of, ideal, work
 
 TOKENS = {"tiny": (16, 8), "quick": (64, 64), "default": (576, 256), "full": (4096, 512)}
-CHECKED = (64, 64)  # tokens
 KINDS = ("double", "single")
 
 
@@ -34,12 +33,10 @@ def test_blocks(bench):
                          else bench.size]  # fmt: skip
     skip_without(bench.session, ["diffusers"], [f"{kind}/{image}+{text}" for kind in KINDS])
     kwargs, wide, narrow = flux.block_inputs(bench.size, image, text, bench.device)
-    # the reference multiplies in fp32, which many tokens would take long for
-    few, _, _ = flux.block_inputs(bench.size, *CHECKED, bench.device)
     blocks, runs = {}, {}
     for kind in KINDS:
         dense, moe = flux.block_pair(kind, bench.size, bench.device)
-        check(moe, few, narrow)
+        check(moe, kwargs, narrow)
         for form, block, temb in (("dense", dense, wide), ("moe", moe, narrow)):
             blocks[f"{kind} {form}"] = block
             runs[f"{kind} {form}"] = lambda block=block, temb=temb: block(temb=temb, **kwargs)

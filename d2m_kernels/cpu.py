@@ -114,9 +114,9 @@ def _has_epilogues() -> bool:
 
 
 def _fuses(x, w, activation) -> bool:
-    """Whether `_linear_act` serves: 5% faster than a pass of its own for bias and activation.
+    """Whether `_linear_act` serves, which saves a pass over the hidden units: 3% of a layer.
 
-    A strided w it would take, and be a hundred times slower.
+    A strided w it would take, and be a thousand times slower (2 s for 64 rows and 768 neurons).
     """
     whole = x.is_contiguous() and w.is_contiguous()
     usable = x.dtype == torch.bfloat16 and activation in EPILOGUES and w.numel() > 0

@@ -108,9 +108,9 @@ def sped_up(model: nn.Module, config: TrainConfig) -> Iterator[None]:
 
     Both are undone at the end: the next stage trains the same model by its own settings.
 
-    Blocks share graphs; one that is frozen or runs other samples than the last needs another, and
-    there are more than torch's limit of 8. Blocks of a MoB group run any number of samples: sizes
-    are symbols from the start, so that there are few graphs.
+    Blocks share graphs; one that is frozen or runs other samples than the last needs another.
+    Beyond torch's limit of 8 graphs a block would run without; hence a higher limit. Blocks of a
+    MoB group run any number of samples: sizes are symbols from the start, so that there are few.
     """
     compiled = [(b, b.__dict__.get("forward")) for b in blocks(model)] if config.compile else []
     outside = config.gradient_checkpointing and not compiled

@@ -63,7 +63,7 @@ def test_bad_rows_stay_where_they_are():
 
 @pytest.mark.parametrize("strided", ["x", "w1"])
 def test_strided_inputs_take_the_other_way(strided, products):
-    """oneDNN's reference code for strided weights is a hundred times slower."""
+    """oneDNN's reference code for strided weights is a thousand times slower."""
     case = Case(T=70, D=32, S=16, H=16, E=4, **BF16)
     p = case.build(grad=False)
     expected = call(case, "cpu")(p)

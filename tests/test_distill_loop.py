@@ -1,4 +1,4 @@
-"""What the loop offers: parts of a batch, bf16, compiled blocks, what it tells while it runs."""
+"""What the loop offers: parts of a batch, bf16, what it tells while it runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("sklearn")
 
-from _ranks import models  # noqa: E402
+from distill_cases import CONFIG, gradients, ready, run, same  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from distill.config import DataConfig, LossConfig  # noqa: E402
@@ -24,61 +24,20 @@ from distill.optimizer import make_optimizer  # noqa: E402
 from distill.parallel import World  # noqa: E402
 from distill.preview import Previews, noise_levels  # noqa: E402
 from distill.progress import Trackers, Utilisation, read_log  # noqa: E402
-from distill.stages import prepare_stage  # noqa: E402
-from distill.step import autocast, backward, sped_up  # noqa: E402
-from distill.train import train  # noqa: E402
-from distill.train_config import TrainConfig  # noqa: E402
-
-CONFIG = TrainConfig(steps=4, batch_size=6, lr=1e-3, warmup=0, schedule="constant", log_every=2)
-
-
-@pytest.fixture
-def make():
-    """kind -> (student ready to train, frozen slices, objective); always the same weights."""
-
-    def make(kind="moe", source=None, loss=None):
-        teacher, student, digits = models(kind)
-        frozen = prepare_stage(student, kind)
-        objective = Distillation(
-            teacher, student, source or digits, loss or LossConfig(), CONFIG.batch_size, 0
-        )
-        return student, frozen, objective
-
-    return make
-
-
-def run(made, folder, config=CONFIG, **kwargs):
-    student, frozen, objective = made
-    options = {"run_id": "id", "label": "test", "progress": False, "frozen": frozen, **kwargs}
-    return train(student, objective, config, folder, **options)
-
-
-def gradients(made, config):
-    student, _, objective = made
-    parts, loads = backward(objective, 3, config, World())
-    grads = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
-    return parts, loads, grads
-
-
-def same(grads, expected, share):
-    """Equal but for rounding, parameter by parameter."""
-    assert grads.keys() == expected.keys()
-    for name, grad in expected.items():
-        assert (grads[name] - grad).norm() <= share * grad.norm() + 1e-9, name
-
+from distill.step import autocast  # noqa: E402
 
 # --- parts of a batch -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["moe", "mob"])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_parts_of_a_batch_give_its_gradient(make, kind, reduction):
+def test_parts_of_a_batch_give_its_gradient(kind, reduction):
     """Six samples at once, in parts of 4 and 2... or one by one: loss, loads, gradient agree."""
     loss = LossConfig(balance=1.0, feature_reduction=reduction)
-    whole, loads, expected = gradients(make(kind, loss=loss), CONFIG)
+    whole, loads, expected = gradients(ready(kind, loss=loss), CONFIG)
     for micro_batch in (4, 1):
         parts, counted, grads = gradients(
-            make(kind, loss=loss), replace(CONFIG, micro_batch=micro_batch)
+            ready(kind, loss=loss), replace(CONFIG, micro_batch=micro_batch)
         )
         for key in whole:
             assert parts[key].item() == pytest.approx(whole[key].item(), rel=1e-5), key
@@ -86,9 +45,9 @@ def test_parts_of_a_batch_give_its_gradient(make, kind, reduction):
         same(grads, expected, 1e-3)
 
 
-def test_balance_of_blocks_needs_the_whole_batch(make):
+def test_balance_of_blocks_needs_the_whole_batch():
     """The trap: of one sample alone every load is 1 for one block, 0 for the others."""
-    student, _, objective = make("mob")
+    student, _, objective = ready("mob")
     whole = objective(3)["balance"]
     out = student(**objective.batch(3).inputs(), output_aux=True)
     assert len(out.aux.mob["mob.single.0"].ids.unique()) == 2  # both blocks are chosen
@@ -115,38 +74,38 @@ def test_statistics_add_up_by_hand():
 # --- how it computes ------------------------------------------------------------------------
 
 
-def test_bf16_compute_on_fp32_weights(make, tmp_path):
-    student, frozen, objective = make()
+def test_bf16_compute_on_fp32_weights(tmp_path):
+    student, frozen, objective = ready()
     seen = set()
     student.single_transformer_blocks[0].register_forward_hook(
         lambda _m, _a, out: seen.add(out[1].dtype)
     )
     config = replace(CONFIG, compute_dtype="bfloat16", ema=0.9)
     log = run((student, frozen, objective), tmp_path / "bf16", config)
-    exact = run(make(), tmp_path / "fp32")
+    exact = run(ready(), tmp_path / "fp32")
     assert seen == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in student.parameters())
     assert log[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.1) and log != exact
-    optimizer = make_optimizer(make()[0], config)
+    optimizer = make_optimizer(ready()[0], config)
     assert not optimizer.state
     with autocast(config, torch.device("cpu")):
         assert torch.is_autocast_enabled("cpu") and not torch.is_autocast_cache_enabled()
 
 
 @pytest.mark.parametrize("kind", ["moe", "mob"])
-def test_gradient_checkpointing_changes_nothing(make, kind):
-    _, _, expected = gradients(make(kind), CONFIG)
-    made = make(kind)
+def test_gradient_checkpointing_changes_nothing(kind):
+    _, _, expected = gradients(ready(kind), CONFIG)
+    made = ready(kind)
     made[0].enable_gradient_checkpointing()
     _, _, grads = gradients(made, CONFIG)
     same(grads, expected, 1e-5)
 
 
-def test_checkpointing_keeps_ids_that_would_flip(make, monkeypatch):
+def test_checkpointing_keeps_ids_that_would_flip(monkeypatch):
     """The trap: routed again in the backward pass, a token could go to other experts."""
     from d2m_models.moe import ExpertLayer
 
-    made, calls = make(), []
+    made, calls = ready(), []
     made[0].enable_gradient_checkpointing()
     choose = ExpertLayer.choose
     monkeypatch.setattr(
@@ -157,120 +116,16 @@ def test_checkpointing_keeps_ids_that_would_flip(make, monkeypatch):
     assert len(calls) == len(layers) == len(set(map(id, calls)))  # once each, not once a pass
 
 
-@pytest.fixture
-def traced(monkeypatch):
-    """What `torch.compile` is given; it traces, but leaves out Inductor, which takes minutes."""
-    real, given = torch.compile, []
-
-    def quick(function, **options):
-        given.append(function)
-        return real(function, backend="aot_eager", **options)
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", quick)
-    return given
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind, recompute", [("moe", False), ("moe", True), ("mob", True)])
-def test_compiled_blocks_give_the_same(make, tmp_path, traced, kind, recompute):
-    student, frozen, objective = make(kind)
-    names = set(student.state_dict())
-    fast = replace(CONFIG, compile=True, gradient_checkpointing=recompute)
-    log = run((student, frozen, objective), tmp_path / "compiled", fast)
-    assert len(traced) == 6 and set(student.state_dict()) == names
-    plain = run(make(kind), tmp_path / "plain")
-    assert [e["loss"] for e in log] == pytest.approx([e["loss"] for e in plain], rel=1e-3)
-
-
-@pytest.mark.slow
-def test_compiled_blocks_keep_little_and_route_once(make, traced, monkeypatch):
-    """Checkpointing inside a compiled block: the layer runs again, its routing does not."""
-    from d2m_kernels import cpu
-
-    calls, kept = [], {}
-    for name in ("route", "ffn_fwd", "ffn_bwd"):
-        real = getattr(cpu, name)
-        monkeypatch.setattr(
-            cpu, name, lambda *a, _name=name, _real=real: calls.append(_name) or _real(*a)
-        )
-
-    def step(recompute):
-        made, sizes = make(), {}
-
-        def pack(t):
-            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        calls.clear()
-        fast = replace(CONFIG, compile=True, gradient_checkpointing=recompute)
-        with sped_up(made[0], fast), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            _, _, grads = gradients(made, fast)
-        for p in made[0].parameters():
-            sizes.pop(p.untyped_storage().data_ptr(), None)
-        kept[recompute] = sum(sizes.values())
-        return grads, {name: calls.count(name) for name in ("route", "ffn_fwd", "ffn_bwd")}
-
-    expected, once = step(False)
-    grads, twice = step(True)
-    same(grads, expected, 1e-5)
-    assert once["ffn_fwd"] == once["ffn_bwd"] == once["route"] > 0
-    assert twice == once | {"ffn_fwd": 2 * once["ffn_fwd"]}
-    assert kept[True] < 0.5 * kept[False]
-
-
-def test_the_next_stage_starts_with_plain_blocks(make, tmp_path, monkeypatch):
-    """Compiled once a stage, not on top of the last; recomputed where the stage says so alone."""
-    student, frozen, objective = make()
-    compiled, running = [], []
-
-    def mark(function, dynamic):
-        assert dynamic is None  # True for MoB groups alone
-        compiled.append(function)
-        return lambda *a, **k: function(*a, **k)
-
-    monkeypatch.setattr(torch, "compile", mark)
-    limit = torch._dynamo.config.recompile_limit
-
-    def look(model, _):
-        fast = "forward" in model.transformer_blocks[0].__dict__
-        running.append((fast, model.gradient_checkpointing))
-        # beyond the limit blocks run without a graph
-        assert torch._dynamo.config.recompile_limit == (64 if fast else limit)
-
-    student.register_forward_pre_hook(look)
-    slow = replace(CONFIG, steps=1, gradient_checkpointing=True)
-    fast = replace(slow, compile=True)
-    # (compiled, checkpointed by the model): what is compiled is checkpointed inside
-    runs = [(fast, (True, False))] * 2 + [(slow, (False, True)), (CONFIG, (False, False))]
-    for i, (config, state) in enumerate(runs):
-        running.clear()
-        run((student, frozen, objective), tmp_path / str(i), config)
-        assert set(running) == {state}
-        assert not student.gradient_checkpointing
-        assert not any("forward" in m.__dict__ for m in student.modules())
-    assert len(compiled) == 12  # six blocks, twice
-
-    def broken(step):
-        assert "forward" in student.transformer_blocks[0].__dict__
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run((student, frozen, broken), tmp_path / "broken", fast)
-    assert not student.gradient_checkpointing
-    assert not any("forward" in m.__dict__ for m in student.modules())
-
-
-def test_eight_bit_moments_need_torchao(make, monkeypatch):
+def test_eight_bit_moments_need_torchao(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     with pytest.raises(UserError, match=r"pip install 'dense2moe\[8bit\]'"):
-        make_optimizer(make()[0], replace(CONFIG, optimizer="adamw8bit"))
+        make_optimizer(ready()[0], replace(CONFIG, optimizer="adamw8bit"))
 
 
-def test_a_block_that_nobody_chose_is_decayed_as_when_sharded(make, tmp_path):
+def test_a_block_that_nobody_chose_is_decayed_as_when_sharded(tmp_path):
     """Sharded, its gradient is zero; without one, AdamW would pass over it."""
-    student, frozen, objective = make("mob")
+    student, frozen, objective = ready("mob")
     with torch.no_grad():  # all samples choose the first block of the group
         (router,) = student.mob_routers["single_groups"]
         router.alpha = 0.0
@@ -324,7 +179,7 @@ def test_guidance_is_told_to_both_models():
 # --- bad batches ----------------------------------------------------------------------------
 
 
-def test_a_bad_batch_is_kept(make, tmp_path):
+def test_a_bad_batch_is_kept(tmp_path):
     class Poisoned(Digits):
         def batch(self, seed, step, count, stream="train", rows=None):
             batch = super().batch(seed, step, count, stream, rows)
@@ -332,7 +187,7 @@ def test_a_bad_batch_is_kept(make, tmp_path):
 
     config = replace(CONFIG, max_bad_steps=1)
     with pytest.raises(TrainingError, match="2 steps in a row.*bad-batch-3.safetensors"):
-        run(make(source=Poisoned("train")), tmp_path, config)
+        run(ready(source=Poisoned("train")), tmp_path, config)
     dumped = load_file(tmp_path / "bad-batch-3.safetensors")
     expected = Digits("train").batch(0, 3, CONFIG.batch_size)
     assert dumped["x0"].isnan().all() and torch.equal(dumped["noise"], expected.noise)
@@ -352,8 +207,8 @@ def test_utilisation_by_hand():
     assert use.dead(table) == [] and use.take() == {}  # each is called out once
 
 
-def test_logs_hold_experts_memory_and_speed(make, tmp_path, capsys):
-    made = make()
+def test_logs_hold_experts_memory_and_speed(tmp_path, capsys):
+    made = ready()
     with torch.no_grad():
         made[0].single_transformer_blocks[1].router.weight[7:].zero_()
         made[0].single_transformer_blocks[1].router.weight[:7].mul_(1000)
@@ -369,8 +224,8 @@ def test_logs_hold_experts_memory_and_speed(make, tmp_path, capsys):
     assert "chosen by nobody since step 0: " in capsys.readouterr().err
 
 
-def test_previews_from_the_same_noise(make, tmp_path):
-    made = make()
+def test_previews_from_the_same_noise(tmp_path):
+    made = ready()
     source = made[2].source
     steps = []
     previews = Previews(source, tmp_path / "previews", 0, World(), DataConfig(), CONFIG, steps=2)
@@ -404,9 +259,9 @@ GRID = DataConfig(timesteps="grid", timestep_grid=[0.3, 1.0, 0.75])
         (DataConfig(timesteps="logit-normal"), "bfloat16"),
     ],
 )
-def test_previews_are_drawn_as_the_run_computes(make, tmp_path, data, compute):
+def test_previews_are_drawn_as_the_run_computes(tmp_path, data, compute):
     """At the noise levels that the teacher knows, in the precision of training."""
-    student, _, objective = make()
+    student, _, objective = ready()
     asked, types = [], set()
 
     def look(_model, _args, inputs):
@@ -440,7 +295,7 @@ def test_shifted_levels_are_those_of_diffusers():
         assert levels == pytest.approx(scheduler.sigmas[:-1].tolist(), rel=1e-5)
 
 
-def test_trackers_get_every_number(make, tmp_path, monkeypatch):
+def test_trackers_get_every_number(tmp_path, monkeypatch):
     told = {"board": [], "wandb": []}
     board = SimpleNamespace(add_scalar=lambda *a: told["board"].append(a), close=lambda: None)
     tensorboard = ModuleType("torch.utils.tensorboard")
@@ -450,18 +305,18 @@ def test_trackers_get_every_number(make, tmp_path, monkeypatch):
     wandb.init = lambda **options: told.setdefault("id", options["id"]) and run_
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    log = run(make(), tmp_path, replace(CONFIG, loggers=["tensorboard", "wandb"]))
+    log = run(ready(), tmp_path, replace(CONFIG, loggers=["tensorboard", "wandb"]))
     numbers = [{k: v for k, v in e.items() if k != "step"} for e in log]
     assert [d for _, d in told["wandb"]] == numbers and [s for s, _ in told["wandb"]] == [2, 4]
     assert ("test/loss", log[0]["loss"], 2) in told["board"]
     assert len(told["board"]) == sum(map(len, numbers))
 
 
-def test_tensorboard_reads_what_was_written(make, tmp_path):
+def test_tensorboard_reads_what_was_written(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = run(make(), tmp_path, replace(CONFIG, loggers=["tensorboard"]))
+    log = run(ready(), tmp_path, replace(CONFIG, loggers=["tensorboard"]))
     (events,) = tmp_path.rglob("events.out.tfevents.*")
     board = EventAccumulator(str(events.parent)).Reload()
     assert set(board.Tags()["scalars"]) == {f"test/{k}" for k in log[0] if k != "step"}
