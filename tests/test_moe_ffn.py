@@ -300,7 +300,7 @@ def test_checkpointing_runs_the_layer_twice_and_routes_once(backend, compiled, m
 
 @pytest.mark.slow
 def test_inductor():
-    """The default back-end of `torch.compile`: our ops between its own generated code, twice."""
+    """The default back-end of `torch.compile`: our ops between code that it generates."""
     case = Case(T=17, k=2)
     layer = call(case, None)
 
