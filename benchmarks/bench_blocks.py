@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import statistics
 
-import flux
 import torch
-from counting import peak_bytes
-from needs import skip_without
-from parts import split
-from race import quartiles
+from harness import flux_models
+from harness.counting import peak_bytes
+from harness.needs import skip_without
+from harness.parts import split
+from harness.race import quartiles
+from report.roofline import MODELS, PARTS, account_of, config_of, ideal, work
 
 from d2m_kernels import backends
 from d2m_models.mob import MixtureOfBlocks
-from distill.roofline import MODELS, PARTS, account_of, config_of, ideal, work
 
 TOKENS = {"tiny": (16, 8), "quick": (64, 64), "default": (576, 256), "full": (4096, 512)}
 KINDS = ("double", "single")
@@ -32,10 +32,10 @@ def test_blocks(bench):
     image, text = TOKENS["full" if bench.device.type == "cuda" and bench.size == "default"
                          else bench.size]  # fmt: skip
     skip_without(bench.session, ["diffusers"], [f"{kind}/{image}+{text}" for kind in KINDS])
-    kwargs, wide, narrow = flux.block_inputs(bench.size, image, text, bench.device)
+    kwargs, wide, narrow = flux_models.block_inputs(bench.size, image, text, bench.device)
     blocks, runs = {}, {}
     for kind in KINDS:
-        dense, moe = flux.block_pair(kind, bench.size, bench.device)
+        dense, moe = flux_models.block_pair(kind, bench.size, bench.device)
         check(moe, kwargs, narrow)
         for form, block, temb in (("dense", dense, wide), ("moe", moe, narrow)):
             blocks[f"{kind} {form}"] = block

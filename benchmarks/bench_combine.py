@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from stages import all_shapes, record, shape_for
+from harness.single_ops import all_shapes, record, shape_for
 
 from d2m_kernels import combine, route
 

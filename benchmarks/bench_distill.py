@@ -5,11 +5,11 @@ The digits teacher is untrained here: its weights change neither the work nor th
 
 from __future__ import annotations
 
-import flux
 import pytest
 import torch
-from counting import peak_bytes
-from needs import skip_without
+from harness import flux_models
+from harness.counting import peak_bytes
+from harness.needs import skip_without
 
 from d2m_kernels import backends
 
@@ -21,9 +21,9 @@ def digits_run(session):
     """Teacher, student and data of the built-in digits.yaml, its teacher's training left out."""
     skip_without(session, ("diffusers", "safetensors", "sklearn", "yaml", "tqdm"),
                  [f"digits/{stage}" for stage in STAGES])  # fmt: skip
-    from distill.checked import load_config
-    from distill.config import DistillConfig
-    from distill.data import Digits
+    from distill.configs.checked import load_config
+    from distill.configs.sections import DistillConfig
+    from distill.data.digits import Digits
     from distill.pipeline import student_structure
     from distill.students import make_student, measure_importance
     from distill.teacher import build_teacher, modulation_inputs
@@ -40,10 +40,10 @@ def digits_run(session):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage(bench, digits_run, stage):
-    from d2m_models.output import group_names
+    from d2m_models.config import group_names
+    from distill.loop.train import make_optimizer
     from distill.stages import Distillation, prepare_stage
     from distill.students import group_blocks
-    from distill.train import make_optimizer
 
     config, teacher, model, digits, structure = digits_run
     settings = next(s for s in config.stages if s.stage == stage)
@@ -77,8 +77,8 @@ def test_block_step(bench):
         pytest.skip("a FLUX-sized training step is measured on a GPU")
     skip_without(bench.session, ["diffusers"], ["flux-double-block"])
     image, text = (16, 8) if bench.size == "tiny" else (4096, 512)
-    kwargs, wide, narrow = flux.block_inputs(bench.size, image, text, bench.device)
-    dense, moe = flux.block_pair("double", bench.size, bench.device)
+    kwargs, wide, narrow = flux_models.block_inputs(bench.size, image, text, bench.device)
+    dense, moe = flux_models.block_pair("double", bench.size, bench.device)
     moe.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(moe.parameters(), lr=1e-5, fused=True)
     losses = []

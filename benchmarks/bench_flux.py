@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from counting import launches_and_syncs, peak_bytes
-from flux_model import WRONG, Model, rms_error
-from needs import skip, skip_without
-from parts import split
+from harness.counting import launches_and_syncs, peak_bytes
+from harness.flux_models import WRONG, Model, rms_error
+from harness.needs import skip, skip_without
+from harness.parts import split
+from report.roofline import account_of, ideal
 
 from d2m_kernels import backends
-from distill.roofline import account_of, ideal
 
 NEEDED_GB = 60
 STEPS = (28, 8)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from shapes import ROUTINGS
-from stages import all_shapes, record, shape_for
+from harness.shapes import ROUTINGS
+from harness.single_ops import all_shapes, record, shape_for
 
 from d2m_kernels import grouped_gemm, route
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from race import summary
-from shapes import FFNShape
+from harness.race import summary
+from harness.shapes import FFNShape
 
 from d2m_kernels import backends, moe_ffn
 
@@ -18,7 +18,7 @@ CALLS = 100  # a round is this many calls: one alone is near the clock's resolut
 
 @pytest.fixture
 def noop(monkeypatch):
-    monkeypatch.setitem(backends.BACKENDS, "noop", "noop_backend")
+    monkeypatch.setitem(backends.BACKENDS, "noop", "harness.noop_backend")
     return "noop"
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import counting
-import peer_libraries
-import peers
 import pytest
 import torch
-from peers import Contender
-from shapes import ROUTINGS, FFNShape
-from stages import all_shapes, shape_for
+from harness import counting, peer_libraries, peers
+from harness.peers import Contender
+from harness.shapes import ROUTINGS, FFNShape
+from harness.single_ops import all_shapes, shape_for
 
 from d2m_kernels import backends, moe_ffn
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shapes import FFNShape
-from stages import record
+from harness.shapes import FFNShape
+from harness.single_ops import record
 
 from d2m_kernels import Stream, moe_ffn, moe_ffn_pair, why_two_calls
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shapes import ROUTINGS
-from stages import all_shapes, record, shape_for
+from harness.shapes import ROUTINGS
+from harness.single_ops import all_shapes, record, shape_for
 
 from d2m_kernels import permute, route
 

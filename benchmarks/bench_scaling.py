@@ -6,11 +6,11 @@ DiT-XL/2's, 256 tokens a sample. Dense is the FFN with all of the same neurons.
 
 from __future__ import annotations
 
-import peers
 import pytest
 import torch
-from counting import peak_bytes
-from shapes import FFNShape, dit_xl, flux
+from harness import peers
+from harness.counting import peak_bytes
+from harness.shapes import FFNShape, dit_xl, flux
 
 from d2m_kernels import backends, moe_ffn
 

@@ -27,8 +27,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from race import quartiles  # noqa: E402
-from results import load  # noqa: E402
+from harness.race import quartiles  # noqa: E402
+from harness.results import load  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINES = ("dense compiled", "dense", "one linear", "eager", "argsort")

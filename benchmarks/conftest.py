@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import ceilings
-import counting
-import environment as env
 import pytest
 import torch
-from race import Race, race, replay
-from results import Results
+from harness import ceilings, counting
+from harness import environment as env
+from harness.race import Race, race, replay
+from harness.results import Results
 
 SIZES = ("tiny", "quick", "default", "full")
 

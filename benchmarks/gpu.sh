@@ -7,7 +7,7 @@
 # Parts, in order of importance; a run cut short keeps what it has measured:
 #   build tests layers stages models skewed blocks distill host scaling shapes  (--only: also sweep)
 # OUT gets <gpu>.json (see README.md here; renewed after every measurement), gpu.log with the output
-# of all parts, and with `--only sweep` sweep.json. `d2m report OUT` makes the report of it, on any
+# of all parts, and with `--only sweep` sweep.json. `draw.py --results OUT` makes the report of it, on any
 # machine. D2M_COMMIT names the commit where the tree came without its history.
 #
 # The machine needs nvcc, torch >= 2.11, triton, numpy and pytest. All else that is used is listed

@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import torch  # noqa: E402
-from environment import environment  # noqa: E402
-from race import Clock  # noqa: E402
-from shapes import FFNShape  # noqa: E402
+from harness.environment import environment  # noqa: E402
+from harness.race import Clock  # noqa: E402
+from harness.shapes import FFNShape  # noqa: E402
 
 from d2m_kernels import moe_ffn  # noqa: E402
 
@@ -52,13 +52,13 @@ class Launch:
         self.device, self.arguments = device, arguments
 
     def run(self, config):
-        from d2m_kernels.triton_.launch import programs
+        from d2m_kernels.backends.triton.launch import programs
 
         grid = (programs(self.device, config.per_sm),)
         return self.kernel[grid](**self.arguments(config), **config.meta())
 
     def compile(self, config):
-        from d2m_kernels.triton_.launch import programs
+        from d2m_kernels.backends.triton.launch import programs
 
         grid = (programs(self.device, config.per_sm),)
         self.kernel.warmup(grid=grid, **self.arguments(config), **config.meta())
@@ -70,7 +70,7 @@ class Launch:
 
 def catch(shape: FFNShape, device: torch.device) -> list[Launch]:
     """Every tiled launch of one forward and backward, in order."""
-    from d2m_kernels.triton_ import launch as launching
+    from d2m_kernels.backends.triton import launch as launching
 
     caught: list[Launch] = []
     real = launching.launch
@@ -79,7 +79,7 @@ def catch(shape: FFNShape, device: torch.device) -> list[Launch]:
         caught.append(Launch(kernel, stage, config, device, arguments))
         real(kernel, stage, config, device, arguments)
 
-    ours = [m for n, m in sys.modules.items() if n.startswith("d2m_kernels.triton_")]
+    ours = [m for n, m in sys.modules.items() if n.startswith("d2m_kernels.backends.triton")]
     modules = [m for m in ours if getattr(m, "launch", None) is real]
     for module in modules:
         module.launch = recording
@@ -197,7 +197,7 @@ def main() -> None:
         os.environ["TRITON_INTERPRET"] = "1"
     device = torch.device("cpu" if args.rehearse else "cuda")
     shape = FFNShape(T=40, D=64, S=64, H=32, E=4) if args.rehearse else FFNShape(T=args.tokens)
-    import d2m_kernels.triton_  # noqa: F401  (its modules must be there to be patched)
+    import d2m_kernels.backends.triton  # noqa: F401  (its modules must be there to be patched)
 
     launches = catch(shape, device)
     torch.set_grad_enabled(False)

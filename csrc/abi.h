@@ -1,4 +1,4 @@
-// The number both extension modules carry as `ABI` and d2m_kernels/_ext.py checks on import: raise
+// The number both extension modules carry as `ABI` and d2m_kernels/backends/native.py checks on import: raise
 // it in both places whenever an argument list changes, so that a stale build is refused instead of
 // called wrongly.
 #pragma once

@@ -160,7 +160,7 @@ def weights(x, router, w1, w2, b1, b2, k, shared, act, dtype) -> None:
 
 def routing(r, tokens: int, num_experts: int, k: int, x: torch.Tensor) -> None:
     """A Routing of an earlier call that fits this one."""
-    from d2m_kernels.routing import Routing
+    from d2m_kernels.contract import Routing
 
     if not isinstance(r, Routing):
         raise TypeError(f"routing: expected a Routing, got {type(r).__name__}")

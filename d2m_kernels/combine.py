@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 
 from d2m_kernels import backends, checks
-from d2m_kernels import ops as _ops  # noqa: F401  (registers d2m::*)
-from d2m_kernels.routing import Routing
+from d2m_kernels.contract import Routing
+from d2m_kernels.op import define
+from d2m_kernels.tensors import unit
 
 
 def combine(y, routing: Routing, *, shared=None, bias=None, scale: float = 1.0, backend=None):
@@ -52,11 +53,6 @@ def combine(y, routing: Routing, *, shared=None, bias=None, scale: float = 1.0, 
     )  # fmt: skip
 
 
-def unit(t):
-    """t, copied only when its inner stride is not 1."""
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()
-
-
 class CombineFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_ND, inverse_TK, weights_TK, offsets, order_N, base_TD, bias_D, scale, name):
@@ -88,3 +84,19 @@ class CombineFunction(torch.autograd.Function):
         dbase_TD = dout_TD if need_base else None
         dbias_D = dout_TD.sum(0) if need_bias else None
         return dy_ND, None, dweights_TK, None, None, dbase_TD, dbias_D, None, None
+
+
+_COMBINE = (
+    "(Tensor y, Tensor inverse, Tensor? weights, Tensor offsets, Tensor? base, Tensor? bias,"
+    " float scale, str backend) -> Tensor"
+)
+
+
+@define("combine", _COMBINE)
+def _combine(y, inverse, weights, offsets, base, bias, scale, backend):
+    return backends.module(backend).combine(y, inverse, weights, offsets, base, bias, scale)
+
+
+@torch.library.register_fake("d2m::combine")
+def _(y, inverse, weights, offsets, base, bias, scale, backend):
+    return y.new_empty(inverse.shape[0], y.shape[1])

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 
 from d2m_kernels import backends, checks
-from d2m_kernels import ops as _ops  # noqa: F401  (registers d2m::*)
 from d2m_kernels.activations import GATED, PLAIN
-from d2m_kernels.combine import unit
+from d2m_kernels.op import define, gradient_buffers
+from d2m_kernels.tensors import unit
 
 
 def grouped_gemm(
@@ -99,3 +99,43 @@ class GroupedGemmFunction(torch.autograd.Function):
         )  # fmt: skip
         dx, dw, dw_gate, db, db_gate = (g if n else None for g, n in zip(grads, needs, strict=True))
         return dx, dw, None, dw_gate, None, db, db_gate, None, None
+
+
+_GROUPED_GEMM = (
+    "(Tensor x, Tensor w, Tensor offsets, Tensor? w_gate, Tensor? gather, Tensor? bias,"
+    " Tensor? bias_gate, str? activation, str backend) -> Tensor"
+)
+
+_GROUPED_GEMM_BWD = (
+    "(Tensor dout, Tensor x, Tensor w, Tensor offsets, Tensor? w_gate, Tensor? gather,"
+    " Tensor? bias, Tensor? bias_gate, str? activation, bool[] needs, str backend)"
+    " -> (Tensor dx, Tensor dw, Tensor dw_gate, Tensor dbias, Tensor dbias_gate)"
+)
+
+
+@define("grouped_gemm", _GROUPED_GEMM)
+def _grouped_gemm(x, w, offsets, w_gate, gather, bias, bias_gate, activation, backend):
+    return backends.module(backend).grouped_gemm(
+        x, w, offsets, w_gate, gather, bias, bias_gate, activation
+    )
+
+
+@torch.library.register_fake("d2m::grouped_gemm")
+def _(x, w, offsets, w_gate, gather, bias, bias_gate, activation, backend):
+    rows = x.shape[0] if gather is None else gather.shape[0]
+    return x.new_empty(rows, w.shape[1])
+
+
+@define("grouped_gemm_bwd", _GROUPED_GEMM_BWD)
+def _grouped_gemm_bwd(
+    dout, x, w, offsets, w_gate, gather, bias, bias_gate, activation, needs, backend
+):
+    gradients = backends.module(backend).grouped_gemm_bwd(
+        dout, x, w, offsets, w_gate, gather, bias, bias_gate, activation, needs
+    )
+    return tuple(x.new_empty(0) if g is None else g for g in gradients)
+
+
+@torch.library.register_fake("d2m::grouped_gemm_bwd")
+def _(dout, x, w, offsets, w_gate, gather, bias, bias_gate, activation, needs, backend):
+    return gradient_buffers((x, w, w_gate, bias, bias_gate), needs)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 
 from d2m_kernels import backends, checks
-from d2m_kernels import ops as _ops  # noqa: F401  (registers d2m::*)
-from d2m_kernels.amp import without_autocast
-from d2m_kernels.combine import unit
-from d2m_kernels.reference import wide, wide_dtype
-from d2m_kernels.route import needs_grad, router_backend, router_backward, tokens_of
-from d2m_kernels.routing import Routing
+from d2m_kernels.backends import router_backend
+from d2m_kernels.contract import Routing
+from d2m_kernels.eager import modulate
+from d2m_kernels.op import define
+from d2m_kernels.route import _fake_routing, router_backward
+from d2m_kernels.tensors import needs_grad, tokens_of, unit, wide, wide_dtype, without_autocast
 
 
 def modulate_route(
@@ -98,3 +98,25 @@ class ModulateRouteFunction(torch.autograd.Function):
         if need_shift:
             dshift = d_BSD.sum(1).to(ctx.shift_dtype)
         return dx, dscale, dshift, None, drouter_ED, None, None, None
+
+
+_MODULATE_ROUTE = (
+    "(Tensor x, Tensor scale, Tensor shift, float eps, Tensor router, int top_k,"
+    " Tensor? token_mask, str backend) -> (Tensor modulated, Tensor probs, Tensor weights,"
+    " Tensor ids, Tensor offsets, Tensor order, Tensor inverse)"
+)
+
+
+@define("modulate_route", _MODULATE_ROUTE)
+def _modulate_route(x, scale, shift, eps, router, top_k, token_mask, backend):
+    module = backends.module(backend)
+    if hasattr(module, "modulate_route"):
+        return module.modulate_route(x, scale, shift, eps, router, top_k, token_mask)
+    modulated = modulate(x, scale, shift, eps)
+    return modulated, *module.route(modulated, router, top_k, token_mask)
+
+
+@torch.library.register_fake("d2m::modulate_route")
+def _(x, scale, shift, eps, router, top_k, token_mask, backend):
+    modulated = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return modulated, *_fake_routing(x, router, top_k)

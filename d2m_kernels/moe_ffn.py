@@ -11,13 +11,13 @@ from typing import NamedTuple
 import torch
 
 from d2m_kernels import backends, checks
-from d2m_kernels import ops as _ops  # noqa: F401  (registers d2m::*)
-from d2m_kernels.amp import autocast_dtype, without_autocast
-from d2m_kernels.combine import unit
+from d2m_kernels.backends import router_backend
+from d2m_kernels.contract import Routing
+from d2m_kernels.eager import finish_block, modulate
+from d2m_kernels.ffn import FFNFunction
 from d2m_kernels.modulate import modulate_route_tokens
-from d2m_kernels.reference import finish_block, modulate
-from d2m_kernels.route import needs_grad, reroute, route_tokens, router_backend, tokens_of
-from d2m_kernels.routing import Routing
+from d2m_kernels.route import reroute, route_tokens
+from d2m_kernels.tensors import autocast_dtype, needs_grad, tokens_of, unit, without_autocast
 
 
 def moe_ffn(
@@ -202,35 +202,3 @@ def _no_slots(x_TD, router):
     # Two tensors: Dynamo refuses an autograd.Function that is given the same one twice.
     order, inverse = (torch.empty(0, dtype=torch.int32, device=x_TD.device) for _ in range(2))
     return weights, offsets, order, inverse
-
-
-class FFNFunction(torch.autograd.Function):
-    """d2m::ffn_fwd and d2m::ffn_bwd; saves x, the pre-activations and the routing, no more."""
-
-    @staticmethod
-    def forward(
-        ctx, x, w1, w1_gate, w2, b1, b1_gate, b2, weights, offsets, order, inverse,
-        shared, activation, gate_first, scale, frozen, backend,
-    ):  # fmt: skip
-        save = any(ctx.needs_input_grad)
-        y, z_shared, z_routed = torch.ops.d2m.ffn_fwd.default(
-            x, w1, w1_gate, w2, b1, b1_gate, b2, weights, offsets, order, inverse,
-            shared, activation, gate_first, scale, save, backend,
-        )  # fmt: skip
-        if save:
-            ctx.save_for_backward(
-                x, w1, w1_gate, w2, b1, b1_gate, b2, weights, offsets, order, inverse,
-                z_shared, z_routed,
-            )  # fmt: skip
-            ctx.attrs = (shared, activation, gate_first, scale, frozen)
-            ctx.backend = backend
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        needs = list(ctx.needs_input_grad[:8])
-        grads = torch.ops.d2m.ffn_bwd.default(
-            unit(dy), *ctx.saved_tensors, *ctx.attrs, needs, ctx.backend
-        )
-        grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
-        return *grads, *(None,) * 9

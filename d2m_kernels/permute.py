@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from d2m_kernels import backends, checks
-from d2m_kernels import ops as _ops  # noqa: F401  (registers d2m::*)
+from d2m_kernels.op import define
 
 
 def permute(ids, num_experts: int, *, backend=None):
@@ -32,3 +32,19 @@ def permute(ids, num_experts: int, *, backend=None):
         raise ValueError(f"num_experts: expected an int >= 1, got {num_experts!r}")
     name = backends.resolve(backend, ids.device.type, torch.float32)
     return torch.ops.d2m.permute.default(ids.contiguous(), num_experts, name)
+
+
+_PERMUTE = (
+    "(Tensor ids, int num_experts, str backend) -> (Tensor offsets, Tensor order, Tensor inverse)"
+)
+
+
+@define("permute", _PERMUTE)
+def _permute(ids, num_experts, backend):
+    return backends.module(backend).permute(ids, num_experts)
+
+
+@torch.library.register_fake("d2m::permute")
+def _(ids, num_experts, backend):
+    slots = ids.new_empty(ids.numel(), dtype=torch.int32)
+    return ids.new_empty(num_experts + 1, dtype=torch.int32), slots, torch.empty_like(slots)

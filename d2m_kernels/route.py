@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 
 from d2m_kernels import backends, checks
-from d2m_kernels import ops as _ops  # noqa: F401  (registers d2m::*)
-from d2m_kernels.amp import without_autocast
-from d2m_kernels.reference import matmul, wide_dtype
-from d2m_kernels.routing import Routing
+from d2m_kernels.backends import router_backend
+from d2m_kernels.contract import Routing
+from d2m_kernels.op import define
+from d2m_kernels.tensors import matmul, needs_grad, tokens_of, wide_dtype, without_autocast
 
 BLOCK_ROWS = 1024
 
@@ -44,27 +44,11 @@ def route(x, router, *, top_k=2, token_mask=None, backend=None) -> Routing:
         return Routing(*route_tokens(x_TD, router, k, mask_T, name))
 
 
-def needs_grad(*tensors) -> bool:
-    """Whether autograd has to see an op on these; without it a call costs the host a third less."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def router_backend(x, router, name: str) -> str:
-    """`name`, or "reference" where fp64 meets a narrower dtype, which the others do not take."""
-    return "reference" if torch.float64 in (x.dtype, router.dtype) else name
-
-
 def route_tokens(x_TD, router_ED, top_k, mask_T, backend):
     """`route` of checked arguments: the fields of a Routing."""
     if needs_grad(x_TD, router_ED):
         return RouteFunction.apply(x_TD, router_ED, top_k, mask_T, backend)
     return torch.ops.d2m.route.default(x_TD, router_ED, top_k, mask_T, backend)
-
-
-def tokens_of(x) -> torch.Tensor:
-    """x as [T, D] with a unit inner stride; a view where possible."""
-    x_TD = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
-    return x_TD if x_TD.stride(-1) == 1 or x_TD.shape[-1] == 1 else x_TD.contiguous()
 
 
 def reroute(x_TD, router, routing: Routing) -> Routing:
@@ -143,3 +127,34 @@ def _in_blocks(a_TE, b_ED, dtype) -> torch.Tensor:
 def softmax_backward(p, dp):
     """dz of p = softmax(z): p * (dp - sum(p * dp))."""
     return p * (dp - (p * dp).sum(-1, keepdim=True))
+
+
+_ROUTE = (
+    "(Tensor x, Tensor router, int top_k, Tensor? token_mask, str backend)"
+    " -> (Tensor probs, Tensor weights, Tensor ids, Tensor offsets, Tensor order, Tensor inverse)"
+)
+
+
+@define("route", _ROUTE)
+def _route(x, router, top_k, token_mask, backend):
+    return backends.module(backend).route(x, router, top_k, token_mask)
+
+
+@torch.library.register_fake("d2m::route")
+def _(x, router, top_k, token_mask, backend):
+    return _fake_routing(x, router, top_k)
+
+
+def _fake_routing(x, router, top_k):
+    T, E = x.shape[0], router.shape[0]
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    ids = x.new_empty(T, top_k, dtype=torch.int32)
+    slots = x.new_empty(T * top_k, dtype=torch.int32)
+    return (
+        x.new_empty(T, E, dtype=wide),
+        x.new_empty(T, top_k, dtype=wide),
+        ids,
+        x.new_empty(E + 1, dtype=torch.int32),
+        slots,
+        torch.empty_like(slots),
+    )

@@ -13,6 +13,7 @@ A block is called like diffusers' own and returns (text, image); three more argu
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,9 +24,10 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from d2m_kernels import Routing, backends
-from d2m_kernels.amp import autocast_dtype
+from d2m_kernels.tensors import autocast_dtype
 from d2m_models.config import MoEConfig
 from d2m_models.moe import ExpertLayer, MoEFeedForward, can_run_together, run_together
 from d2m_models.weights import is_bare
@@ -233,3 +235,47 @@ class FluxMoESingleTransformerBlock(FluxSingleTransformerBlock, ExpertLayer):
             s = s.clip(-65504, 65504)
         c, x = s[:, :num_text], s[:, num_text:]
         return (c, x, routing) if return_routing else (c, x)
+
+
+# ------------------------------------- what travels beside the tokens through the blocks
+
+
+@dataclass(frozen=True)
+class BlockContext:
+    """What every block is given beside the tokens; all but `rotary` belong to the samples."""
+
+    condition: Tensor  # [B, D] or [B, A], what AdaLN reads
+    rotary: tuple[Tensor, Tensor]
+    attention_kwargs: dict[str, Any]
+    token_mask: Tensor | None  # [B, X]
+
+    def take(self, rows: Tensor, batch: int) -> BlockContext:
+        """The context of a sub-batch."""
+        own = (self.condition, self.attention_kwargs, self.token_mask)
+        condition, kwargs, mask = take_rows(own, rows, batch)
+        return BlockContext(condition, self.rotary, kwargs, mask)
+
+    def shorten(self) -> BlockContext:
+        """The context of one text and one image token."""
+        rotary = tuple(part[:2] for part in self.rotary)
+        mask = None if self.token_mask is None else self.token_mask[:, :1]
+        return BlockContext(self.condition, rotary, self.attention_kwargs, mask)
+
+
+def take_rows(tree: Any, rows: Tensor, batch: int) -> Any:
+    """The sub-batch `rows` of every tensor in `tree` whose first dimension is the batch."""
+
+    def take(leaf: Any) -> Any:
+        batched = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
+        return leaf[rows] if batched else leaf
+
+    return tree_map(take, tree)
+
+
+def add_residual(count: int, repeat: bool, samples, index: int, x: Tensor) -> Tensor:
+    """Adds the ControlNet residual that belongs to block `index` of the dense model's `count`."""
+    if samples is None:
+        return x
+    if repeat:
+        return x + samples[index % len(samples)]
+    return x + samples[index // -(-count // len(samples))]

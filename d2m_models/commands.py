@@ -97,7 +97,7 @@ def run_convert(args: argparse.Namespace) -> None:
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     if args.to_dense:
-        from d2m_models.restore import checkpoint_to_dense
+        from d2m_models.checkpoints.restore import checkpoint_to_dense
 
         checkpoint_to_dense(
             args.source, args.target, adaln=args.adaln, dtype=dtype, progress=not args.quiet
@@ -109,8 +109,8 @@ def run_convert(args: argparse.Namespace) -> None:
     if not (args.verify and (target / "config.json").is_file()):
         _convert(args, config, where, dtype)
     if args.verify:
-        from d2m_models.stream import default_lora_scale
-        from d2m_models.verify import verify_checkpoint
+        from d2m_models.checkpoints.convert import default_lora_scale
+        from d2m_models.checkpoints.verify import verify_checkpoint
 
         scale = default_lora_scale(config, args.lora_scale)
         print(verify_checkpoint(args.source, target, lora_scale=scale, **where,
@@ -118,8 +118,8 @@ def run_convert(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace, config: Any, where: dict, dtype: Any) -> None:
-    from d2m_models.inspection import inspect
-    from d2m_models.stream import convert_checkpoint
+    from d2m_models.checkpoints.convert import convert_checkpoint
+    from d2m_models.inspection.table import inspect
 
     record = convert_checkpoint(
         args.source, args.target, config, neuron_order=args.order, keep_adaln=args.keep_adaln,
@@ -160,7 +160,7 @@ def _structure(args: argparse.Namespace) -> Any:
 
 
 def run_inspect(args: argparse.Namespace) -> None:
-    from d2m_models.inspection import PAPER, draw, family_table, inspect, module_table
+    from d2m_models.inspection.table import PAPER, draw, family_table, inspect, module_table
 
     names = [n for model in args.models for n in (PAPER if model == "presets" else (model,))]
     found = [inspect(name, args.size, args.size, args.text_tokens) for name in names]
@@ -174,7 +174,7 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 
 def run_diff(args: argparse.Namespace) -> None:
-    from d2m_models.compare import diff_checkpoints, diff_table, draw_diff
+    from d2m_models.inspection.differences import diff_checkpoints, diff_table, draw_diff
 
     top_k: Any = args.top_k
     if isinstance(top_k, str) and top_k.isdigit():

@@ -266,3 +266,18 @@ class FluxMoEConfig:
     @classmethod
     def from_json(cls, text: str) -> FluxMoEConfig:
         return cls.from_dict(json.loads(text))
+
+
+def group_names(config: FluxMoEConfig) -> dict[str, tuple[str, ...]]:
+    """Group name ("mob.double.0") -> names of its blocks."""
+    if config.mob is None:
+        return {}
+    kinds = (
+        ("double", "transformer_blocks", config.mob.double_groups),
+        ("single", "single_transformer_blocks", config.mob.single_groups),
+    )
+    return {
+        f"mob.{kind}.{g}": tuple(f"{prefix}.{i}" for i in group)
+        for kind, prefix, groups in kinds
+        for g, group in enumerate(groups)
+    }

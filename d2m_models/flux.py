@@ -21,17 +21,17 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from d2m_models.blocks import (
+    BlockContext,
     FluxMoESingleTransformerBlock,
     FluxMoETransformerBlock,
+    add_residual,
     narrow_adaln,
 )
-from d2m_models.caching import check_cache
 from d2m_models.config import FluxMoEConfig
-from d2m_models.context import BlockContext, add_residual
 from d2m_models.lora import DenseLoRAMixin, keep_state_in_dense_order
-from d2m_models.mob import MixtureOfBlocks
-from d2m_models.moe import set_top_k
+from d2m_models.mob import MixtureOfBlocks, check_cache
 from d2m_models.output import FluxMoEAux, FluxMoEOutput
+from d2m_models.topk import set_top_k
 
 KINDS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
 

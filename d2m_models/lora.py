@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from d2m_models.moe import moe_layers
 from d2m_models.partition import inverse_order, permute_neurons
+from d2m_models.topk import moe_layers
 
 _ADALN = (".norm1.linear", ".norm1_context.linear", ".norm.linear", "norm_out.linear")
 

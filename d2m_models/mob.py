@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2m_models.config import group_names
 from d2m_models.moe import ROUTER_STD
 from d2m_models.weights import effective_weight
 
@@ -136,3 +137,28 @@ class MixtureOfBlocks(nn.Module):
 
     def extra_repr(self) -> str:
         return f"blocks={self.size}, active={self.active}, alpha={self.alpha}, select={self.select}"
+
+
+def check_cache(model: nn.Module, config: Any) -> None:
+    """Raises unless the cache is right for a FLUX model whose groups skip blocks.
+
+    MagCache and TaylorSeer count every block's calls. First-block caching acts on the first and on
+    the last block, which must therefore always run.
+    """
+    if model.d2m_config.mob is None:
+        return
+    if type(config).__name__ != "FirstBlockCacheConfig":
+        raise ValueError(
+            f"{type(config).__name__} counts the calls of every block, which differ between "
+            f"the blocks of a MoB group; use FirstBlockCacheConfig, or a model without MoB"
+        )
+    kinds = ("transformer_blocks", "single_transformer_blocks")
+    names = [f"{kind}.{i}" for kind in kinds for i in range(len(getattr(model, kind)))]
+    grouped = {name for group in group_names(model.d2m_config).values() for name in group}
+    ends = [name for name in (names[0], names[-1]) if name in grouped]
+    if ends:
+        raise ValueError(
+            f"first-block caching compares the first block's output and ends at the last block, "
+            f"but {' and '.join(ends)} may be skipped by a MoB group; keep the first and the last "
+            f"block out of groups (see propose_groups)"
+        )

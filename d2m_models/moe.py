@@ -9,14 +9,14 @@ The Linears stay the dense model's own, under the dense model's names; an expert
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from d2m_kernels import Routing, Stream, moe_ffn, moe_ffn_pair, route
-from d2m_models.config import MoEConfig, check_top_k
+from d2m_models.config import MoEConfig
 from d2m_models.weights import effective_weight, is_bare, stays_in_place
 
 ROUTER_STD = 0.02  # never zero: ties would send every token to experts 0..K-1
@@ -262,38 +262,3 @@ def run_together(
             ),
         ),
     )
-
-
-def moe_layers(model: nn.Module) -> dict[str, ExpertLayer]:
-    """Every MoE layer of a converted model by name."""
-    return {
-        name: m
-        for name, m in model.named_modules()
-        if getattr(m, "num_experts", 0) and isinstance(m, ExpertLayer)
-    }
-
-
-def set_top_k(model: nn.Module, top_k: int | str | Mapping[str, int | str]) -> None:
-    """Sets how many experts a token uses; nothing changes if any part of the request is wrong.
-
-    Args:
-        model: any converted model.
-        top_k: 0..E, "dense", or {name: value}, where a name is an MoE layer
-            ("transformer_blocks.3.ff") or a module that contains some ("transformer_blocks.3").
-    """
-    layers = moe_layers(model)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no MoE layers; convert it first")
-    wanted = top_k if isinstance(top_k, Mapping) else {"": top_k}
-    plan: dict[str, int | str] = {}
-    for prefix, value in wanted.items():
-        names = [n for n in layers if prefix in ("", n) or n.startswith(f"{prefix}.")]
-        if not names:
-            raise ValueError(
-                f"top_k names {prefix!r}, which holds no MoE layer; layers: {list(layers)}"
-            )
-        for name in names:
-            at = f"top_k for {name}" if prefix else "top_k"
-            plan[name] = check_top_k(value, layers[name].num_experts, at)
-    for name, value in plan.items():
-        layers[name].top_k = value

@@ -13,7 +13,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from d2m_kernels import Routing
-from d2m_models.config import FluxMoEConfig
+from d2m_models.config import FluxMoEConfig, group_names
 from d2m_models.mob import MoBRouting
 
 Features = dict[str, tuple[Tensor, Tensor]]
@@ -41,21 +41,6 @@ class FluxMoEOutput(Transformer2DModelOutput):
     """`sample`, and `aux` when the forward was called with `output_aux=True`."""
 
     aux: FluxMoEAux | None = None
-
-
-def group_names(config: FluxMoEConfig) -> dict[str, tuple[str, ...]]:
-    """Group name ("mob.double.0") -> names of its blocks."""
-    if config.mob is None:
-        return {}
-    kinds = (
-        ("double", "transformer_blocks", config.mob.double_groups),
-        ("single", "single_transformer_blocks", config.mob.single_groups),
-    )
-    return {
-        f"mob.{kind}.{g}": tuple(f"{prefix}.{i}" for i in group)
-        for kind, prefix, groups in kinds
-        for g, group in enumerate(groups)
-    }
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class UserError(Exception):
     """Something the user can put right; `d2m` prints it without a traceback and exits with 2."""
@@ -17,3 +19,14 @@ class CheckpointError(UserError):
 
 class TrainingError(UserError, RuntimeError):
     """Training cannot go on, for example because the loss is no longer finite."""
+
+
+class library_errors:
+    """Argument errors of the libraries (which name the argument) become one-line user errors."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, err: Any, trace: Any) -> None:
+        if isinstance(err, (ValueError, TypeError)) and not isinstance(err, UserError):
+            raise UserError(" ".join(str(err).split())) from err

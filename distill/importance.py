@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from distill.data import Batch
+from distill.data.batch import Batch
 
 
 def ffn_linears(model: nn.Module) -> dict[str, tuple[nn.Linear, nn.Linear, int]]:

@@ -9,18 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from distill import checkpoint as ckpt
-from distill.config import DistillConfig
-from distill.data import Digits
-from distill.demo_config import EvalConfig
-from distill.errors import CheckpointError, ConfigError, UserError
-from distill.parallel import World, shard_model, start_world, stop_world
-from distill.preview import Previews
-from distill.sources import data_fingerprint, open_source
+from distill import files as ckpt
+from distill.configs.sections import DistillConfig
+from distill.configs.training import first_batch, settings
+from distill.data.sources import data_fingerprint, open_source
+from distill.errors import CheckpointError, ConfigError
+from distill.loop.parallel import World, shard_model, start_world, stop_world
+from distill.sampling import Previews
 from distill.stages import VERSION, run_stage
 from distill.students import group_blocks, make_student, measure, student_skeleton
-from distill.teacher import load_flux, load_teacher, modulation_inputs, refuse_pickles
-from distill.train_config import first_batch, settings
+from distill.teacher import load_teacher, modulation_inputs
 
 
 def student_structure(config: DistillConfig, teacher: nn.Module) -> Any:
@@ -166,56 +164,3 @@ def _claim(
         )
     if write and (old != text or not path.exists()):
         ckpt.write_text(path, text)
-
-
-def load_model(path: Path | str) -> nn.Module:
-    """A saved MoE/MoB model or dense FLUX transformer, in eval mode."""
-    config = Path(path) / "config.json"
-    try:
-        kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
-    except OSError as err:
-        raise UserError(
-            f"cannot read {config}: {err.strerror or err}; expected a saved model"
-        ) from err
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as err:
-        raise UserError(f"{config} is no valid model configuration ({err})") from err
-    if kind != "FluxMoETransformer2DModel":
-        return load_flux(path).eval()
-    from d2m_models import FluxMoETransformer2DModel
-
-    refuse_pickles(Path(path))
-    try:
-        return FluxMoETransformer2DModel.from_pretrained(path, use_safetensors=True).eval()
-    except Exception as err:  # diffusers and safetensors raise many kinds
-        raise CheckpointError(
-            f"cannot load the model in {path}: {' '.join(str(err).split())}"
-        ) from err
-
-
-def _check_digits(model: nn.Module) -> None:
-    have = tuple(
-        model.config[k] for k in ("in_channels", "joint_attention_dim", "pooled_projection_dim")
-    )
-    want = (Digits.channels, Digits.text_dim, Digits.pooled_dim)
-    if have != want:
-        raise UserError(
-            f"the model takes (channels, text, pooled) = {have}, digits are {want}; for FLUX "
-            "models use diffusers' FluxPipeline(transformer=...)"
-        )
-
-
-def sample_digits(model: nn.Module, path: Path, steps: int, per_class: int, seed: int) -> float:
-    """Write a grid of samples as a PNG; returns the share the classifier reads as their prompt."""
-    from distill.evaluate import Judge, judge_samples
-    from distill.plots import samples_png
-
-    _check_digits(model)
-    digits = Digits("train")
-    noise = digits.noise_batch(seed, per_class)
-    config = EvalConfig(per_class=per_class, sample_steps=steps)
-    accuracy, images = judge_samples(model, Judge(digits), digits, noise, config)
-    prompts = [str(d) for d in range(Digits.num_classes)]
-    samples_png(
-        path, {"samples": (f"{accuracy:.0%} read right", images)}, prompts, min(per_class, 4)
-    )
-    return accuracy

@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import nn
 
-from distill import checkpoint as ckpt
-from distill.config import StageConfig
-from distill.objective import Distillation
-from distill.optimizer import FrozenSlice
-from distill.parallel import World, shard_copy
-from distill.train import Preview, train
-from distill.train_config import settings
+from distill import files as ckpt
+from distill.configs.sections import StageConfig
+from distill.configs.training import settings
+from distill.loop.objective import Distillation
+from distill.loop.optimizer import FrozenSlice
+from distill.loop.parallel import World, shard_copy
+from distill.loop.train import Preview, train
 
 VERSION = 1  # raise when a change makes old checkpoints mean something else
 
@@ -31,7 +31,7 @@ VERSION = 1  # raise when a change makes old checkpoints mean something else
 def ffn_slices(model: nn.Module, part: str) -> list[FrozenSlice]:
     """The "shared" or "experts" part of every MoE layer's w1 rows, b1 entries and w2 columns."""
     from d2m_models import moe_layers
-    from d2m_models.conversion import ffn_tensors
+    from d2m_models.conversion.flux import ffn_tensors
 
     shapes = {name: p.shape for name, p in model.named_parameters()}
     slices = []
@@ -49,7 +49,7 @@ def prepare_stage(
 ) -> list[FrozenSlice]:
     """Set what runs and learns in a stage; returns the parts of parameters that must not move."""
     from d2m_models import moe_layers, set_top_k
-    from d2m_models.output import group_names
+    from d2m_models.config import group_names
 
     structure = model.d2m_config
     model.train().requires_grad_(True)
@@ -127,7 +127,7 @@ def run_stage(
         trained, frozen = shard_copy(model, world, prepare)
     features = None
     if config.stage == "mob":
-        from d2m_models.output import group_names
+        from d2m_models.config import group_names
 
         features = list(group_names(model.d2m_config))
     run_id = ckpt.fingerprint(

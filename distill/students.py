@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.config import StudentConfig
-from distill.data import Batch, generator
+from distill.configs.sections import StudentConfig
+from distill.data.batch import Batch, generator
 from distill.importance import ffn_linears, taylor_importance
 
 # --- measured on the teacher ----------------------------------------------------------------
@@ -173,7 +173,7 @@ def make_student(
 def student_skeleton(teacher: nn.Module, structure: Any) -> nn.Module:
     """The student that `convert_flux` would make, on the meta device."""
     from d2m_models import FluxMoETransformer2DModel
-    from d2m_models.conversion import model_arguments
+    from d2m_models.conversion.flux import model_arguments
 
     with torch.device("meta"):
         return FluxMoETransformer2DModel(**model_arguments(teacher, structure))
@@ -182,7 +182,7 @@ def student_skeleton(teacher: nn.Module, structure: Any) -> nn.Module:
 def group_blocks(model: nn.Module, mob: Any, seed: int) -> nn.Module:
     """A copy of the model with MoB groups and fresh block routers; no other weight changes."""
     from d2m_models import FluxMoETransformer2DModel
-    from d2m_models.conversion import model_arguments
+    from d2m_models.conversion.flux import model_arguments
 
     device = next(model.parameters()).device
     if device.type == "meta":

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill import checkpoint as ckpt
-from distill.checked import to_dict
-from distill.config import DataConfig, TeacherConfig
-from distill.data import Digits
-from distill.errors import CheckpointError, UserError
+from d2m_models.checkpoints.load import load_flux
+from distill import files as ckpt
+from distill.configs.checked import to_dict
+from distill.configs.sections import DataConfig, TeacherConfig
+from distill.configs.training import settings
+from distill.data.digits import Digits
+from distill.errors import library_errors
 from distill.importance import flow_matching_loss
-from distill.train import train
-from distill.train_config import settings
+from distill.loop.train import train
 
-VERSION = (
-    1  # raise when the data, the model or the loss changes, so that cached teachers are retrained
-)
+# Raise when the data, the model or the loss changes, so that cached teachers are retrained.
+VERSION = 1
 
 
 def cache_folder() -> Path:
@@ -59,9 +59,10 @@ def load_teacher(
     all its settings, so a second run starts at once.
     """
     if config.path is not None:
-        teacher = load_flux(config.path, dtype=getattr(torch, config.dtype))
+        with library_errors():
+            teacher = load_flux(config.path, dtype=getattr(torch, config.dtype))
         if config.lora is not None:
-            from d2m_models.fuse import fuse_lora, read_lora
+            from d2m_models.checkpoints.lora_file import fuse_lora, read_lora
 
             fuse_lora(teacher, read_lora(config.lora, config.lora_scale))
     else:
@@ -87,43 +88,6 @@ def load_teacher(
             progress=progress,
         )
     return teacher.to(device).eval().requires_grad_(False)
-
-
-def load_flux(
-    path: Path | str, subfolder: str | None = None, dtype: torch.dtype | None = None
-) -> nn.Module:
-    """A dense `FluxTransformer2DModel` from a folder, a pipeline's folder or a hub name."""
-    from diffusers import FluxTransformer2DModel
-
-    local = Path(path)
-    if subfolder is None and (local / "model_index.json").is_file():
-        subfolder = "transformer"
-    folder = local / subfolder if subfolder else local
-    looks_local = (
-        local.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1
-    )
-    if looks_local and not (folder / "config.json").is_file():
-        state = "has no config.json" if folder.is_dir() else "does not exist"
-        raise UserError(f"{folder} {state}; expected the folder of a saved FluxTransformer2DModel")
-    refuse_pickles(folder)
-    try:
-        return FluxTransformer2DModel.from_pretrained(
-            path, subfolder=subfolder, torch_dtype=dtype, use_safetensors=True
-        )
-    except Exception as err:  # diffusers, safetensors and the hub client raise many kinds
-        raise CheckpointError(
-            f"cannot load a FLUX transformer from {folder}: {' '.join(str(err).split())}"
-        ) from err
-
-
-def refuse_pickles(folder: Path) -> None:
-    """An error that says so where a folder's weights are in a pickle, which may hold any code."""
-    files = sorted(f.name for f in folder.glob("diffusion_pytorch_model*"))
-    if any(".bin" in f for f in files) and not any(".safetensors" in f for f in files):
-        raise UserError(
-            f"{folder} holds pickles ({files[0]}); only safetensors are read: load it with "
-            "diffusers where you trust it, and save it again"
-        )
 
 
 def modulation_inputs(teacher: nn.Module, source: Any, count: int, seed: int) -> Tensor:

@@ -1,4 +1,4 @@
-// The module `_d2m_cpu`: addresses and sizes in, nothing out. d2m_kernels/_ext.py is its only
+// The module `_d2m_cpu`: addresses and sizes in, nothing out. d2m_kernels/backends/native.py is its only
 // caller.
 #include <pybind11/pybind11.h>
 

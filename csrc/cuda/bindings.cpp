@@ -1,4 +1,4 @@
-// The module `_d2m_cuda`: addresses, sizes and a stream in, nothing out. d2m_kernels/_ext.py is its
+// The module `_d2m_cuda`: addresses, sizes and a stream in, nothing out. d2m_kernels/backends/native.py is its
 // only caller.
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>

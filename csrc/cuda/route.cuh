@@ -2,7 +2,7 @@
 // from. Shapes: T tokens, D model width, E experts, K top-k, N = T*K slots, G blocks.
 //
 // The arithmetic behind the tile (T = 4608, D = 3072, E = 12, bf16, 132 SMs at 1.75 GHz); what the
-// compiler says is checked in tests/test_cuda_compile.py, the times are for a GPU to measure:
+// compiler says is checked in tests/kernels/test_cuda_compile.py, the times are for a GPU to measure:
 //
 // - x is 28 MB: 6.6 us at 4.3 TB/s, if it is read once.
 // - 170 M multiply-adds in fp32 (exact with an fp32 router): 5.8 us at 128 a clock and SM.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from moe_cases import Case, call, run
+from helpers.cases import Case, call, run
 
 pytestmark = [
     pytest.mark.gpu,

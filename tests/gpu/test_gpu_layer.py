@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from moe_cases import (
+from helpers.cases import (
     Case,
     available,
     call,
@@ -31,10 +31,10 @@ from d2m_kernels import (
     moe_ffn,
     moe_ffn_pair,
     permute,
-    reference,
     route,
     why_two_calls,
 )
+from d2m_kernels.backends import reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -324,7 +324,7 @@ def test_a_blocks_adaln_gate_and_residual(backend, k, S):
 @pytest.mark.parametrize("T", [700, 4608])
 def test_half_tiles_give_the_same_result(activation, T, monkeypatch):
     """The variant of the tiles that skips the empty half of a group's last one."""
-    configs = pytest.importorskip("d2m_kernels.triton_.configs")
+    configs = pytest.importorskip("d2m_kernels.backends.triton.configs")
     serves("triton", torch.bfloat16)
     case = Case(T=T, D=256, S=128, H=128, E=12, activation=activation, dtype=torch.bfloat16,
                 device="cuda")  # fmt: skip

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from moe_cases import Case, compare, compare_pair
-from triton_cases import UP, every_pin
+from helpers.cases import Case, compare, compare_pair
+from helpers.triton_cases import UP, every_pin
 
 pytestmark = [
     pytest.mark.gpu,
@@ -15,7 +15,7 @@ pytestmark = [
 
 def rows():
     """(activation, pin): sm_90's table where there is no GPU, so that the tests are listed."""
-    configs = pytest.importorskip("d2m_kernels.triton_.configs")
+    configs = pytest.importorskip("d2m_kernels.backends.triton.configs")
     arch = configs.arch_of("cuda", 0) if torch.cuda.is_available() else "sm90"
     found = every_pin([arch], same=lambda config: config)
     other = [c.name for c in configs.by_name().values() if c.block_m >= 128 and not c.halves]

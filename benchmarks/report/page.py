@@ -1,0 +1,155 @@
+"""Of benchmark results: PNGs, one self-contained page, and the tables of Markdown pages."""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+from pathlib import Path
+
+from report.pictures import FIGURES
+from report.read import Results, load_results, machine_label
+from report.tables import TABLES, filled, markdown, origin
+
+from distill import files as ckpt
+from distill.errors import UserError
+from distill.study import claims
+from distill.study.page import STYLE, _html_table
+
+_TITLES = {
+    "table1": ("Table 1", "The paper's cost columns (one H20, 1024x1024), our counts, and what was "
+               "measured. Latency/FLOPs is the latency ratio to dense over the FLOPs ratio, "
+               "attention in full on both sides; latency/ideal sets the latency against dense's "
+               "own measured parts, each scaled by what the model keeps of it. Predicted columns "
+               "are predictions."),
+    "peers": ("The layer and its peers", "Medians of ratios to the dense FFN measured in the same "
+              "rounds, balanced routing, D = 3072, 3072 shared neurons and 2 of 12 experts of 768; "
+              "quartiles in brackets."),
+    "layers": ("Every layer measured", "Medians of ratios to the dense FFN measured in the same "
+               "rounds, the faster of eager and compiled; quartiles in brackets. Of floor: as for "
+               "stages."),
+    "stages": ("Stages", "Of ceiling, of copy ceiling: shares of the matrix-product and the copy "
+               "rate that the same run measured at its start. Of floor: the least time that these "
+               "allow (the longer one), over the time taken. More than 100% is possible: the "
+               "ceilings are medians of one large product and one copy that no cache holds, while "
+               "a stage's data may stay in cache from call to call."),
+    "scaling": ("Scaling", "Medians; one thing varies at a time, from FLUX's layer (batch: "
+                "DiT-XL/2's, 256 tokens a sample); ratio of moe_ffn to dense."),
+    "blocks": ("Blocks", "One block of FLUX.1 at full width; where dense's time goes."),
+    "models": ("Whole models", "Random weights; latency/ideal as above, in the same mode. "
+               "Composed: added up from measured blocks, never run as a whole."),
+    "dense-parts": ("Where dense's time goes", "By a profile of one step; GELU belongs to the "
+                    "FFN, launch gaps to the rest."),
+    "prediction-error": ("How good is the prediction?", "The paper's MoE rows ran other kernels "
+                         "(MegaBlocks): there the difference is not the prediction's alone."),
+    "distillation": ("Distillation", "Training steps of each stage."),
+    "unavailable": ("Peers and modes that are missing", "Asked for, and why they were not "
+                    "measured."),
+    "environments": ("Environment", "Every number's run; ceilings are those that the run measured "
+                     "at its start."),
+}  # fmt: skip
+_MARK = re.compile(r"(<!-- begin:([\w-]+) -->\n)(.*?)(<!-- end:\2 -->)", re.S)
+
+
+def results_in(folder: Path | str) -> dict:
+    results = load_results(folder)
+    if not results:
+        raise UserError(
+            f"{folder} holds no benchmark results; "
+            "`pytest benchmarks/ --benchmark-only --results benchmarks/results` writes some"
+        )
+    return results
+
+
+def render(folder: Path | str) -> Path:
+    """(Re)write the pictures and report.html of a folder of results files; returns the page."""
+    folder = Path(folder)
+    results = results_in(folder)
+    figures = []
+    for file, (title, draw) in FIGURES.items():
+        alt = draw(folder / file, results)
+        if alt is None:  # nothing measured that it could show
+            (folder / file).unlink(missing_ok=True)
+        else:
+            figures.append((file, title, alt))
+    page = folder / "report.html"
+    ckpt.write_text(page, _page(folder, results, figures))
+    return page
+
+
+def _page(folder: Path, results: Results, figures: list[tuple[str, str, str]]) -> str:
+    parts = []
+    for file, title, alt in figures:
+        data = base64.b64encode((folder / file).read_bytes()).decode()
+        parts.append(
+            f"<h2>{html.escape(title)}</h2><figure>"
+            f'<img alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{html.escape(alt)}</figcaption></figure>"
+        )
+    for name, (title, caption) in _TITLES.items():
+        header, rows = filled(TABLES[name](results))
+        if rows:
+            caption = f"{caption} {origin(name, results)}".strip()
+            parts.append(f'<h2 id="{name}">{html.escape(title)}</h2>')
+            parts.append(f"<p>{html.escape(caption)}</p>{_html_table(header, rows)}")
+    skipped = "".join(
+        f"<li>{html.escape(machine_label(name, r))}: {html.escape(row['id'])}: "
+        f"{html.escape(row['why'])}</li>"
+        for name, r in results.items()
+        for row in r["skipped"]
+    )
+    if skipped:
+        parts.append(f"<h2>Not measured</h2><ul>{skipped}</ul>")
+    machines = ", ".join(machine_label(name, r) for name, r in results.items())
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<title>dense2moe benchmarks</title><style>{STYLE}</style></head><body>
+<h1>Does the latency fall as far as the FLOPs?</h1>
+<p>Measured on: {html.escape(machines)}. All contenders ran in turn in one process, on random data;
+numbers are medians.</p>
+{"".join(parts)}
+</body></html>
+"""
+
+
+def with_tables(text: str, results: Results, folder: Path | str) -> str:
+    """The text with everything between <!-- begin:NAME --> and <!-- end:NAME --> made anew.
+
+    "claims" is the verdicts of the folder's claims.json, written by `d2m ablate`.
+    """
+
+    def fresh(match: re.Match) -> str:
+        begin, name, _, end = match.groups()
+        if name == "claims":
+            table, under = claims.table(claims.read(Path(folder) / "claims.json")), ""
+        elif name in TABLES:
+            table, under = TABLES[name](results), origin(name, results)
+        else:
+            known = sorted([*TABLES, "claims"])
+            raise UserError(f"marker begin:{name} is unknown; tables are {known}")
+        below = f"\n{under}\n" if under else ""
+        return f"{begin}{markdown(table)}{below}{end}"
+
+    return _MARK.sub(fresh, text)
+
+
+def update_page(page: Path | str, folder: Path | str, check: bool = False) -> bool:
+    """Writes a Markdown page's tables from the results in `folder`; returns whether it was stale.
+
+    check: only look, write nothing.
+    """
+    page = Path(page)
+    try:
+        text = page.read_text(encoding="utf-8")
+    except OSError as err:
+        raise UserError(f"cannot read {page}: {err.strerror or err}") from err
+    begun = re.findall(r"<!-- begin:([\w-]+) -->", text)
+    closed = [m.group(2) for m in _MARK.finditer(text)]
+    if begun != closed:
+        raise UserError(f"{page}: markers without an end: {sorted(set(begun) - set(closed))}")
+    fresh = with_tables(text, load_results(folder), folder) if begun else text
+    stale = fresh != text
+    if stale and not check:
+        ckpt.write_text(page, fresh)
+    return stale

@@ -1,0 +1,276 @@
+"""The back-end "cpu": C++ for route, permute and combine, oneDNN (through torch) for the products.
+
+Shapes: T tokens, D model, F hidden, E experts, K top-k, N = T*K slots, S shared neurons, H = F_e.
+
+The experts run one after another on views of the dense weights; rows go through in blocks of at
+most BLOCK_ROWS, so that besides its results a call holds one block's temporaries only, and what a
+product wrote is still in the cache when the activation reads it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+
+import torch
+import torch.nn.functional as F
+
+from d2m_kernels.activations import activate_, activate_backward_, activate_into, pointwise
+from d2m_kernels.backends import native
+from d2m_kernels.backends.reference import grouped_gemm_bwd, neurons, spans
+from d2m_kernels.contract import FFNGrads
+
+__all__ = ["combine", "ffn_bwd", "ffn_fwd", "grouped_gemm", "grouped_gemm_bwd", "permute", "route"]
+
+NAME = "cpu"
+BLOCK_ROWS = 1024  # a [1024, 768] x [768, 3072] product still runs at full speed
+WORKSPACE_BYTES = 128 << 20  # the most that a thread keeps between calls
+# Activations oneDNN has for a product's epilogue, that are as exact as torch's and keep a NaN.
+EPILOGUES = {"gelu": "none", "gelu_tanh": "tanh"}
+_held = threading.local()
+
+
+def unavailable() -> str | None:
+    return native.cpu_available()
+
+
+def unsupported(device_type: str, dtype: torch.dtype) -> str | None:
+    if device_type != "cpu":
+        return "it serves CPU tensors only"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return "it serves bf16, fp16 and fp32"
+    return None
+
+
+def route(x_TD, router_ED, top_k, mask_T=None):
+    probs_TE, weights_TK, ids_TK = native.cpu_route(x_TD, router_ED, top_k, mask_T)
+    return probs_TE, weights_TK, ids_TK, *permute(ids_TK, router_ED.shape[0])
+
+
+permute = native.cpu_permute
+combine = native.cpu_combine
+
+
+def workspace(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    """Uninitialised tensors that are this thread's until it asks again.
+
+    Memory fresh from the system costs a page fault every 4 KiB, 5% of a layer's forward for the
+    routed rows of 4608 tokens; so up to WORKSPACE_BYTES are kept for the next call.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    total = sum(sizes) * dtype.itemsize
+    buffer = getattr(_held, "buffer", None)
+    if buffer is None or buffer.numel() < total:
+        with torch.inference_mode(False):  # an inference tensor could not be written to outside
+            buffer = torch.empty(total, dtype=torch.uint8)
+        if total <= WORKSPACE_BYTES:
+            _held.buffer = buffer
+    parts = buffer[:total].view(dtype).split(sizes)
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def forget_workspace() -> None:
+    """Give this thread's workspace back."""
+    _held.__dict__.clear()
+
+
+def blocks(offsets):
+    """(expert, first row, end row) of blocks of at most BLOCK_ROWS rows."""
+    return [
+        (e, start, min(start + BLOCK_ROWS, hi))
+        for e, lo, hi in spans(offsets)
+        for start in range(lo, hi, BLOCK_ROWS)
+    ]
+
+
+def grouped_gemm(
+    x, w_ENK, offsets, w_gate=None, gather=None, bias_EN=None, bias_gate=None, activation=None
+):
+    out = x.new_empty(x.shape[0] if gather is None else gather.shape[0], w_ENK.shape[1])
+    x_block = None if gather is None else x.new_empty(min(BLOCK_ROWS, out.shape[0]), x.shape[1])
+    for e, lo, hi in blocks(offsets):
+        x_e = x[lo:hi]
+        if gather is not None:
+            x_e = native.cpu_gather_rows(x, gather[lo:hi], 1, x_block[: hi - lo])
+        z = _linear(x_e, w_ENK[e], None if bias_EN is None else bias_EN[e], out[lo:hi])
+        if w_gate is not None:
+            gate = F.linear(x_e, w_gate[e], None if bias_gate is None else bias_gate[e])
+            z.mul_(pointwise(activation, gate))
+        elif activation is not None:
+            activate_(activation, z)
+    out[int(offsets[-1]) :] = 0
+    return out
+
+
+def _linear(x, w, b, out):
+    """x w^T + b into `out`, without a temporary."""
+    return torch.mm(x, w.T, out=out) if b is None else torch.addmm(b, x, w.T, out=out)
+
+
+@functools.cache
+def _has_epilogues() -> bool:
+    found = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return found and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _fuses(x, w, activation) -> bool:
+    """Whether `_linear_act` serves, which saves a pass over the hidden units: 3% of a layer.
+
+    A strided w it would take, and be a thousand times slower (2 s for 64 rows and 768 neurons).
+    """
+    whole = x.is_contiguous() and w.is_contiguous()
+    usable = x.dtype == torch.bfloat16 and activation in EPILOGUES and w.numel() > 0
+    return usable and whole and torch.backends.mkldnn.enabled and _has_epilogues()
+
+
+def _linear_act(x, w, b, activation):
+    """act(x w^T + b), rounded once."""
+    return torch.ops.mkldnn._linear_pointwise(x, w, b, "gelu", [], EPILOGUES[activation])
+
+
+def _pre_activation(x, up_FD, gate_FD, b_up_F, b_gate_F, own, out):
+    """z = x w^T + b of the neurons `own` into `out`; gated: [up | gate] side by side."""
+    size = own.stop - own.start
+    _linear(x, up_FD[own], None if b_up_F is None else b_up_F[own], out[:, :size])
+    if gate_FD is not None:
+        _linear(x, gate_FD[own], None if b_gate_F is None else b_gate_F[own], out[:, size:])
+    return out
+
+
+def ffn_fwd(
+    x_TD, up_FD, gate_FD, w2_DF, b_up_F, b_gate_F, b2_D, weights_TK, offsets, order_N, inverse_N,
+    shared, activation, scale, save,
+):  # fmt: skip
+    own_E = neurons(shared, offsets.shape[0] - 1, up_FD.shape[0])
+    halves = 1 if gate_FD is None else 2
+    width = (own_E[0].stop - own_E[0].start) * halves
+    T, K = weights_TK.shape
+    w1 = (up_FD, gate_FD, b_up_F, b_gate_F)
+
+    fused = not save and _fuses(x_TD, up_FD, activation)
+    # Kept for the backward pass, or one block's scratch that every part uses in turn.
+    z_shared = x_TD.new_empty(T, shared * halves) if save else None
+    z_routed = x_TD.new_empty(order_N.shape[0], width) if save else None
+    block_rows = min(BLOCK_ROWS, max(T, order_N.shape[0]))
+    y_ND, x_block, scratch = workspace(
+        x_TD.dtype,
+        (order_N.shape[0], x_TD.shape[1]),
+        (block_rows if K else 0, x_TD.shape[1]),
+        (0 if fused else block_rows * max(shared, width // halves) * (1 if save else halves),),
+    )
+
+    def hidden(x, own, z, rows):
+        """act(x w1^T + b1) of the neurons `own` on some rows; z, where it is kept, gets the sum."""
+        if fused:
+            return _linear_act(x, up_FD[own], None if b_up_F is None else b_up_F[own], activation)
+        size = (own.stop - own.start) * (1 if save else halves)
+        block = scratch[: x.shape[0] * size].view(x.shape[0], size)
+        if save:
+            return activate_into(activation, _pre_activation(x, *w1, own, z[rows]), block)
+        return activate_(activation, _pre_activation(x, *w1, own, block))
+
+    if shared:
+        own, y_TD = slice(0, shared), x_TD.new_empty(x_TD.shape)
+        for start in range(0, T, BLOCK_ROWS):
+            rows = slice(start, min(start + BLOCK_ROWS, T))
+            _linear(hidden(x_TD[rows], own, z_shared, rows), w2_DF[:, own], b2_D, y_TD[rows])
+    else:
+        y_TD = x_TD.new_zeros(x_TD.shape) if b2_D is None else b2_D.repeat(T, 1)
+    if not K:
+        return y_TD, z_shared, z_routed
+
+    for e, lo, hi in blocks(offsets):
+        x_e = native.cpu_gather_rows(x_TD, order_N[lo:hi], K, x_block[: hi - lo])
+        h = hidden(x_e, own_E[e], z_routed, slice(lo, hi))
+        torch.mm(h, w2_DF[:, own_E[e]].T, out=y_ND[lo:hi])
+    slots = (y_ND, inverse_N.view(T, K), weights_TK, offsets)
+    return combine(*slots, y_TD, None, scale, out=y_TD), z_shared, z_routed
+
+
+def ffn_bwd(
+    dy_TD, x_TD, up_FD, gate_FD, w2_DF, weights_TK, offsets, order_N, inverse_N, z_shared, z_routed,
+    shared, activation, scale, frozen, grads: FFNGrads,
+):  # fmt: skip
+    own_E = neurons(shared, offsets.shape[0] - 1, up_FD.shape[0])
+    T, K = weights_TK.shape
+    w = (up_FD, gate_FD, w2_DF)
+    if shared:
+        scratch = workspace(x_TD.dtype, (T * shared,), (T * shared,))
+        own = slice(0, shared)
+        _part_bwd(own, frozen, w, dy_TD, x_TD, z_shared, activation, None, grads, scratch, grads.x)
+    if grads.b2 is not None:
+        torch.sum(dy_TD, 0, out=grads.b2)
+    _zero_empty(own_E, offsets, grads)
+    if K:
+        largest = max((hi - lo for _, lo, hi in spans(offsets)), default=0)
+        size = largest * (own_E[0].stop - own_E[0].start)
+        rows, D = 0 if grads.x is None else order_N.shape[0], x_TD.shape[1]
+        dx_ND, x_block, dy_block, *scratch = workspace(
+            x_TD.dtype, (rows, D), (largest, D), (largest, D), (size,), (size,)
+        )
+        dweights_N = weights_TK.new_zeros(T * K)
+        for e, lo, hi in spans(offsets):
+            slots = order_N[lo:hi].long()
+            x_e = native.cpu_gather_rows(x_TD, order_N[lo:hi], K, x_block[: hi - lo])
+            dy_e = native.cpu_gather_rows(dy_TD, order_N[lo:hi], K, dy_block[: hi - lo])
+            factor = (scale * weights_TK.view(-1)[slots, None]).to(x_TD.dtype)
+            dx_e = dx_ND[lo:hi] if rows else None
+            sums = _part_bwd(
+                own_E[e], 0, w, dy_e, x_e, z_routed[lo:hi], activation, factor, grads, scratch, dx_e
+            )
+            dweights_N[slots] = scale * sums
+        if grads.weights is not None:
+            grads.weights.copy_(dweights_N.view(T, K))
+        if grads.x is not None:
+            slots = (dx_ND, inverse_N.view(T, K), None, offsets)
+            combine(*slots, grads.x if shared else None, None, 1.0, out=grads.x)
+    elif grads.x is not None and not shared:
+        grads.x.zero_()
+
+
+def _part_bwd(own, frozen, w, dy, x, z, activation, factor, grads: FFNGrads, scratch, dx):
+    """One expert's gradients, written into `grads` and `dx`; returns rowsum(dA' * h).
+
+    `factor` [rows, 1] is scale * weight, None for the shared expert; the first `frozen` neurons of
+    the layer have no gradient. `scratch` holds dh and h, and then dz in dh's place.
+    """
+    up_FD, gate_FD, w2_DF = w
+    size = own.stop - own.start
+    dh, h = (part[: dy.shape[0] * size].view(dy.shape[0], size) for part in scratch)
+    torch.mm(dy, w2_DF[:, own], out=dh)
+    h = activate_into(activation, z, h)
+    sums = None if factor is None else torch.linalg.vecdot(dh.float(), h.float())
+    if factor is not None:
+        dh, h = dh.mul_(factor), h.mul_(factor)
+    dz = activate_backward_(activation, z, dh)
+
+    skip = min(max(frozen - own.start, 0), size)
+    live = slice(own.start + skip, own.stop)
+    for dw, db, first in ((grads.up, grads.b_up, 0), (grads.gate, grads.b_gate, size)):
+        dz_live = dz[:, first + skip : first + size]
+        if dw is not None:
+            dw[own.start : live.start] = 0
+            torch.mm(dz_live.T, x, out=dw[live])
+        if db is not None:
+            db[own.start : live.start] = 0
+            torch.sum(dz_live, 0, out=db[live])
+    if grads.w2 is not None:
+        grads.w2[:, own.start : live.start] = 0
+        torch.mm(dy.T, h[:, skip:], out=grads.w2[:, live])
+    if dx is not None:
+        torch.mm(dz[:, :size], up_FD[own], out=dx)
+        if gate_FD is not None:
+            dx.addmm_(dz[:, size:], gate_FD[own])
+    return sums
+
+
+def _zero_empty(own_E, offsets, grads: FFNGrads):
+    """Zero gradient for the neurons that no token reached."""
+    reached = {e for e, _, _ in spans(offsets)}
+    for own in (own_E[e] for e in range(len(own_E)) if e not in reached):
+        for dw in (grads.up, grads.gate, grads.b_up, grads.b_gate):
+            if dw is not None:
+                dw[own] = 0
+        if grads.w2 is not None:
+            grads.w2[:, own] = 0

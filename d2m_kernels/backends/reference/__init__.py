@@ -1,0 +1,57 @@
+"""The specification: every stage in plain torch, written to be obviously right rather than fast.
+
+Products are taken in fp32 (fp64 for fp64 inputs) and rounded once, to the input's dtype, at the end
+of a stage. It is also the back-end "reference": it runs anywhere, and every other back-end is
+compared with it.
+"""
+
+import torch
+
+from d2m_kernels.backends.reference.ffn import ffn_bwd, ffn_fwd, neurons
+from d2m_kernels.backends.reference.ops import (
+    combine,
+    grouped_gemm,
+    grouped_gemm_bwd,
+    linear,
+    permute,
+    route,
+    select,
+    spans,
+)
+from d2m_kernels.contract import FFNGrads, FFNInputs
+from d2m_kernels.eager import finish_block, modulate
+from d2m_kernels.tensors import matmul, wide, wide_dtype
+
+NAME = "reference"
+
+__all__ = [
+    "NAME",
+    "FFNGrads",
+    "FFNInputs",
+    "combine",
+    "ffn_bwd",
+    "ffn_fwd",
+    "finish_block",
+    "grouped_gemm",
+    "grouped_gemm_bwd",
+    "linear",
+    "matmul",
+    "modulate",
+    "neurons",
+    "permute",
+    "route",
+    "select",
+    "spans",
+    "unavailable",
+    "unsupported",
+    "wide",
+    "wide_dtype",
+]
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def unsupported(_device_type: str, _dtype: torch.dtype) -> str | None:
+    return None

@@ -1,0 +1,110 @@
+"""What a streamed conversion reads beside the weights: neuron orders and AdaLN calibration.
+
+Shapes: F neurons of an FFN, D width, n calibration samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from d2m_models.adaln import AdaLNBasis, sample_conditioning
+from d2m_models.checkpoints.reading import DenseReader
+from d2m_models.checkpoints.tensor_files import StoredTensor, TensorSpec, read_header, write_file
+from d2m_models.conversion.flux import ffn_width
+from d2m_models.partition import check_order
+from d2m_models.topk import moe_layers
+
+logger = logging.getLogger(__name__)
+
+BASIS = "adaln_basis.safetensors"
+_ERROR_SAMPLES = 16  # an error over N >= 6144 outputs each, steady enough
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def load_orders(orders, student: nn.Module) -> dict[str, Tensor]:
+    """Checked neuron orders of the student's MoE layers; {} keeps the dense order."""
+    if orders is None:
+        if moe_layers(student):
+            logger.warning(
+                "no neuron order: neurons keep the dense order, which is a poor split for "
+                "distillation (see neuron_order_from_importance)"
+            )
+        return {}
+    if not isinstance(orders, Mapping):
+        path = Path(orders).expanduser()
+        if not path.is_file():
+            raise ValueError(f"the neuron order file {path} does not exist")
+        orders = {name: tensor.read() for name, tensor in read_header(path)[0].items()}
+    known = {name: ffn_width(student, name) for name in moe_layers(student)}
+    missing = [name for name in known if name not in orders]
+    if missing:
+        raise ValueError(f"neuron_order lacks {missing[:3]} ({len(missing)} of {len(known)} FFNs)")
+    if not known:
+        raise ValueError("neuron_order is given, but the configuration has no experts")
+    return {n: check_order(orders[n], f, f"neuron_order[{n!r}]") for n, f in known.items()}
+
+
+def load_calibration(samples, dim: int) -> Tensor | None:
+    if samples is None or isinstance(samples, Tensor):
+        temb_nD = samples
+    else:
+        path = Path(samples).expanduser()
+        if not path.is_file():
+            raise ValueError(f"the calibration file {path} does not exist")
+        found = read_header(path)[0]
+        if "temb" not in found:
+            raise ValueError(f"{path} has no tensor 'temb' [n, D={dim}], but {sorted(found)[:3]}")
+        temb_nD = found["temb"].read()
+    if temb_nD is not None and (temb_nD.ndim != 2 or temb_nD.shape[1] != dim):
+        raise ValueError(f"adaln_calibration must be [n, D={dim}], got {tuple(temb_nD.shape)}")
+    return temb_nD
+
+
+def adaln_basis(
+    folder: Path,
+    reader: DenseReader,
+    dense: nn.Module,
+    temb_nD: Tensor | None,
+    width: int,
+    seed: int,
+) -> tuple[AdaLNBasis, Tensor]:
+    """The AdaLN basis, kept in a file: a resumed run must go on with the very same."""
+    path = folder / BASIS
+    if not path.is_file():
+        if temb_nD is None:
+            logger.warning("no AdaLN calibration: random pooled embeddings stand in for prompts")
+            embed = dense.time_text_embed.to_empty(device="cpu")
+            for name, parameter in embed.named_parameters():
+                parameter.data = reader.read(f"time_text_embed.{name}").float()
+            temb_nD = sample_conditioning(dense, seed=seed)
+        basis = AdaLNBasis.from_samples(temb_nD, width)
+        chosen_nD = temb_nD[:: max(1, len(temb_nD) // _ERROR_SAMPLES)].float().cpu()
+        tensors = {
+            "mean": basis.mean, "directions": basis.directions, "samples": chosen_nD,
+            "explained": torch.tensor([basis.explained], dtype=torch.float64),
+        }  # fmt: skip
+        tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+        specs = [TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()]
+        write_file(path, specs, tensors.values())
+    return read_basis(path)
+
+
+def read_basis(path: Path) -> tuple[AdaLNBasis, Tensor]:
+    """The basis a conversion used, and the samples its errors were measured on."""
+    found: dict[str, StoredTensor] = read_header(path)[0]
+    stored = {name: tensor.read() for name, tensor in found.items()}
+    basis = AdaLNBasis(stored["mean"], stored["directions"], float(stored["explained"]))
+    return basis, stored["samples"]

@@ -1,0 +1,68 @@
+"""Saved models and FLUX, from a local folder or the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+def load_model(path: Path | str) -> nn.Module:
+    """A saved MoE/MoB model or dense FLUX transformer, in eval mode."""
+    config = Path(path) / "config.json"
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
+    except OSError as err:
+        raise ValueError(
+            f"cannot read {config}: {err.strerror or err}; expected a saved model"
+        ) from err
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as err:
+        raise ValueError(f"{config} is no valid model configuration ({err})") from err
+    if kind != "FluxMoETransformer2DModel":
+        return load_flux(path).eval()
+    from d2m_models.flux import FluxMoETransformer2DModel
+
+    refuse_pickles(Path(path))
+    try:
+        return FluxMoETransformer2DModel.from_pretrained(path, use_safetensors=True).eval()
+    except Exception as err:  # diffusers and safetensors raise many kinds
+        raise ValueError(f"cannot load the model in {path}: {' '.join(str(err).split())}") from err
+
+
+def load_flux(
+    path: Path | str, subfolder: str | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """A dense `FluxTransformer2DModel` from a folder, a pipeline's folder or a hub name."""
+    from diffusers import FluxTransformer2DModel
+
+    local = Path(path)
+    if subfolder is None and (local / "model_index.json").is_file():
+        subfolder = "transformer"
+    folder = local / subfolder if subfolder else local
+    looks_local = (
+        local.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1
+    )
+    if looks_local and not (folder / "config.json").is_file():
+        state = "has no config.json" if folder.is_dir() else "does not exist"
+        raise ValueError(f"{folder} {state}; expected the folder of a saved FluxTransformer2DModel")
+    refuse_pickles(folder)
+    try:
+        return FluxTransformer2DModel.from_pretrained(
+            path, subfolder=subfolder, torch_dtype=dtype, use_safetensors=True
+        )
+    except Exception as err:  # diffusers, safetensors and the hub client raise many kinds
+        raise ValueError(
+            f"cannot load a FLUX transformer from {folder}: {' '.join(str(err).split())}"
+        ) from err
+
+
+def refuse_pickles(folder: Path) -> None:
+    """An error that says so where a folder's weights are in a pickle, which may hold any code."""
+    files = sorted(f.name for f in folder.glob("diffusion_pytorch_model*"))
+    if any(".bin" in f for f in files) and not any(".safetensors" in f for f in files):
+        raise ValueError(
+            f"{folder} holds pickles ({files[0]}); only safetensors are read: load it with "
+            "diffusers where you trust it, and save it again"
+        )

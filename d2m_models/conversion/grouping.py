@@ -1,0 +1,117 @@
+"""Which blocks should form MoB groups: those that change their input least (Fig. 3).
+
+Shapes: n samples, L blocks of one kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+KINDS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
+
+
+@dataclass(frozen=True)
+class BlockMSE:
+    """Mean squared difference of a block's output and input: kind -> [n, L], and each sample's
+    timestep [n]."""
+
+    values: dict[str, Tensor]
+    timesteps: Tensor
+
+
+@torch.no_grad()
+def measure_block_mse(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> BlockMSE:
+    """Runs a dense FLUX on calibration inputs and measures every block.
+
+    Args:
+        batches: keyword arguments of the model's forward; spread timesteps and several prompts, for
+            a block's part differs with both.
+    """
+    rows: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+    timesteps, handles = [], []
+    current: dict[str, list[Tensor]] = {}
+    for kind, name in KINDS.items():
+        for block in getattr(model, name):
+
+            def record(_module, _args, kwargs, output, kind=kind):
+                text, image = output[0], output[1]
+                change = torch.cat(
+                    [image - kwargs["hidden_states"], text - kwargs["encoder_hidden_states"]], dim=1
+                )
+                current.setdefault(kind, []).append(change.float().square().mean((1, 2)).cpu())
+
+            handles.append(block.register_forward_hook(record, with_kwargs=True))
+    try:
+        for batch in batches:
+            current.clear()
+            model(**batch)
+            for kind, columns in current.items():
+                rows[kind].append(torch.stack(columns, dim=1))
+            timesteps.append(batch["timestep"].detach().float().cpu())
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not timesteps:
+        raise ValueError("batches is empty; pass at least one batch of calibration inputs")
+    return BlockMSE({k: torch.cat(v) for k, v in rows.items() if v}, torch.cat(timesteps))
+
+
+def propose_groups(
+    mse_L: Tensor | Sequence[float],
+    count: int,
+    size: int,
+    first: int = 1,
+    last: int = 1,
+) -> tuple[tuple[int, ...], ...]:
+    """The `count` disjoint runs of `size` consecutive blocks with the least sum of log MSE.
+
+    Exact, by dynamic programming. Blocks outside of groups always run, so those that change the
+    tokens most stay outside.
+
+    Args:
+        mse_L: one value a block (the mean over samples).
+        first, last: blocks at the ends that stay outside; at least 1, so that first-block caching
+            keeps working.
+
+    Returns:
+        Groups for `MoBConfig`, ascending.
+    """
+    values = torch.as_tensor(mse_L, dtype=torch.float64)
+    if values.ndim != 1 or not torch.isfinite(values).all() or (values < 0).any():
+        raise ValueError(f"mse must be finite values >= 0, one a block, got {tuple(values.shape)}")
+    for name, value, low in (("count", count, 1), ("size", size, 2), ("first", first, 1)):
+        if value < low:
+            raise ValueError(f"{name} must be at least {low}, got {value}")
+    if last < 1:
+        raise ValueError(f"last must be at least 1, got {last}")
+    blocks = len(values)
+    if first + count * size + last > blocks:
+        raise ValueError(
+            f"{count} groups of {size} with {first} + {last} blocks outside need "
+            f"{first + count * size + last} blocks, the model has {blocks}"
+        )
+    logs = values.clamp(min=1e-30).log()
+    cost = [float(logs[i : i + size].sum()) for i in range(blocks - size + 1)]
+    # best[g][i]: least cost of g groups within blocks[:i]
+    infinity = float("inf")
+    best = [[infinity] * (blocks + 1) for _ in range(count + 1)]
+    best[0] = [0.0] * (blocks + 1)
+    taken: dict[tuple[int, int], bool] = {}
+    for g in range(1, count + 1):
+        for i in range(first + size, blocks - last + 1):
+            with_last = best[g - 1][i - size] + cost[i - size]
+            taken[g, i] = with_last < best[g][i - 1]
+            best[g][i] = min(with_last, best[g][i - 1])
+    groups, g, i = [], count, blocks - last
+    while g:
+        if taken[g, i]:
+            groups.append(tuple(range(i - size, i)))
+            g, i = g - 1, i - size
+        else:
+            i -= 1
+    return tuple(reversed(groups))

@@ -1,0 +1,207 @@
+"""`d2m diff`: where a student departs from its teacher, block by block.
+
+Shapes: B samples, I image tokens, X text tokens, D width.
+
+    own     = ||S(x) - T(x)|| / ||T(x) - x||     the student's block on the teacher's input x
+    output  = ||s - t|| / ||t||                  the tokens after it, each model on its own way
+
+The first says which block is at fault, the second what has become of the error by then.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2m_models.blocks import BlockContext
+from d2m_models.checkpoints.source import check_dtypes, open_source
+from d2m_models.config import group_names
+from d2m_models.flux import KINDS, FluxMoETransformer2DModel
+from d2m_models.output import block_features
+from d2m_models.topk import set_top_k
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """Relative errors of one block; `output` is None inside a MoB group but for its last block."""
+
+    own_image: float
+    own_text: float
+    output_image: float | None
+    output_text: float | None
+
+    @property
+    def worst(self) -> float:
+        return max(self.own_image, self.own_text)
+
+
+def relative_error(found: Tensor, expected: Tensor, scale: Tensor | None = None) -> float:
+    """||found - expected|| / ||scale or expected|| in fp32; 0 where both are 0."""
+    error = (found.float() - expected.float()).norm()
+    size = (expected if scale is None else scale).float().norm()
+    return float(error / size) if float(size) > 0 else float(error)
+
+
+@torch.no_grad()
+def diff(
+    teacher: FluxTransformer2DModel, student: FluxMoETransformer2DModel, **inputs: Any
+) -> dict[str, BlockError]:
+    """Relative errors of the student's blocks by name, worst `own` error first.
+
+    Args:
+        teacher, student: a dense FLUX and a conversion of it, on one device.
+        inputs: the forward's arguments; a few calibration samples.
+    """
+    for kind in KINDS.values():
+        counts = [len(getattr(model, kind)) for model in (teacher, student)]
+        if counts[0] != counts[1]:
+            raise ValueError(f"teacher has {counts[0]} {kind}, student {counts[1]}")
+    with _recorded_inputs(teacher) as seen, block_features(teacher, student.d2m_config) as wanted:
+        teacher(**inputs)
+    features = student(**inputs, output_aux=True).aux.features
+    last_of = _last_blocks(student)
+    errors = {}
+    for name, (x, c, temb, rotary) in seen.items():
+        condition = temb
+        if student.d2m_config.adaln_dim is not None:
+            condition = student.adaln_down(F.silu(temb))
+        context = BlockContext(condition, rotary, {}, None)
+        x_own, c_own = student._run_block(name, x, c, context, None)
+        x_out, c_out = wanted[name]
+        feature = features.get(last_of.get(name, name))
+        errors[name] = BlockError(
+            relative_error(x_own, x_out, x_out - x),
+            relative_error(c_own, c_out, c_out - c),
+            None if feature is None else relative_error(feature[0], x_out),
+            None if feature is None else relative_error(feature[1], c_out),
+        )
+    return dict(sorted(errors.items(), key=lambda item: -item[1].worst))
+
+
+def _last_blocks(student: FluxMoETransformer2DModel) -> dict[str, str]:
+    """Last block of each MoB group -> the group's name."""
+    return {names[-1]: group for group, names in group_names(student.d2m_config).items()}
+
+
+@contextmanager
+def _recorded_inputs(teacher: nn.Module):
+    """block name -> (image, text, temb, rotary) of the next forward."""
+    seen: dict[str, tuple] = {}
+    handles = []
+    for kind in KINDS.values():
+        for i, block in enumerate(getattr(teacher, kind)):
+
+            def record(_module, _args, kwargs, name=f"{kind}.{i}"):
+                seen[name] = tuple(
+                    kwargs[key]
+                    for key in (
+                        "hidden_states",
+                        "encoder_hidden_states",
+                        "temb",
+                        "image_rotary_emb",
+                    )
+                )
+
+            handles.append(block.register_forward_pre_hook(record, with_kwargs=True))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def random_inputs(
+    model: nn.Module, batch: int = 4, image_tokens: int = 64, text_tokens: int = 16, seed: int = 0
+) -> dict[str, Tensor]:
+    """Arguments of a FLUX forward: normal latents and text, spread timesteps, a square image."""
+    side = round(image_tokens**0.5)
+    if batch < 1 or text_tokens < 1 or image_tokens < 1 or side * side != image_tokens:
+        raise ValueError(
+            f"batch and text_tokens must be at least 1 and image_tokens a square, got {batch}, "
+            f"{text_tokens}, {image_tokens}"
+        )
+    g = torch.Generator().manual_seed(seed)
+    config, parameter = model.config, next(model.parameters())
+    ids = torch.zeros(image_tokens, 3)
+    ids[:, 1], ids[:, 2] = torch.arange(image_tokens) // side, torch.arange(image_tokens) % side
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g).to(parameter.device, parameter.dtype)
+
+    inputs = {
+        "hidden_states": normal(batch, image_tokens, config.in_channels),
+        "encoder_hidden_states": normal(batch, text_tokens, config.joint_attention_dim),
+        "pooled_projections": normal(batch, config.pooled_projection_dim),
+        "timestep": ((torch.arange(batch) + 0.5) / batch).to(parameter.device, parameter.dtype),
+        "img_ids": ids.to(parameter.device),
+        "txt_ids": torch.zeros(text_tokens, 3, device=parameter.device),
+    }
+    if config.guidance_embeds:
+        inputs["guidance"] = torch.full_like(inputs["timestep"], 3.5)
+    return inputs
+
+
+def diff_checkpoints(
+    teacher: str, student: str, inputs: str | None = None, top_k: Any = None, **random: Any
+) -> dict[str, BlockError]:
+    """`diff` of two folders; inputs from a safetensors file, or `random_inputs(**random)`."""
+    from safetensors.torch import load_file
+
+    models = []
+    for cls, path in ((FluxTransformer2DModel, teacher), (FluxMoETransformer2DModel, student)):
+        if not Path(path).expanduser().is_dir():
+            raise ValueError(f"{path} does not exist; expected the folder of a saved model")
+        dtype = check_dtypes(open_source(path), None)
+        try:
+            model = cls.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
+            models.append(model.eval())
+        except Exception as error:  # diffusers and safetensors raise many kinds
+            raise ValueError(f"cannot load {path}: {' '.join(str(error).split())}") from error
+    if top_k is not None:
+        set_top_k(models[1], top_k)
+    if inputs is None:
+        return diff(*models, **random_inputs(models[0], **random))
+    if not Path(inputs).is_file():
+        raise ValueError(f"{inputs} does not exist; expected a safetensors file of inputs")
+    return diff(*models, **load_file(inputs))
+
+
+def diff_table(errors: dict[str, BlockError]) -> str:
+    """Worst block first."""
+    width = max(len(name) for name in errors)
+    head = (
+        f"{'block':{width}}  {'own image':>10}  {'own text':>10}  "
+        f"{'image after':>11}  {'text after':>10}"
+    )
+    lines = [head, "-" * len(head)]
+    for name, e in errors.items():
+        after = ["" if v is None else f"{v:.3e}" for v in (e.output_image, e.output_text)]
+        lines.append(
+            f"{name:{width}}  {e.own_image:>10.3e}  {e.own_text:>10.3e}  {after[0]:>11}  "
+            f"{after[1]:>10}"
+        )
+    return "\n".join(lines)
+
+
+def draw_diff(errors: dict[str, BlockError], path: str | Path) -> Path:
+    """Own errors in the model's order."""
+    from d2m_models.inspection.figures import dots
+
+    def place(name: str) -> tuple[bool, int]:
+        kind, index = name.split(".")
+        return kind == KINDS["single"], int(index)
+
+    values = {}
+    for name in sorted(errors, key=place):
+        short = f"{'S' if name.startswith('single') else 'D'}{name.split('.')[1]}"
+        values[f"{short} image"], values[f"{short} text"] = (
+            errors[name].own_image, errors[name].own_text,
+        )  # fmt: skip
+    return dots(path, values, "error relative to the block's update")

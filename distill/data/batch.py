@@ -1,0 +1,132 @@
+"""Training data as a pure function of (seed, step), so that any run can be resumed or repeated
+exactly.
+
+Shapes: B batch, S image tokens, C channels of a token, L text tokens, J text width, P pooled width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+# Streams keep draws for different purposes apart: the same (seed, step) never reuses random
+# numbers.
+STREAMS = {"train": 0, "calibrate": 1, "sample": 2, "test": 3, "order": 4, "weights": 5}
+
+
+def generator(seed: int, stream: str, step: int = 0) -> torch.Generator:
+    """CPU generator for one purpose and step (splitmix64: neighbouring seeds are unrelated)."""
+    z = (seed * 0x9E3779B97F4A7C15 + STREAMS[stream] * 0xD1B54A32D192ED03 + step + 1) & (2**64 - 1)
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return torch.Generator().manual_seed((z ^ (z >> 31)) >> 1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward of a FLUX transformer needs, and the clean latents and noise of x_t.
+
+    x0, noise [B, S, C]; t [B] in (0, 1), 1 = pure noise; text [B, L, J]; pooled [B, P]; labels [B];
+    img_ids [S, 3]; txt_ids [L, 3]; guidance [B], the scale that a guidance-distilled model (FLUX.1
+    [dev]) is told, or None. `batch[a:b]` holds those samples.
+    """
+
+    PER_SAMPLE: ClassVar[tuple[str, ...]] = (
+        "x0",
+        "noise",
+        "t",
+        "text",
+        "pooled",
+        "labels",
+        "guidance",
+    )
+
+    x0: Tensor
+    noise: Tensor
+    t: Tensor
+    text: Tensor
+    pooled: Tensor
+    labels: Tensor
+    img_ids: Tensor
+    txt_ids: Tensor
+    guidance: Tensor | None = None
+
+    @property
+    def x_t(self) -> Tensor:
+        """x_t = (1 - t) x0 + t noise (rectified flow)."""
+        t = self.t[:, None, None]
+        return (1 - t) * self.x0 + t * self.noise
+
+    @property
+    def velocity(self) -> Tensor:
+        """The flow-matching target d x_t / dt = noise - x0."""
+        return self.noise - self.x0
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments of `FluxTransformer2DModel.forward`."""
+        inputs = {
+            "hidden_states": self.x_t,
+            "timestep": self.t,
+            "encoder_hidden_states": self.text,
+            "pooled_projections": self.pooled,
+            "img_ids": self.img_ids,
+            "txt_ids": self.txt_ids,
+        }
+        if self.guidance is not None:
+            inputs["guidance"] = self.guidance
+        return inputs
+
+    def to(self, device: torch.device | str) -> Batch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in values.items() if v is not None})
+
+    def __getitem__(self, rows: slice) -> Batch:
+        values = {name: getattr(self, name) for name in self.PER_SAMPLE}
+        return replace(self, **{k: v[rows] for k, v in values.items() if v is not None})
+
+    def __len__(self) -> int:
+        return self.x0.shape[0]
+
+
+TIMESTEPS = ("uniform", "logit-normal", "flux-shift", "grid")
+
+
+def flux_shift(image_tokens: int) -> float:
+    """mu of FLUX's resolution-dependent shift: 0.5 at 256 image tokens, 1.15 at 4096, linear."""
+    return 0.5 + (1.15 - 0.5) * (image_tokens - 256) / (4096 - 256)
+
+
+def sample_timesteps(
+    n: int,
+    gen: torch.Generator,
+    kind: str = "uniform",
+    *,
+    image_tokens: int | None = None,
+    grid: Sequence[float] | None = None,
+) -> Tensor:
+    """n timesteps in (0, 1].
+
+    uniform:       U(0.001, 0.999)
+    logit-normal:  sigmoid(z), z ~ N(0, 1)
+    flux-shift:    sigmoid(z + mu(image_tokens)), which is FLUX's shift
+                   e^mu / (e^mu + 1/t - 1) of a logit-normal t; larger images get more noise
+    grid:          one of `grid`, all equally often: the few noise levels that a step-distilled
+                   teacher has learned
+    """
+    if kind == "uniform":
+        return (torch.rand(n, generator=gen) * 0.998 + 0.001).float()
+    if kind == "logit-normal":
+        return torch.sigmoid(torch.randn(n, generator=gen))
+    if kind == "flux-shift":
+        if image_tokens is None:
+            raise ValueError("timestep sampling 'flux-shift' needs the number of image_tokens")
+        return torch.sigmoid(torch.randn(n, generator=gen) + flux_shift(image_tokens))
+    if kind == "grid":
+        if not grid or not all(0 < t <= 1 for t in grid):
+            raise ValueError(f"timestep grid is {grid}; expected numbers in (0, 1]")
+        return torch.tensor(grid)[torch.randint(len(grid), (n,), generator=gen)]
+    raise ValueError(f"timestep sampling is {kind!r}; expected one of {TIMESTEPS}")

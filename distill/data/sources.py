@@ -1,0 +1,67 @@
+"""Where a run's batches come from: one function for every `data.name` of a configuration.
+
+A source has `batch(seed, step, count, stream="train", rows=None)`, a pure function of its arguments
+(see `distill.data.batch`), and the sizes `channels`, `text_dim` and `pooled_dim` of what it gives.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from distill.configs.sections import DataConfig
+from distill.errors import UserError
+
+
+def open_source(config: DataConfig, model: nn.Module | None = None, device: str = "cpu") -> Any:
+    """The training data of `config`.
+
+    Args:
+        model: the FLUX transformer that is to take the batches; sizes that do not fit are an error,
+            and guidance is given if it embeds one.
+        device: where text encoders run.
+    """
+    source = _open(config, model, device)
+    if model is not None:
+        check_fit(source, model, config.name)
+    return source
+
+
+def data_fingerprint(config: DataConfig) -> str | None:
+    """What tells prepared data apart from other data in a folder of the same name, before anything
+    large is loaded; None for data that is built in.
+    """
+    if config.name != "shards":
+        return None
+    from distill.data.prepared import folder_fingerprint
+
+    return folder_fingerprint(config)
+
+
+def _open(config: DataConfig, model: nn.Module | None, device: str) -> Any:
+    if config.name == "digits":
+        from distill.data.digits import Digits
+
+        return Digits("train", config.timesteps, config.timestep_grid)
+    if config.name == "photos":
+        from distill.data.photos import Photos
+
+        return Photos("train", config.timesteps, config.timestep_grid)
+    from distill.data.prepared import open_shards
+
+    embeds = model is not None and getattr(model.config, "guidance_embeds", False)
+    return open_shards(config, device, config.guidance if embeds else None)
+
+
+def check_fit(source: Any, model: nn.Module, name: str) -> None:
+    """A UserError unless the model takes tokens, text and pooled text of the source's sizes."""
+    have = tuple(
+        model.config[k] for k in ("in_channels", "joint_attention_dim", "pooled_projection_dim")
+    )
+    want = (source.channels, source.text_dim, source.pooled_dim)
+    if have != want:
+        raise UserError(
+            f"the model takes (channels, text, pooled) = {have}, {name} are {want}; expected the "
+            "same sizes"
+        )

@@ -1,0 +1,196 @@
+"""Models and batches without memory, and what autograd would keep of them.
+
+For `d2m distill --plan`: models are built on the meta device, and the objective itself runs on
+tensors that have shapes but no data.
+
+Shapes: b samples a GPU computes at once, S image tokens, L text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.configs.sections import StageConfig, TeacherConfig
+from distill.data.batch import Batch
+from distill.loop.objective import Distillation
+from distill.loop.parallel import blocks
+from distill.loop.step import autocast
+
+# --- models without memory ------------------------------------------------------------------
+
+
+def teacher_skeleton(config: TeacherConfig) -> nn.Module:
+    """The teacher on the meta device; a hub name stands for FLUX.1 [dev]."""
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        if config.path is None:
+            from distill.teacher import build_teacher
+
+            return build_teacher(config, 0)
+        folder = Path(config.path)
+        for at in (folder / "transformer", folder):
+            if (at / "config.json").is_file():
+                model = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(at))
+                break
+        else:
+            model = FluxTransformer2DModel(guidance_embeds=True)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, config.dtype))
+    return model
+
+
+class _Shapes:
+    """A source whose batches have no content."""
+
+    def __init__(self, teacher: nn.Module, image_tokens: int, text_tokens: int):
+        self.config, self.image, self.text = teacher.config, image_tokens, text_tokens
+
+    def batch(self, seed, step, count, stream="train", rows=None) -> Batch:
+        n, c = (count if rows is None else rows.stop - rows.start), self.config
+        return Batch(
+            x0=torch.zeros(n, self.image, c.in_channels),
+            noise=torch.zeros(n, self.image, c.in_channels),
+            t=torch.zeros(n),
+            text=torch.zeros(n, self.text, c.joint_attention_dim),
+            pooled=torch.zeros(n, c.pooled_projection_dim),
+            labels=torch.zeros(n, dtype=torch.long),
+            img_ids=torch.zeros(self.image, 3),
+            txt_ids=torch.zeros(self.text, 3),
+            guidance=torch.zeros(n) if c.guidance_embeds else None,
+        )
+
+
+# --- activations ----------------------------------------------------------------------------
+
+
+@contextmanager
+def _blocks_in_turn() -> Iterator[None]:
+    """Samples run the blocks of a group in turn: routers have no data to choose by."""
+    from d2m_models.mob import MixtureOfBlocks, MoBRouting
+
+    route = MixtureOfBlocks.route
+
+    def fixed(self, x, c, y, group=None):
+        probs = route(self, x, c, y, group).probs
+        return MoBRouting(probs, _InTurn(x.shape[0], self.size, self.active, x.device))
+
+    MixtureOfBlocks.route = fixed
+    try:
+        yield
+    finally:
+        MixtureOfBlocks.route = route
+
+
+class _InTurn:
+    """Stands for ids [B, kappa]: sample b runs the blocks b, b + 1, ... of the group's m."""
+
+    def __init__(self, batch: int, size: int, active: int, device: Any):
+        self.chosen = [sorted((b + k) % size for k in range(active)) for b in range(batch)]
+        self.device, self.shape = device, (batch, active)
+
+    def tolist(self) -> list[list[int]]:
+        return self.chosen
+
+    def long(self) -> Tensor:
+        return torch.zeros(self.shape, dtype=torch.long, device=self.device)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+
+class Kept:
+    """Bytes that autograd keeps for the backward pass, each storage once, parameters left out."""
+
+    def __init__(self, model: nn.Module):
+        self.parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+        self.storages: dict[int, Any] = {}
+        self.bytes = 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.parameters and storage._cdata not in self.storages:
+            self.storages[storage._cdata] = storage  # alive, so that its address is not used again
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+def activations(
+    teacher: nn.Module,
+    student: nn.Module,
+    stage: StageConfig,
+    features: list[str] | None,
+    samples: int,
+    image_tokens: int,
+    text_tokens: int,
+) -> tuple[list[int], int]:
+    """(bytes kept after each block and at the end, bytes of one more block's inside).
+
+    The second is what gradient checkpointing recomputes; 0 without it.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    source = _Shapes(teacher, image_tokens, text_tokens)
+    marks: dict[nn.Module, int] = {}
+    inside = 0
+    copies = [deepcopy(m) for m in (teacher, student)]
+    with FakeTensorMode(allow_non_fake_inputs=True), _blocks_in_turn():
+        copies = [_fill(m) for m in copies]
+        model = copies[1]
+        kept = Kept(model)
+        for p in copies[0].parameters():
+            kept.parameters.add(p.untyped_storage()._cdata)
+        objective = Distillation(*copies, source, stage.loss, samples, 0, 0, features)
+        if stage.train.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+
+        def mark(block: nn.Module, *_: Any) -> None:
+            marks[block] = kept.bytes
+
+        hooks = [b.register_forward_hook(mark) for b in blocks(model)]
+        with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda t: t):
+            with autocast(stage.train, torch.device("cpu")):
+                terms = objective.terms(objective.batch(0))
+                objective.loss(terms, terms.statistics)
+        for hook in hooks:
+            hook.remove()
+        if stage.train.gradient_checkpointing:
+            inside = _largest_inside(model, objective, stage)
+    after = []
+    for block in blocks(model):  # one that does not run keeps nothing
+        after.append(marks.get(block, after[-1] if after else 0))
+    return [*after, kept.bytes], inside
+
+
+def _fill(model: nn.Module) -> nn.Module:
+    """Fake CPU tensors in place of meta ones, in place; call it under FakeTensorMode."""
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                fake = torch.empty(p.shape, dtype=p.dtype)
+                module._parameters[name] = nn.Parameter(fake, requires_grad=p.requires_grad)
+        for name, b in module._buffers.items():
+            if b is not None:
+                module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+    return model
+
+
+def _largest_inside(model: nn.Module, objective: Distillation, stage: StageConfig) -> int:
+    """Bytes that a block keeps while it is recomputed: the largest block's."""
+    model.disable_gradient_checkpointing()
+    marks = [0]
+    kept = Kept(model)
+    hooks = [b.register_forward_hook(lambda *_: marks.append(kept.bytes)) for b in blocks(model)]
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda t: t):
+        with autocast(stage.train, torch.device("cpu")):
+            model(**objective.batch(0).inputs(), output_aux=True)
+    for hook in hooks:
+        hook.remove()
+    return max(b - a for a, b in zip(marks, marks[1:], strict=False))

@@ -1,0 +1,74 @@
+"""Decoding for `d2m prepare`: items of a source to cropped pixels, in threads, in order."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from distill.prepare.buckets import enlargement, fit, nearest, to_rgb
+from distill.prepare.item import Item
+
+T, R = TypeVar("T"), TypeVar("R")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # decoders that run no programs
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One item after decoding: pixels uint8 [3, H, W], or why there are none."""
+
+    number: int
+    key: str
+    caption: str = ""
+    bucket: tuple[int, int] = (0, 0)
+    size: tuple[int, int] = (0, 0)
+    pixels: np.ndarray | None = None
+    error: str | None = None
+
+
+def decode(item: Item, number: int, buckets: list[tuple[int, int]], max_upscale: float) -> Decoded:
+    """Read, decode, resize and crop one item; whatever goes wrong is its `error`."""
+    from PIL import Image
+
+    try:
+        data, caption = item.load()
+        image = (
+            data if isinstance(data, Image.Image) else Image.open(io.BytesIO(data), formats=FORMATS)
+        )
+        image = to_rgb(image)
+        bucket = nearest(image.height, image.width, buckets)
+        size = (image.height, image.width)
+        small = enlargement(*size, bucket) > max_upscale
+        pixels = None if small else fit(image, bucket)
+        return Decoded(number, item.key, caption, bucket, size, pixels)
+    except Exception as err:  # decoders raise many kinds, among them SyntaxError and struct.error
+        # without addresses: the same damage is to read the same in every run
+        text = re.sub(r" at 0x[0-9a-fA-F]+", "", f"{type(err).__name__}: {err}")
+        return Decoded(number, item.key, error=" ".join(text.split())[:300])
+
+
+def in_order(
+    work: Callable[[T], R], items: Iterable[T], workers: int, ahead: int = 4
+) -> Iterator[R]:
+    """`map(work, items)` in threads, results in the items' order, few of them waiting."""
+    if workers < 1:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Any] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > workers * ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

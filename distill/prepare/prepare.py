@@ -1,0 +1,166 @@
+"""`d2m prepare`: images and captions to latent shards, resumable to the byte (see prepare_run)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from distill import files as ckpt
+from distill.data.folder import damage, read_manifest, save_plain
+from distill.errors import UserError
+from distill.prepare.buckets import resolutions
+from distill.prepare.captions import open_captions
+from distill.prepare.decode import decode, in_order
+from distill.prepare.item import Captions, Item
+from distill.prepare.run import Encoders, Run, Settings, bad_limit, same
+
+
+def prepare(
+    source: str,
+    out: Path | str,
+    model: str,
+    settings: Settings,
+    *,
+    device: str = "cpu",
+    workers: int = 4,
+    max_bad: str = "1%",
+    progress: bool = True,
+    **reading: Any,
+) -> dict[str, Any]:
+    """Turn `source` into the folder `out` of latent shards, or go on with it; returns its manifest.
+
+    Args:
+        model: FLUX folder or hub name whose VAE (and text encoders) encode.
+        workers: threads that decode; 0 decodes in the main thread.
+        max_bad: unreadable images that are skipped, see `bad_limit`.
+        reading: keyword arguments of `open_captions`.
+    """
+    buckets = resolutions(settings.size, settings.max_aspect)
+    bad_limit(max_bad, 1)
+    with _alone(ckpt.make_folder(out)) as out:
+        return _prepare(
+            source, out, model, settings, buckets, device, workers, max_bad, progress, reading
+        )
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[Path]:
+    """Keeps a second run out of the folder, and clears away what a killed one left behind."""
+    with open(out / ".lock", "w") as lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # not on Windows
+            pass
+        except OSError:
+            raise UserError(f"another `d2m prepare` is writing into {out}") from None
+        for file in out.glob(".*.tmp"):
+            file.unlink()
+        yield out
+
+
+def _prepare(
+    source: str,
+    out: Path,
+    model: str,
+    settings: Settings,
+    buckets: list[tuple[int, int]],
+    device: str,
+    workers: int,
+    max_bad: str,
+    progress: bool,
+    reading: dict[str, Any],
+) -> dict[str, Any]:
+    captions = open_captions(source, **reading)
+    part = "/".join(map(str, reading.get("part", (0, 1))))
+    listing = {"kind": captions.kind, "fingerprint": captions.fingerprint, "part": part}
+    if (out / "manifest.json").exists():
+        old = read_manifest(out)
+        same(old, {"settings": asdict(settings), "source": listing}, out)
+        if old["complete"]:
+            return old
+    elif any(f for f in out.iterdir() if not f.name.startswith((".", "shard-", "empty.", "bad."))):
+        raise UserError(f"{out} is not empty and holds no manifest.json; choose another folder")
+    encoders = Encoders(model, settings, device)
+    if any(side % (2 * encoders.vae.factor) for bucket in buckets for side in bucket):
+        raise UserError(f"the VAE's factor is {encoders.vae.factor}; expected at most 8")
+    run = Run(out, settings, encoders, listing)
+    if encoders.text is not None:
+        text, pooled = encoders.text.encode([""])
+        save_plain(out / "empty.safetensors", {"text": text[0].cpu(), "pooled": pooled[0].cpu()})
+    _fill(run, captions, buckets, workers, max_bad, progress)
+    if not run.manifest["samples"]:
+        raise UserError(
+            f"{source} gave no sample: {len(run.bad)} images could not be read (see "
+            f"{out / 'bad.jsonl'}), {run.small} are smaller than --size {settings.size} "
+            f"(--max-upscale {settings.max_upscale} allows smaller ones)"
+        )
+    return run.manifest
+
+
+def _numbered(captions: Captions, start: int) -> Iterator[tuple[int, Item]]:
+    """The source's items from number `start` on; what goes wrong between them is a user's error."""
+    number = start
+    try:
+        for number, item in enumerate(captions.items(start), start):
+            yield number, item
+    except UserError:
+        raise
+    except Exception as err:  # readers and the hub client raise many kinds
+        raise UserError(
+            f"the source cannot be read on after item {number} ({type(err).__name__}: "
+            f"{' '.join(str(err).split())}); finished shards are kept, the same command goes on"
+        ) from err
+
+
+def _fill(
+    run: Run,
+    captions: Captions,
+    buckets: list[tuple[int, int]],
+    workers: int,
+    max_bad: str,
+    progress: bool,
+) -> None:
+    from PIL import Image
+    from tqdm import tqdm
+
+    Image.init()  # its list of decoders, before threads use it
+    most, start = run.settings.max_upscale, run.next
+    items = in_order(
+        lambda pair: decode(pair[1], pair[0], buckets, most),
+        _numbered(captions, start),
+        workers,
+    )
+    count = start
+    with tqdm(
+        total=captions.total, initial=start, unit="img", disable=not progress, file=sys.stderr
+    ) as bar:
+        for item in items:
+            if item.error is not None:
+                run.reject(item, max_bad)
+            elif item.pixels is None:
+                run.small += 1
+            else:
+                run.add(item)
+            count = item.number + 1
+            bar.update()
+            bar.set_postfix(shards=len(run.manifest["shards"]), bad=len(run.bad), refresh=False)
+        run.close(count, complete=True)
+
+
+def check(folder: Path | str, progress: bool = False) -> list[str]:
+    """What is wrong in a prepared folder: files missing or of another size or SHA-256."""
+    from tqdm import tqdm
+
+    manifest = read_manifest(folder)
+    shards = tqdm(manifest["shards"], "checking", unit="shard", disable=not progress)
+    found = [damage(Path(folder), entry, ("file", "index")) for entry in shards]
+    wrong = [text for text in found if text is not None]
+    if not manifest["complete"]:
+        wrong.append("it is not complete: run the same `d2m prepare` command again")
+    return wrong

@@ -1,0 +1,232 @@
+"""The state of one `d2m prepare`: encoders, the shard being filled, the manifest.
+
+A shard is a function of the source's items [start, until) and the settings alone, and the manifest
+that names it is replaced only after it is on disk. So a run that was killed at any moment goes on
+after the last shard that the manifest names, and writes what it would have written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from distill import files as ckpt
+from distill.data.batch import generator
+from distill.data.encode import DTYPES, LatentEncoder, TextEncoder
+from distill.data.folder import FORMAT, Sample, bucket_size, damage, read_manifest, write_shard
+from distill.errors import CheckpointError, UserError
+from distill.prepare.decode import Decoded
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the shards' contents depend on beside the source and the models.
+
+    size: side of the square bucket; max_aspect, max_upscale: larger ratios of sides and of
+    enlargement than these are cropped to the nearest bucket and left out. latents: "mode" or
+    "sample" of the VAE's posterior. dtype: of stored latents. precision: of the VAE. shard_mb: size
+    that no shard exceeds. batch: images the VAE encodes at once. length: T5 tokens a caption in
+    cached embeddings.
+    """
+
+    size: int = 1024
+    max_aspect: float = 2.0
+    max_upscale: float = 1.0
+    latents: str = "mode"
+    dtype: str = "float16"
+    precision: str = "float32"
+    text_embeddings: bool = False
+    length: int = 512
+    text_precision: str = "bfloat16"
+    shard_mb: float = 256.0
+    batch: int = 8
+    seed: int = 0
+
+
+class Encoders:
+    """The VAE and, for cached embeddings, the text encoders."""
+
+    def __init__(self, model: str, settings: Settings, device: str):
+        self.settings = settings
+        self.vae = LatentEncoder(model, device, settings.precision)
+        self.text = None
+        if settings.text_embeddings:
+            self.text = TextEncoder(model, device, settings.text_precision, settings.length)
+
+    def describe(self) -> dict[str, Any]:
+        """The models' part of the manifest."""
+        vae, text = self.vae, self.text
+        about: dict[str, Any] = {
+            "vae": {
+                "fingerprint": vae.fingerprint,
+                "shift_factor": vae.shift,
+                "scaling_factor": vae.scale,
+                "factor": vae.factor,
+                "channels": vae.channels,
+            },
+            "text": None,
+        }
+        if text is not None:
+            about["text"] = {
+                "fingerprint": text.fingerprint,
+                "length": text.length,
+                "dim": text.text_dim,
+                "pooled_dim": text.pooled_dim,
+            }
+        return about
+
+    def sample_bytes(self, item: Decoded) -> int:
+        """What one sample takes in a shard, but for its share of the header."""
+        rows, columns = self.vae.tokens(item.bucket)
+        size = len(item.caption.encode()) + 16  # with its end and its CRC
+        size += rows * columns * self.vae.channels * DTYPES[self.settings.dtype].itemsize
+        if self.text is not None:
+            width = self.text.length * self.text.text_dim + self.text.pooled_dim
+            size += width * DTYPES[self.settings.text_precision].itemsize
+        return size
+
+    def encode(self, images: list[Decoded]) -> list[Sample]:
+        """Images of one bucket; those whose latents are not finite get no latent (None)."""
+        pixels = torch.from_numpy(np.stack([d.pixels for d in images]))
+        draws = None
+        if self.settings.latents == "sample":
+            draws = [generator(self.settings.seed, "sample", d.number) for d in images]
+        latents = self.vae.encode(pixels, draws).to(DTYPES[self.settings.dtype])
+        samples = []
+        for d, latent in zip(images, latents, strict=True):
+            text = pooled = None
+            if self.text is not None:
+                text, pooled = (x[0].cpu() for x in self.text.encode([d.caption]))
+            samples.append(
+                Sample(d.number, d.key, d.caption, d.bucket, d.size, latent.clone(), text, pooled)
+            )
+        return samples
+
+
+class Run:
+    """The state of one `d2m prepare`: its manifest, bad items, and the shard being filled."""
+
+    def __init__(self, out: Path, settings: Settings, encoders: Encoders, source: dict[str, Any]):
+        self.out, self.settings, self.encoders = out, settings, encoders
+        self.pending: dict[tuple[int, int], list[Decoded]] = defaultdict(list)
+        self.samples: list[Sample] = []
+        self.bytes = 0
+        start = {
+            "format": FORMAT,
+            "complete": False,
+            "settings": asdict(settings),
+            "source": source,
+            **encoders.describe(),
+            "samples": 0,
+            "bad": 0,
+            "small": 0,
+            "buckets": {},
+            "shards": [],
+        }
+        self.manifest, self.bad = start, []
+        if (out / "manifest.json").exists():
+            self.manifest = read_manifest(out)
+            same(self.manifest, start, out)
+            self.bad = _read_bad(out)[: self.manifest["bad"]]
+            for entry in self.manifest["shards"]:
+                if wrong := damage(out, entry):
+                    raise CheckpointError(f"{out}: {wrong}; remove the folder and prepare it anew")
+        self.small = self.manifest["small"]
+
+    @property
+    def next(self) -> int:
+        """Number of the first item that no finished shard covers."""
+        return self.manifest["shards"][-1]["until"] if self.manifest["shards"] else 0
+
+    def add(self, item: Decoded) -> None:
+        """Take one decoded image, in the source's order."""
+        size = self.encoders.sample_bytes(item)
+        waiting = self.pending[item.bucket]
+        if self.bytes and self.bytes + size > self.settings.shard_mb * 1e6:
+            self.close(item.number)
+            waiting = self.pending[item.bucket]
+        self.bytes += size
+        waiting.append(item)
+        if len(waiting) == self.settings.batch:
+            self._encode(item.bucket)
+
+    def _encode(self, bucket: tuple[int, int]) -> None:
+        for sample in self.encoders.encode(self.pending.pop(bucket)):
+            if torch.isfinite(sample.latent).all():
+                self.samples.append(sample)
+            else:
+                why = "the VAE's latents are not finite"
+                self.bad.append({"number": sample.number, "key": sample.key, "error": why})
+
+    def close(self, until: int, complete: bool = False) -> None:
+        """Write the shard that is being filled and the manifest that names it."""
+        for bucket in sorted(self.pending):
+            if self.pending[bucket]:
+                self._encode(bucket)
+        self.pending.clear()
+        self.bytes = 0
+        done = self.manifest
+        if not self.samples and not complete:
+            return  # nothing but bad ones: they belong to the shard that comes next
+        if self.samples:
+            self.samples.sort(key=lambda s: s.number)
+            entry = write_shard(self.out, len(done["shards"]), self.samples, until)
+            done["shards"].append(entry)
+            done["samples"] += len(self.samples)
+            for name, count in entry["buckets"].items():
+                rows, columns = self.encoders.vae.tokens(bucket_size(name))
+                bucket = done["buckets"].setdefault(name, {"samples": 0, "tokens": [rows, columns]})
+                bucket["samples"] += count
+        self.bad.sort(key=lambda b: b["number"])
+        done |= {"complete": complete, "bad": len(self.bad), "small": self.small}
+        done["buckets"] = dict(sorted(done["buckets"].items()))
+        ckpt.write_text(self.out / "bad.jsonl", "".join(json.dumps(b) + "\n" for b in self.bad))
+        ckpt.write_text(self.out / "manifest.json", json.dumps(done, indent=1) + "\n")
+        self.samples = []
+
+    def reject(self, item: Decoded, max_bad: str) -> None:
+        """Count an unreadable item; too many of them are an error."""
+        self.bad.append({"number": item.number, "key": item.key, "error": item.error})
+        if len(self.bad) > bad_limit(max_bad, item.number + 1):
+            last = "; ".join(f"{b['key']}: {b['error']}" for b in self.bad[-3:])
+            raise UserError(
+                f"{len(self.bad)} of {item.number + 1} images could not be read, more than "
+                f"--max-bad {max_bad} allows; the last: {last}"
+            )
+
+
+def bad_limit(text: str, seen: int) -> float:
+    """ "25" bad images at most, or "1%" of those seen (and ten at any time)."""
+    try:
+        if text.endswith("%"):
+            return max(10, float(text[:-1]) / 100 * seen)
+        return int(text)
+    except ValueError:
+        raise UserError(f"--max-bad is {text!r}; expected a number or a share like 1%") from None
+
+
+def same(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
+    """A UserError that names the first setting, model or source in which two manifests differ."""
+    for part in ("settings", "source", "vae", "text"):
+        if part not in new or old.get(part) == new[part]:
+            continue
+        was, now = old.get(part) or {}, new[part] or {}
+        key = next((k for k in {**was, **now} if was.get(k) != now.get(k)), "")
+        raise UserError(
+            f"{out} was begun with {part} {key} {was.get(key)!r}, now it is {now.get(key)!r}; "
+            "repeat the first command, or choose another output folder"
+        )
+
+
+def _read_bad(out: Path) -> list[dict[str, Any]]:
+    try:
+        lines = (out / "bad.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+    except (OSError, json.JSONDecodeError) as err:
+        raise CheckpointError(f"cannot read {out / 'bad.jsonl'}: {err}") from err

@@ -1,0 +1,142 @@
+"""What the YAML of `d2m demo` and `d2m ablate` may say beside the sections of `d2m distill`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from distill.configs.checked import check_least
+from distill.configs.sections import DataConfig, StageConfig, TeacherConfig
+from distill.configs.training import TrainConfig
+from distill.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How models are judged: samples a class, Euler steps, held-out (x_t, t, c), timing."""
+
+    per_class: int = 20
+    sample_steps: int = 12
+    held_out: int = 1188
+    latency_batch: int = 64
+    latency_rounds: int = 15
+
+    def __post_init__(self):
+        check_least(
+            self,
+            "evaluate",
+            per_class=1,
+            sample_steps=1,
+            held_out=1,
+            latency_batch=1,
+            latency_rounds=1,
+        )
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """`d2m demo`: one teacher, one MoE structure and MoB groupings on top of it.
+
+    structure: fields of `FluxMoEConfig` without depth and mob. groups: "s" (and "m", "xs" for
+    --full) -> fields of `MoBConfig`. lite: double blocks the FLUX.1-Lite-like comparator keeps.
+    pruned_lr: learning rate of prune-mlp and lite; prune-depth has that of stage (c).
+    """
+
+    teacher: TeacherConfig
+    structure: dict[str, Any]
+    groups: dict[str, Any]
+    lite: list[int]
+    shared: StageConfig
+    moe: StageConfig
+    mob: StageConfig
+    pruned_lr: float
+    evaluate: EvalConfig = EvalConfig()
+    data: DataConfig = DataConfig()
+    importance_batches: int = 8
+    calibration: int = 1024
+
+    def __post_init__(self):
+        missing = [name for name in ("m", "s", "xs") if name not in self.groups]
+        if missing or set(self.groups) - {"m", "s", "xs"}:
+            raise ConfigError(f"groups has the keys {sorted(self.groups)}; expected m, s and xs")
+        for name in ("shared", "moe", "mob"):
+            if getattr(self, name).stage != name:
+                raise ConfigError(
+                    f"{name}.stage is {getattr(self, name).stage!r}; expected {name!r}"
+                )
+
+
+@dataclass(frozen=True)
+class HyperConfig:
+    """The step-distilled teacher: as many Euler steps as `grid` has entries (1 first, falling).
+
+    substeps: steps of the original teacher that one of its steps replaces.
+    """
+
+    grid: list[float]
+    substeps: int
+    train: TrainConfig
+
+    def __post_init__(self):
+        ends = [*self.grid, 0.0][1:]
+        falling = all(a > b for a, b in zip(self.grid, ends, strict=True))
+        if not self.grid or self.grid[0] != 1.0 or not falling:
+            raise ConfigError(f"hyper.grid is {self.grid}; expected falling numbers from 1 to > 0")
+        check_least(self, "hyper", substeps=1)
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """The learning-rate search that every kind of arm gets: the same candidates and steps.
+
+    rates: candidates. share: of the arm's own steps. seed: none of the compared ones.
+    """
+
+    rates: list[float]
+    share: float = 0.5
+    seed: int = 1000
+
+
+@dataclass(frozen=True)
+class AblateEval:
+    """held_out: (x_t, t, prompt) triples. per_prompt samples of every picture in sample_steps
+    Euler steps, reference_steps for the teacher's own. top_k: tried without training."""
+
+    held_out: int = 256
+    per_prompt: int = 2
+    sample_steps: int = 8
+    reference_steps: int = 24
+    top_k: list[int] = field(default_factory=lambda: [0, 1, 2, 4, 12])
+
+    def __post_init__(self):
+        # with one sample a prompt, prompts in random order would be the same groups again
+        check_least(self, "evaluate", held_out=1, per_prompt=2, sample_steps=2, reference_steps=1)
+
+
+@dataclass(frozen=True)
+class AblateConfig:
+    """`d2m ablate`.
+
+    structure, other: fields of `FluxMoEConfig` for 1S12E2A and for 0.5S14E4A. groups: name ->
+    fields of `MoBConfig`: "shallow", "deep", and the groupings of Fig. 5.
+    """
+
+    teacher: TeacherConfig
+    structure: dict[str, Any]
+    other: dict[str, Any]
+    groups: dict[str, Any]
+    shared: StageConfig
+    moe: StageConfig
+    mob: StageConfig
+    hyper: HyperConfig
+    search: SearchConfig
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    evaluate: AblateEval = AblateEval()
+    importance_batches: int = 4
+    importance_samples: int = 64
+
+    def __post_init__(self):
+        if not {"shallow", "deep"} <= set(self.groups):
+            raise ConfigError(f"groups has {sorted(self.groups)}; expected 'shallow' and 'deep'")
+        if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
+            raise ConfigError(f"seeds is {self.seeds}; expected different numbers, at least one")

@@ -1,0 +1,370 @@
+"""Every Triton kernel, with every tile the table can choose, compiled for sm_80 and sm_90.
+
+Needs no GPU: the launchers run on meta tensors of FLUX's shapes, and what they would launch is only
+compiled (with the divisibility that the JIT derives from those very arguments). Checked in each
+cubin: no spills, shared memory within the device's limit, tensor-core instructions in the GEMMs,
+and as many programs on an SM as the grid counts on. The table of registers and shared memory goes
+to $D2M_ARTIFACTS/triton_resources.md, or into pytest's temporary folder.
+
+The compiling happens in worker processes (this file run as a script), so that nothing of it leaks
+into other tests; Triton's own cache makes a second run quick.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ARCHS = (90, 80)
+SHARED_LIMIT = {90: 227 * 1024, 80: 163 * 1024}
+REGISTERS = 65536
+GEMMS = ("_grouped_gemm_fwd", "_down_fwd", "_down_bwd", "_weight_bwd")
+OTHERS = ("_route_fwd", "_count_fwd", "_permute_fwd", "_combine_fwd", "_bias_bwd")
+# (T, D, F, shared, E, K): FLUX.1-MoE-L's FFN, and a DiT-XL/2 whose experts no tile divides; as many
+# experts as there may be; sizes that nothing divides, and sizes 1: constants to the JIT.
+SHAPES = {
+    "flux": (4608, 3072, 12288, 3072, 12, 2),
+    "dit-xl": (1000, 1152, 4608, 1152, 8, 2),
+    "many": (4608, 3072, 3072 + 256 * 64, 3072, 256, 2),
+    "odd": (127, 33, 5 + 3 * 7, 5, 3, 3),
+    "ones": (1, 1, 2, 1, 1, 1),
+}
+
+
+# -------------------------------------------------------------------------------------- the worker
+
+
+class CompileOnlyDriver:
+    """Stands in for the CUDA driver: names a target, launches nothing."""
+
+    def __init__(self, arch):
+        self.arch = arch
+
+    def is_active(self):
+        return True
+
+    def get_current_device(self):
+        return self.arch
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def cases(arch: int):
+    """(label, {stage: config}, function) of everything to compile for one architecture."""
+    from d2m_kernels.backends.triton import configs
+
+    table = f"sm{arch}"
+    tiles = {stage: configs.candidates(stage, table) for stage in configs.STAGES}
+    for i in range(max(len(c) for c in tiles.values())):
+        pins = {stage: c[min(i, len(c) - 1)] for stage, c in tiles.items()}
+        for activation in ("gelu_tanh", "geglu"):
+            for shape in ("flux", "dit-xl"):
+                yield f"{shape} {activation}", pins, lambda a=activation, s=shape: layer(s, a)
+            label = f"flux pair {activation}"
+            yield label, pins, lambda a=activation: layer("flux", a, tokens=(4096, 512))
+    fp32 = dict.fromkeys(configs.STAGES, configs.FP32)
+    for activation in ("gelu_tanh", "geglu"):
+        for tf32 in (False, True)[: 2 if activation == "gelu_tanh" else 1]:
+            label = f"flux {activation} {'tf32' if tf32 else 'fp32'}"
+            yield label, fp32, lambda a=activation, t=tf32: layer("flux", a, "float32", t)
+    whole = {stage: configs.without_halves(c[-2]) for stage, c in tiles.items()}
+    for activation in ("gelu_tanh", "geglu"):
+        yield f"flux whole {activation}", whole, lambda a=activation: layer("flux", a)
+    for i in range(len(tiles["down_combine"])):
+        pins = {"down_combine": tiles["down_combine"][i]}
+        yield "flux block", pins, block_end
+        yield "flux block pair", pins, lambda: block_end((4096, 512))
+    chosen = {stage: tiles[stage][0] for stage in tiles}  # for groups of 36 rows
+    chosen |= {s: tiles[s][-2] for s in ("down_combine", "dx_combine")}  # but these take T rows
+    yield "many gelu_tanh", chosen, lambda: layer("many", "gelu_tanh")
+    ragged = {"": (configs.RAGGED, "bfloat16"), " fp32": (configs.RAGGED_FP32, "float32")}
+    for suffix, (tile, dtype) in ragged.items():
+        pins = dict.fromkeys(configs.STAGES, tile)
+        for shape, activation, tokens in (
+            ("odd", "swiglu", (127, 9)), ("odd", "gelu", ()), ("ones", "gelu", ()),
+        ):  # fmt: skip
+            sizes = (shape, activation, dtype, False, tokens)
+            yield f"{shape} {activation}{suffix}", pins, lambda s=sizes: layer(*s)
+    half = {stage: c[0] for stage, c in tiles.items()}
+    yield "flux gelu fp16", half, lambda: layer("flux", "gelu", "float16")
+    for experts in (12, 64, 256):
+        for x, router in (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32",) * 2):
+            label = f"E={experts} {x} {router}"
+            yield label, {}, lambda e=experts, x=x, r=router: small_stages(e, x, r)
+
+
+def layer(shape: str, activation: str, dtype: str = "bfloat16", tf32: bool = False, tokens=()):
+    """Forward (inference and training) and backward of the layer, on meta tensors.
+
+    `tokens`: the rows of each stream, where there are two.
+    """
+    import torch
+
+    from d2m_kernels.activations import is_gated
+    from d2m_kernels.backends import reference
+    from d2m_kernels.backends import triton as triton_backend
+
+    T, D, F, S, E, K = SHAPES[shape]
+    H, gated = (F - S) // E, is_gated(activation)
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+
+    def new(*size, dtype=dtype):
+        return torch.empty(*size, dtype=getattr(torch, dtype), device="meta")
+
+    def ints(*size):
+        return new(*size, dtype="int32")
+
+    def inputs(T):
+        gate, b_gate = (new(F, D), new(F)) if gated else (None, None)
+        routing = (new(T, K, dtype="float32"), ints(E + 1), ints(T * K), ints(T * K))
+        return reference.FFNInputs(
+            new(T, D), new(F, D), gate, new(D, F), new(F), b_gate, new(D), *routing
+        )
+
+    streams = [inputs(n) for n in tokens or (T,)]
+    for save in (False, True):
+        triton_backend.ffn_streams_fwd(streams, S, activation, 1.0, save)
+    grads = [reference.FFNGrads(*s[:8]) for s in streams]
+    zs = [(new(len(s.x), S * (1 + gated)), new(len(s.order), H * (1 + gated))) for s in streams]
+    dys = [new(len(s.x), D) for s in streams]
+    triton_backend.ffn_streams_bwd(dys, streams, zs, S, activation, 1.0, 0, grads)
+
+
+def block_end(tokens=()):
+    """The down-projection with a block's AdaLN gate and residual in its epilogue.
+
+    As a double block's inference has it, of both streams where there are two in `tokens`.
+    """
+    import torch
+
+    from d2m_kernels.backends.triton.down import Shared, down_shared
+    from d2m_kernels.backends.triton.launch import neuron_columns
+
+    T, D, F, S, E, K = SHAPES["flux"]
+
+    def new(*size, dtype=torch.bfloat16):
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    def end(T):
+        weights, offsets = new(T, K, dtype=torch.float32), new(E + 1, dtype=torch.int32)
+        return Shared(
+            new(T, S), neuron_columns(new(D, F), S, 768), new(T, D), offsets, y2=new(T * K, D),
+            inverse_TK=new(T, K, dtype=torch.int32), weights_TK=weights, bias=new(D),
+            adaln_BD=new(1, 6 * D)[:, 5 * D :], residual_TD=new(T, D),
+        )  # fmt: skip
+
+    down_shared("down_combine", [end(n) for n in tokens or (T,)], S=S)
+
+
+def small_stages(experts: int, x_dtype: str, router_dtype: str):
+    import torch
+
+    from d2m_kernels.backends import triton as triton_backend
+
+    T, D, *_, K = SHAPES["flux"]
+    x = torch.empty(T, D, dtype=getattr(torch, x_dtype), device="meta")
+    router = torch.empty(experts, D, dtype=getattr(torch, router_dtype), device="meta")
+    mask = torch.empty(T, dtype=torch.bool, device="meta")
+    _, weights, ids, offsets, _, inverse = triton_backend.route(x, router, K, mask)
+    adaln = torch.empty(1, 6 * D, dtype=x.dtype, device="meta")
+    triton_backend.modulate_route(x, adaln[:, :D], adaln[:, D : 2 * D], 1e-6, router, K)
+    triton_backend.permute(ids, experts)
+    triton_backend.combine(x.new_empty(T * K, D), inverse.view(T, K), weights, offsets, x, x[0])
+
+
+def resources(kernel) -> dict:
+    """Registers, stack and shared memory of a cubin, and which instructions its PTX has."""
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [str(cuobjdump), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    ptx = kernel.asm["ptx"]
+    return dict(
+        registers=int(registers), stack=int(stack), shared=kernel.metadata.shared,
+        local="ld.local" in ptx or "st.local" in ptx, wgmma="wgmma.mma_async" in ptx,
+        mma="mma.sync" in ptx, tma="cp.async.bulk.tensor" in ptx,
+        wide_stores="st.global.v4" in ptx or "st.global.v8" in ptx,
+    )  # fmt: skip
+
+
+def compile_all(arch: int) -> list[dict]:
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from d2m_kernels.backends.triton import configs, launch
+
+    driver.set_active(CompileOnlyDriver(arch))
+    seen, rows, current = set(), [], {}
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            names = dict(kernel=self.__name__.removesuffix("_kernel"), arch=arch)
+            config = current.get("config") if self.__name__ in _GEMM_NAMES else None
+            about = dict(label=current["label"], config=config, warps=kernel.metadata.num_warps)
+            rows.append(names | about | resources(kernel))
+        return kernel
+
+    JITFunction.run = compile_only
+    configs.arch_of = lambda *_: f"sm{arch}"
+    for label, pins, function in cases(arch):
+
+        def select(stage, *_, pins=pins):
+            current["config"] = pins[stage].name
+            return pins[stage]
+
+        configs.select, current["label"] = select, label
+        launch.programs = lambda *_: 1
+        function()
+    return rows
+
+
+_GEMM_NAMES = tuple(f"{name}_kernel" for name in GEMMS)
+
+
+# --------------------------------------------------------------------------------------- the tests
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    pytest.importorskip("triton")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(arch)], env=env, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )
+        for arch in ARCHS
+    ]  # fmt: skip
+    found = []
+    for worker in workers:
+        out, err = worker.communicate()
+        assert worker.returncode == 0, err[-4000:]
+        found += json.loads(out.splitlines()[-1])
+    folder = Path(os.environ.get("D2M_ARTIFACTS") or tmp_path_factory.mktemp("triton"))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "triton_resources.md"
+    path.write_text(as_table(found))
+    print(f"\nregisters and shared memory of {len(found)} kernels: {path}")
+    return found
+
+
+def as_table(found) -> str:
+    head = "| kernel | arch | config | case | registers | stack | shared KB | instructions |"
+    lines = [head, "|---" * 8 + "|"]
+    for r in found:
+        used = " ".join(name for name in ("wgmma", "mma", "tma") if r[name])
+        lines.append(
+            f"| {r['kernel']} | sm_{r['arch']} | {r['config'] or ''} | {r['label']} "
+            f"| {r['registers']} | {r['stack']} | {r['shared'] / 1024:.1f} | {used} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def described(found):
+    return "\n" + as_table(found)
+
+
+@pytest.mark.slow
+def test_every_kernel_and_config_was_compiled(rows):
+    from d2m_kernels.backends.triton import configs
+
+    for arch in ARCHS:
+        kernels = {r["kernel"] for r in rows if r["arch"] == arch}
+        assert kernels == {*GEMMS, *OTHERS}
+        tiles = {c.name for s in configs.STAGES for c in configs.candidates(s, f"sm{arch}")}
+        compiled = {r["config"] for r in rows if r["arch"] == arch and r["config"]}
+        assert any(configs.by_name()[name].halves for name in compiled)
+        whole = {configs.without_halves(configs.by_name()[name]).name for name in tiles}
+        others = {c.name for c in (configs.FP32, configs.RAGGED, configs.RAGGED_FP32)}
+        assert tiles | others <= compiled <= tiles | others | whole
+
+
+@pytest.mark.slow
+def test_nothing_spills(rows):
+    labels = {"flux block pair", "many gelu_tanh", "odd swiglu", "odd gelu fp32", "ones gelu"}
+    assert labels <= {r["label"] for r in rows}
+    spilled = [r for r in rows if r["stack"] or r["local"]]
+    assert not spilled, described(spilled)
+
+
+@pytest.mark.slow
+def test_shared_memory_fits(rows):
+    from d2m_kernels.backends.triton import configs
+
+    over = [r for r in rows if r["shared"] > SHARED_LIMIT[r["arch"]]]
+    lasts = (configs.SMALL, configs.RAGGED, configs.FP32, configs.RAGGED_FP32)
+    last_resort = (*(c.name for c in lasts), None)
+    limit = configs.SHARED_LIMIT["small"]
+    over += [r for r in rows if r["config"] in last_resort and r["shared"] > limit]
+    assert not over, described(over)
+
+
+@pytest.mark.slow
+def test_products_run_on_tensor_cores(rows):
+    def expected(r):
+        if r["label"].endswith("fp32"):
+            return not (r["mma"] or r["wgmma"])  # exact fp32 products: no tensor cores
+        if r["arch"] == 90 and "tf32" not in r["label"]:
+            return r["wgmma"]
+        return r["mma"] or r["wgmma"]
+
+    gemms = [r for r in rows if r["kernel"] in GEMMS]
+    wrong = [r for r in gemms if not expected(r)]
+    assert not wrong, described(wrong)
+
+
+@pytest.mark.slow
+def test_tma_is_used_where_the_table_says_so(rows):
+    aligned = [r for r in rows if r["label"].startswith("flux") and r["kernel"] in GEMMS]
+    wrong = [r for r in aligned if r["tma"] != r["config"].endswith("tma")]
+    assert not wrong, described(wrong)
+
+
+@pytest.mark.slow
+def test_stores_are_16_bytes_wide(rows):
+    gemms = [r for r in rows if r["kernel"] in GEMMS and r["label"].startswith("flux")]
+    # dW2 is stored transposed: its rows are the sum's columns
+    narrow = [r for r in gemms if not r["wide_stores"] and r["kernel"] != "_weight_bwd"]
+    assert not narrow, described(narrow)
+
+
+@pytest.mark.slow
+def test_the_grid_counts_on_programs_that_fit(rows):
+    from d2m_kernels.backends.triton import configs
+
+    wrong = []
+    for r in rows:
+        config = configs.by_name().get(r["config"])
+        if config is None or not r["label"].startswith("flux"):
+            continue
+        threads = 32 * r["warps"]
+        registers = -(-r["registers"] // 8) * 8 * threads * config.per_sm
+        shared = (r["shared"] + 1024) * config.per_sm
+        if registers > REGISTERS or shared > SHARED_LIMIT[r["arch"]] + 1024:
+            wrong.append(r)
+    assert not wrong, described(wrong)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    print(json.dumps(compile_all(int(sys.argv[1]))))
