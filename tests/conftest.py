@@ -54,7 +54,7 @@ def pytest_runtest_call(item):
     start = _cpu_seconds()
     result = yield
     took = _cpu_seconds() - start
-    if took > CPU_SECONDS and not any(map(item.get_closest_marker, ("slow", "gpu"))):
+    if took > CPU_SECONDS and not any(map(item.get_closest_marker, ("slow", "long", "gpu"))):
         pytest.fail(f"{took:.1f} s of CPU time; over {CPU_SECONDS:g} s a test is marked slow")
     return result
 
