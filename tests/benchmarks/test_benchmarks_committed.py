@@ -1,4 +1,4 @@
-"""The committed results, and what README and page say of them."""
+"""The committed results, and what report and pages say of them."""
 
 from __future__ import annotations
 
@@ -33,10 +33,25 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_readme_tables_are_fresh():
-    """The committed README shows what the committed results say."""
-    assert not report_page.update_page(ROOT / "README.md", RESULTS, check=True), (
-        "README.md is stale: run `python benchmarks/draw.py --pages README.md`"
+PAGES = {  # and the tables that each has to show
+    "README.md": ["peers"],
+    "benchmarks/results/README.md": ["table1", "environments", "prediction-error"],
+    "docs/claims.md": ["claims"],
+}
+
+
+def test_every_marked_page_is_known():
+    found = [page.relative_to(ROOT).as_posix() for page in report_page.marked_pages(ROOT)]
+    assert found == sorted(PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_committed_tables_are_fresh(page):
+    """The committed pages show what the committed results say."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert re.findall("<!-- begin:(.*) -->", text) == PAGES[page]
+    assert not report_page.update_page(ROOT / page, RESULTS, check=True), (
+        f"{page} is stale: run `python benchmarks/draw.py --pages`"
     )
 
 
@@ -124,7 +139,7 @@ def test_committed_shares_refer_to_the_ceilings_of_their_run():
                 assert share == pytest.approx(row[unit] / top[unit], rel=1e-3, abs=1e-4)
 
 
-def test_readme_is_renewed_between_the_markers_only(folder):
+def test_a_page_is_renewed_between_the_markers_only(folder):
     readme = folder / "README.md"
     text = "# A\n<!-- begin:layers -->\nold\n<!-- end:layers -->\nend\n"
     readme.write_text(text)
@@ -144,7 +159,7 @@ def test_readme_is_renewed_between_the_markers_only(folder):
         ("<!-- begin:layers -->\n", "without an end"),
     ],
 )
-def test_readme_with_bad_markers_is_refused(folder, text, message):
+def test_a_page_with_bad_markers_is_refused(folder, text, message):
     readme = folder / "README.md"
     readme.write_text(text)
     with pytest.raises(UserError, match=message):
@@ -165,3 +180,8 @@ def test_draw_command(folder):
     assert draw("--pages", readme).returncode == 0
     assert draw("--pages", readme, "--check").returncode == 0
     assert "FLUX.1-MoE-XS" in readme.read_text()
+    # without files: every page; here beside other results than those that they show
+    (folder / "claims.json").write_bytes((RESULTS / "claims.json").read_bytes())
+    said = draw("--pages", "--check").stdout.splitlines()
+    stale = {page: "fresh" if page == "docs/claims.md" else "stale" for page in sorted(PAGES)}
+    assert said == [f"{state}: {ROOT / page}" for page, state in stale.items()]
