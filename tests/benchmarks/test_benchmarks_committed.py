@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 
+from draw import main as draw_main
 from helpers.benchmark_machine import machine
 from report import page as report_page
 from report import roofline
@@ -169,21 +170,25 @@ def test_a_page_with_bad_markers_is_refused(folder, text, message):
 
 
 def test_draw_command(folder):
-    def draw(*arguments):
-        command = [sys.executable, ROOT / "benchmarks/draw.py", "--results", folder, *arguments]
-        environment = {**os.environ, "MPLBACKEND": "Agg"}
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-
-    done = draw()
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/draw.py", "--results", folder],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "MPLBACKEND": "Agg"},
+    )  # fmt: skip
     assert done.returncode == 0 and "report.html" in done.stdout, done.stderr
-    readme = folder / "README.md"
-    readme.write_text("<!-- begin:table1 -->\n<!-- end:table1 -->\n")
-    assert draw("--pages", readme, "--check").returncode == 1
-    assert draw("--pages", readme).returncode == 0
-    assert draw("--pages", readme, "--check").returncode == 0
-    assert "FLUX.1-MoE-XS" in readme.read_text()
+
+
+def test_draw_pages(folder, capsys):
+    def draw(*pages):
+        return draw_main(["--results", str(folder), "--pages", *map(str, pages)])
+
+    page = folder / "README.md"
+    page.write_text("<!-- begin:table1 -->\n<!-- end:table1 -->\n")
+    assert [draw(page, "--check"), draw(page), draw(page, "--check")] == [1, 0, 0]
+    assert "FLUX.1-MoE-XS" in page.read_text()
     # without files: every page; here beside other results than those that they show
     (folder / "claims.json").write_bytes((RESULTS / "claims.json").read_bytes())
-    said = draw("--pages", "--check").stdout.splitlines()
+    capsys.readouterr()
+    assert draw("--check") == 1
     stale = {page: "fresh" if page == "docs/claims.md" else "stale" for page in sorted(PAGES)}
-    assert said == [f"{state}: {ROOT / page}" for page, state in stale.items()]
+    said = [f"{state}: {ROOT / page}" for page, state in stale.items()]
+    assert capsys.readouterr().out.splitlines() == said
