@@ -1,8 +1,62 @@
-"""Fixtures of all tests."""
+"""What is run by default, how much CPU time a test may take, and the fixtures of all tests.
+
+`pytest` runs the fast part, `pytest --all` everything. A run of the whole suite takes a process a
+core where pytest-xdist is there (-n 0: one process).
+"""
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+CPU_SECONDS = 5.0  # more than that takes the mark `slow`
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: the workers are the threads
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="the tests marked slow as well")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    whole = config.args_source is not config.ArgsSource.ARGS
+    options = config.option
+    if whole and getattr(options, "numprocesses", 0) is None and not options.usepdb:
+        options.numprocesses = len(os.sched_getaffinity(0))
+        options.dist = "worksteal"
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--all") or config.getoption("markexpr"):
+        return
+    slow = [item for item in items if _is_slow(item)]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not _is_slow(item)]
+
+
+def _is_slow(item) -> bool:
+    return bool(item.get_closest_marker("slow")) and not item.get_closest_marker("gpu")
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of those it has waited for."""
+    t = os.times()
+    return t.user + t.system + t.children_user + t.children_system
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """A test that has become too slow for the fast part fails until it is marked, or mended."""
+    start = _cpu_seconds()
+    result = yield
+    took = _cpu_seconds() - start
+    if took > CPU_SECONDS and not any(map(item.get_closest_marker, ("slow", "gpu"))):
+        pytest.fail(f"{took:.1f} s of CPU time; over {CPU_SECONDS:g} s a test is marked slow")
+    return result
 
 
 @pytest.fixture

@@ -155,9 +155,9 @@ def test_compare_says_in_a_line_what_is_wrong_with_a_file(
 
 def test_compare_says_in_a_line_what_git_said(tmp_path):
     """As a program: nothing was measured, no work tree stays behind, no traceback."""
-    (tmp_path / "benchmarks").mkdir()
-    for name in ("compare.py", "race.py", "results.py"):
-        shutil.copy(ROOT / "benchmarks" / name, tmp_path / "benchmarks")
+    (tmp_path / "benchmarks/harness").mkdir(parents=True)
+    for name in ("compare.py", "harness/race.py", "harness/results.py"):
+        shutil.copy(ROOT / "benchmarks" / name, tmp_path / "benchmarks" / name)
 
     def run(*command):
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
