@@ -50,8 +50,13 @@ def commands(page: Path) -> list[list[str]]:
 
 
 def python_snippets():
+    heavy = ("import FeedForward", "from distill")  # 5 to 9 s of CPU time, most of it imports
     return [
-        pytest.param(code, id=f"{page.name}-{i}")
+        pytest.param(
+            code,
+            id=f"{page.name}-{i}",
+            marks=[pytest.mark.slow] if any(word in code for word in heavy) else [],
+        )
         for page in PAGES
         for i, code in enumerate(blocks(page, "python"))
     ]
