@@ -1,8 +1,9 @@
 """Pictures, page and tables of benchmark results.
 
-python benchmarks/draw.py                                    # results/report.html and pictures
-python benchmarks/draw.py --pages README.md docs/claims.md   # their tables between the markers
-python benchmarks/draw.py --pages README.md --check          # fail where a page is stale
+python benchmarks/draw.py                     # results/report.html and pictures
+python benchmarks/draw.py --pages             # the tables of every page that has markers
+python benchmarks/draw.py --pages README.md   # of this page
+python benchmarks/draw.py --pages --check     # fail where a page is stale
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from report.page import render, update_page  # noqa: E402
+from report.page import marked_pages, render, update_page  # noqa: E402
 
 from distill.errors import UserError  # noqa: E402
 from distill.study import ablate_page  # noqa: E402
@@ -27,14 +28,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--results", type=Path, default=HERE / "results", metavar="FOLDER")
     parser.add_argument(
-        "--pages", nargs="+", type=Path, metavar="FILE", help="Markdown with markers"
+        "--pages", nargs="*", type=Path, metavar="FILE", help="Markdown (default: all with markers)"
     )
     parser.add_argument("--check", action="store_true", help="with --pages: write nothing")
     args = parser.parse_args(argv)
     try:
-        if args.pages:
-            stale = [page for page in args.pages if update_page(page, args.results, args.check)]
-            for page in args.pages:
+        if args.pages is not None:
+            pages = args.pages or marked_pages(HERE.parent)
+            stale = [page for page in pages if update_page(page, args.results, args.check)]
+            for page in pages:
                 done = "stale" if args.check else "wrote"
                 print(f"{done if page in stale else 'fresh'}: {page}")
             return int(args.check and bool(stale))

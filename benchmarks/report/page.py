@@ -48,6 +48,7 @@ _TITLES = {
     "environments": ("Environment", "Every number's run; ceilings are those that the run measured "
                      "at its start."),
 }  # fmt: skip
+_BEGIN = re.compile(r"^<!-- begin:([\w-]+) -->$", re.M)
 _MARK = re.compile(r"(<!-- begin:([\w-]+) -->\n)(.*?)(<!-- end:\2 -->)", re.S)
 
 
@@ -113,6 +114,12 @@ numbers are medians.</p>
 """
 
 
+def marked_pages(root: Path) -> list[Path]:
+    """Every Markdown page of the repository with tables between markers."""
+    pages = (p for part in (".", "docs", "benchmarks/**") for p in root.glob(f"{part}/*.md"))
+    return [page for page in sorted(pages) if _BEGIN.search(page.read_text(encoding="utf-8"))]
+
+
 def with_tables(text: str, results: Results, folder: Path | str) -> str:
     """The text with everything between <!-- begin:NAME --> and <!-- end:NAME --> made anew.
 
@@ -144,7 +151,7 @@ def update_page(page: Path | str, folder: Path | str, check: bool = False) -> bo
         text = page.read_text(encoding="utf-8")
     except OSError as err:
         raise UserError(f"cannot read {page}: {err.strerror or err}") from err
-    begun = re.findall(r"<!-- begin:([\w-]+) -->", text)
+    begun = _BEGIN.findall(text)
     closed = [m.group(2) for m in _MARK.finditer(text)]
     if begun != closed:
         raise UserError(f"{page}: markers without an end: {sorted(set(begun) - set(closed))}")

@@ -1,4 +1,4 @@
-"""Tables of measured results beside the paper's, for the report and the README.
+"""Tables of measured results beside the paper's, for the report and the Markdown pages.
 
 A table is (header, rows of text); results files are those of benchmarks/ (schema:
 benchmarks/README.md). Every measured number names the machine, every predicted one says so.

@@ -1,4 +1,4 @@
-"""The committed results, and what README and page say of them."""
+"""The committed results, and what report and pages say of them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 
+from draw import main as draw_main
 from helpers.benchmark_machine import machine
 from report import page as report_page
 from report import roofline
@@ -33,10 +34,25 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_readme_tables_are_fresh():
-    """The committed README shows what the committed results say."""
-    assert not report_page.update_page(ROOT / "README.md", RESULTS, check=True), (
-        "README.md is stale: run `python benchmarks/draw.py --pages README.md`"
+PAGES = {  # and the tables that each has to show
+    "README.md": ["peers"],
+    "benchmarks/results/README.md": ["table1", "environments", "prediction-error"],
+    "docs/claims.md": ["claims"],
+}
+
+
+def test_every_marked_page_is_known():
+    found = [page.relative_to(ROOT).as_posix() for page in report_page.marked_pages(ROOT)]
+    assert found == sorted(PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_committed_tables_are_fresh(page):
+    """The committed pages show what the committed results say."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert re.findall("<!-- begin:(.*) -->", text) == PAGES[page]
+    assert not report_page.update_page(ROOT / page, RESULTS, check=True), (
+        f"{page} is stale: run `python benchmarks/draw.py --pages`"
     )
 
 
@@ -124,7 +140,7 @@ def test_committed_shares_refer_to_the_ceilings_of_their_run():
                 assert share == pytest.approx(row[unit] / top[unit], rel=1e-3, abs=1e-4)
 
 
-def test_readme_is_renewed_between_the_markers_only(folder):
+def test_a_page_is_renewed_between_the_markers_only(folder):
     readme = folder / "README.md"
     text = "# A\n<!-- begin:layers -->\nold\n<!-- end:layers -->\nend\n"
     readme.write_text(text)
@@ -144,7 +160,7 @@ def test_readme_is_renewed_between_the_markers_only(folder):
         ("<!-- begin:layers -->\n", "without an end"),
     ],
 )
-def test_readme_with_bad_markers_is_refused(folder, text, message):
+def test_a_page_with_bad_markers_is_refused(folder, text, message):
     readme = folder / "README.md"
     readme.write_text(text)
     with pytest.raises(UserError, match=message):
@@ -152,16 +168,25 @@ def test_readme_with_bad_markers_is_refused(folder, text, message):
 
 
 def test_draw_command(folder):
-    def draw(*arguments):
-        command = [sys.executable, ROOT / "benchmarks/draw.py", "--results", folder, *arguments]
-        environment = {**os.environ, "MPLBACKEND": "Agg"}
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-
-    done = draw()
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/draw.py", "--results", folder],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "MPLBACKEND": "Agg"},
+    )  # fmt: skip
     assert done.returncode == 0 and "report.html" in done.stdout, done.stderr
-    readme = folder / "README.md"
-    readme.write_text("<!-- begin:table1 -->\n<!-- end:table1 -->\n")
-    assert draw("--pages", readme, "--check").returncode == 1
-    assert draw("--pages", readme).returncode == 0
-    assert draw("--pages", readme, "--check").returncode == 0
-    assert "FLUX.1-MoE-XS" in readme.read_text()
+
+
+def test_draw_pages(folder, capsys):
+    def draw(*pages):
+        return draw_main(["--results", str(folder), "--pages", *map(str, pages)])
+
+    page = folder / "README.md"
+    page.write_text("<!-- begin:table1 -->\n<!-- end:table1 -->\n")
+    assert [draw(page, "--check"), draw(page), draw(page, "--check")] == [1, 0, 0]
+    assert "FLUX.1-MoE-XS" in page.read_text()
+    # without files: every page; here beside other results than those that they show
+    (folder / "claims.json").write_bytes((RESULTS / "claims.json").read_bytes())
+    capsys.readouterr()
+    assert draw("--check") == 1
+    stale = {page: "fresh" if page == "docs/claims.md" else "stale" for page in sorted(PAGES)}
+    said = [f"{state}: {ROOT / page}" for page, state in stale.items()]
+    assert capsys.readouterr().out.splitlines() == said
