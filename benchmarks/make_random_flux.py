@@ -1,7 +1,7 @@
 """Writes a FLUX.1 [dev] sized transformer with random weights (11.9 B parameters, 24 GB in bf16).
 
     python benchmarks/make_random_flux.py flux-random  # 24 GB, about two minutes
-    python benchmarks/make_random_flux.py small --layers 2 4     # 3 GB: 2 double and 4 single blocks
+    python benchmarks/make_random_flux.py small --layers 2 4    # 3 GB: 2 double and 4 single blocks
 
 For trying `d2m convert` and `d2m inspect` at full size without the licensed weights. Needs little
 memory: every tensor is drawn, written and forgotten.
