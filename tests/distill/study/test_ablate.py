@@ -41,23 +41,23 @@ def test_workers_keep_order_and_pass_errors_on():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run that broke off at an arm and was started again; (folder, arms that ran, results)."""
+    """A run that broke off and was started again; (folder, comparators that ran, results)."""
     out = tmp_path_factory.mktemp("ablate")
     config = from_dict(AblateConfig, SMALL)
-    ran, real = [], ablate.run_arm
+    ran, real = [], ablate.run_comparator
 
-    def counted(arm, context, folder):
-        ran.append((arm, context.seed))
+    def counted(name, context, given):
+        ran.append((name, context.seed))
         if len(ran) == 5:
             raise KeyboardInterrupt
-        return real(arm, context, folder)
+        return real(name, context, given)
 
-    ablate.run_arm = counted
+    ablate.run_comparator = counted
     try:
         with pytest.raises(KeyboardInterrupt):
             ablate.run_ablate(out, config=config, workers=1, progress=False)
         before = len(ran)
-        with pytest.raises(UserError, match="no page yet: arm 'teacher'"):
+        with pytest.raises(UserError, match="no page yet: 'teacher'"):
             ablate.run_ablate(
                 out, config=config, so_far=True, progress=False, say=lambda line: None
             )  # fmt: skip
@@ -67,7 +67,7 @@ def run(tmp_path_factory):
             say=lambda line: None,
         )  # fmt: skip
     finally:
-        ablate.run_arm = real
+        ablate.run_comparator = real
     assert page == out / "ablate.html"
     return out, ran, before, config, partial
 
@@ -83,7 +83,7 @@ def test_verdicts_so_far(run):
 def test_a_stopped_run_continues(run):
     out, ran, before, config, _ = run
     assert before == 5
-    wanted = [(arm, seed) for arm in ablate.arm_names(config) for seed in (0, 1)]
+    wanted = [(name, seed) for name in ablate.comparator_names(config) for seed in (0, 1)]
     # the first four were done; the fifth broke off and is done again
     assert ran[before:] == wanted[4:]
 
@@ -95,7 +95,7 @@ def test_a_finished_run_trains_nothing(run, monkeypatch):
     def forbidden(*args):
         raise AssertionError("nothing is left to do")
 
-    monkeypatch.setattr(ablate, "run_arm", forbidden)
+    monkeypatch.setattr(ablate, "run_comparator", forbidden)
     ablate.run_ablate(out, config=config, workers=1, progress=False, say=lambda line: None)
     again = json.loads((out / "claims.json").read_text())
     for content in (first, again):
@@ -224,8 +224,8 @@ def test_the_search_gives_every_kind_the_same_candidates():
     assert best == dict.fromkeys(ablate.SEARCHED, 2e-3)
     assert {j["seed"] for j in seen} == {config.search.seed}
     assert config.search.seed not in config.seeds
-    for kind, arm in ablate.SEARCHED.items():
-        own = [j for j in seen if j["arm"] == arm]
+    for kind, name in ablate.SEARCHED.items():
+        own = [j for j in seen if j["name"] == name]
         assert [j["rates"] for j in own] == [{kind: r} for r in (1e-3, 2e-3, 4e-3)]
         assert set(tried[kind]) == {"0.001", "0.002", "0.004"}
 
