@@ -131,7 +131,7 @@ def experts_png(path: Path, tensors: Mapping[str, Tensor], names: tuple[str, ...
 _FIGURES = (
     ("claims.png", "Verdicts", "Right of the line: as claimed. Dots are seeds, bars t standard "
      "errors of the mean; a bar that crosses the line leaves the claim undecided."),
-    ("arms.png", "Arms", "Every model that was compared, on the same held-out triples."),
+    ("arms.png", "Comparators", "Every model that was compared, on the same held-out triples."),
     ("blocks.png", "Blocks (Fig. 3)", "The black line is the mean; each other line is a prompt or "
      "a timestep. The teacher, first seed."),
     ("experts.png", "Experts (Figs. 6 and 7)", "A row of a heat map adds up to one. The maps show "
@@ -189,8 +189,8 @@ def separation_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[s
     """Gap of pruned models to the dense one, in standard deviations over seeds."""
     header = ["pruned model", "relative MSE", "gap / s.d.", "flow-matching loss: gap", "gap / s.d."]
     rows = []
-    for arm, entry in content["separation"].items():
-        cells = [arm]
+    for name, entry in content["separation"].items():
+        cells = [name]
         for value in ("rel_mse", "flow_loss"):
             gap, ratio = entry[value]["gap"], entry[value]["gap_over_spread"]
             cells += ["" if gap is None else f"{gap:.3g}", "" if ratio is None else f"{ratio:.1f}"]
@@ -199,23 +199,23 @@ def separation_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[s
 
 
 def values_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Mean and standard deviation over seeds of every arm."""
+    """Mean and standard deviation over seeds of every comparator."""
     keys = ("rel_mse", "flow_loss", "sample_mse", "shared_only", "few_steps", "many_steps")
     rows = []
     runs = list(content["runs"].values())
-    for arm in runs[0]:
-        cells = [arm]
+    for name in runs[0]:
+        cells = [name]
         for key in keys:
-            values = np.array([r[arm].get(key, math.nan) for r in runs])
+            values = np.array([r[name].get(key, math.nan) for r in runs])
             spread = f" ± {values.std(ddof=1):.1e}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.3g}{spread}" if np.isfinite(values).all() else "")
         rows.append(cells)
-    return ["arm", *keys], rows
+    return ["comparator", *keys], rows
 
 
 def _page(content: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     first, *others = (figure(images[file], *words) for file, *words in _FIGURES)
-    unfinished = "" if content["complete"] else "<p><strong>Not all arms are measured.</strong></p>"
+    missing = "<p><strong>Not all comparators are measured.</strong></p>"
     rates, found = content["rates"], content["config"]["search"]
     rate_text = ", ".join(f"{kind} {rate:g}" for kind, rate in rates["chosen"].items())
     tried = (
@@ -228,17 +228,16 @@ def _page(content: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     return page(
         "dense2moe: the paper's claims at small scale",
         "<h1>The paper's claims at small scale</h1>",
-        unfinished,
-        "<p>A small FLUX trained on crops of 16 photographs with the picture's name as prompt; "
-        "every arm of a",
-        f"comparison has the same steps on the same batches. {html.escape(tried)}</p>",
+        "" if content["complete"] else missing,
+        "<p>A small FLUX trained on crops of 16 photographs with the picture's name as prompt; all",
+        f"that are compared have the same steps on the same batches. {html.escape(tried)}</p>",
         table(*claims.table(content)),
         f"<p>{html.escape(content['rule'])}</p>",
         first,
         "<h2>Does the setting separate?</h2>",
         "<p>The dense model's relative MSE is 0 by definition. s.d.: over seeds.</p>",
         table(*separation_table(content)),
-        f"<h2>Every arm</h2>{table(*values_table(content))}{facts(content['measures'])}",
+        f"<h2>Every comparator</h2>{table(*values_table(content))}{facts(content['measures'])}",
         "".join(others),
         f"<h2>Environment</h2>{facts(where)}",
     )

@@ -95,17 +95,17 @@ def collect(
     rates: Mapping[str, float],
     tried: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
-    """The content of claims.json from rows[seed][arm][value]."""
+    """The content of claims.json from rows[seed][comparator][value]."""
     return {
         "schema": SCHEMA,
-        "complete": all(values for arms in rows.values() for values in arms.values()),
+        "complete": all(values for row in rows.values() for values in row.values()),
         "claims": [judge(claim, rows) for claim in CLAIMS],
         "rule": RULE,
         "measures": MEASURES,
         "seeds": [int(seed) for seed in rows],
         "separation": separation(rows),
         "rates": {"chosen": dict(rates), "tried": dict(tried)},
-        "runs": {seed: dict(arms) for seed, arms in rows.items()},
+        "runs": {seed: dict(row) for seed, row in rows.items()},
         "config": to_dict(config),
         "environment": environment("cpu"),
     }

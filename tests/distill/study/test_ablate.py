@@ -249,10 +249,10 @@ def test_the_published_setting_separates_the_methods():
     and verdicts, means and spreads follow from the published values."""
     content = claims.read(Path(__file__).parents[3] / "benchmarks" / "results" / "claims.json")
     assert content["complete"] and len(content["seeds"]) == 3
-    for arm, gaps in separation(content["runs"]).items():
+    for name, gaps in separation(content["runs"]).items():
         for value, gap in gaps.items():
-            assert gap["gap_over_spread"] >= 3, (arm, value)
-            assert gap == pytest.approx(content["separation"][arm][value])
+            assert gap["gap_over_spread"] >= 3, (name, value)
+            assert gap == pytest.approx(content["separation"][name][value])
     for entry in content["claims"]:
         claim = claims.Claim(*(entry[k] for k in ("claim", "source", "low", "high", "scale")))
         again = claims.judge(claim, content["runs"])

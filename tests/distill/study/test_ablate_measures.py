@@ -93,9 +93,9 @@ def test_judge_pairs_seeds():
 
 def test_separation_counts_standard_deviations():
     def rows(pruned):
-        arms = {a: {"rel_mse": pruned, "flow_loss": 1 + pruned} for a in
+        models = {a: {"rel_mse": pruned, "flow_loss": 1 + pruned} for a in
                 ("prune-mlp-2", "prune-mlp-1.5", "bk-shallow", "bk-deep")}  # fmt: skip
-        return {**arms, "teacher": {"rel_mse": 0.0, "flow_loss": 1.0}}
+        return {**models, "teacher": {"rel_mse": 0.0, "flow_loss": 1.0}}
 
     found = separation({"0": rows(4.0), "1": rows(5.0), "2": rows(6.0)})["bk-deep"]
     assert found["rel_mse"]["gap_over_spread"] == pytest.approx(5.0)
