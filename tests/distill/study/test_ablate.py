@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,7 +24,7 @@ from distill.errors import CheckpointError, UserError
 from distill.study import ablate, claims
 from distill.study.claim_list import CLAIMS, separation
 from distill.study.config import AblateConfig
-from distill.study.workers import Workers
+from distill.study.workers import Workers, beside
 
 # --- workers --------------------------------------------------------------------------------
 
@@ -34,6 +37,41 @@ def test_workers_keep_order_and_pass_errors_on():
     with pytest.raises(KeyError, match="value"), Workers(2, ablate_jobs.double) as pool:
         pool.run([{"value": 1, "wait": 300}, {}], "test", False)
     assert time.monotonic() - start < 120  # the waiting worker was ended
+
+
+def test_a_worker_that_is_ended_leaves_its_task_in_order(tmp_path):
+    tasks = [{"value": 1, "wait": 300, "marks": str(tmp_path)}, {"marks": str(tmp_path)}]
+    with pytest.raises(KeyError, match="value"), Workers(2, ablate_jobs.fail) as pool:
+        pool.run(tasks, "test", False)
+    assert (tmp_path / "left").exists()
+
+
+def test_a_task_beside_is_waited_for_and_may_fail(tmp_path):
+    with beside(ablate_jobs.double, {"value": 1, "wait": 0.3, "marks": str(tmp_path)}):
+        pass
+    assert (tmp_path / "left").exists()
+    with beside(ablate_jobs.double, {}):
+        pass
+
+
+def test_workers_end_with_a_main_process_that_is_killed(tmp_path):
+    code = f"""
+from helpers.ablate_jobs import double
+from distill.study.workers import Workers
+if __name__ == "__main__":
+    with Workers(1, double) as pool:
+        pool.run([{{"value": 1, "wait": 300, "marks": {str(tmp_path)!r}}}], "test", False)
+"""
+    (tmp_path / "main.py").write_text(code)
+    root = Path(__file__).parents[3]
+    paths = os.pathsep.join(map(str, (root, root / "tests")))
+    main = subprocess.Popen([sys.executable, tmp_path / "main.py"], stdout=subprocess.PIPE,
+                            env={**os.environ, "PYTHONPATH": paths})  # fmt: skip
+    while not (tmp_path / "begun").exists():
+        assert main.poll() is None
+        time.sleep(0.05)
+    main.kill()
+    assert main.stdout.read() == b""  # comes to an end when nobody holds the pipe any more
 
 
 # --- the command ----------------------------------------------------------------------------
