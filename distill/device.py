@@ -1,9 +1,13 @@
-"""The device a command runs on."""
+"""The device a command runs on, and what else its numbers depend on."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
+import platform
+from datetime import datetime, timezone
+from typing import Any
 
 from distill.errors import UserError
 
@@ -40,3 +44,40 @@ def add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there)"
     )
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(s.split(":", 1)[1].strip() for s in lines if s.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What numbers depend on: versions, processor, threads, and the back-end that runs."""
+    import torch
+
+    from d2m_kernels import __version__, backends
+
+    kind = torch.device(device).type
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": version("diffusers"),
+        "triton": version("triton"),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if kind == "cuda" else "cpu",
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "backend": backends.resolve(None, kind, torch.float32),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }

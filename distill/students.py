@@ -22,10 +22,10 @@ from distill.importance import ffn_linears, taylor_importance
 
 
 def _calibration(
-    teacher: nn.Module, source: Any, batches: int, seed: int, rows: int | None
+    teacher: nn.Module, source: Any, batches: int, seed: int, rows: int | None, size: int = 128
 ) -> Iterator[Batch | Iterator[Batch]]:
-    """`batches` batches of 128 training samples; as their parts where `rows` are fewer."""
-    device, size = next(teacher.parameters()).device, 128
+    """`batches` batches of `size` training samples; as their parts where `rows` are fewer."""
+    device = next(teacher.parameters()).device
 
     def part(number: int, rows: slice | None = None) -> Batch:
         return source.batch(seed, number, size, "calibrate", rows).to(device)
@@ -48,10 +48,11 @@ def _compute(teacher: nn.Module) -> Iterator[None]:
 
 
 def measure_importance(
-    teacher: nn.Module, source: Any, batches: int, seed: int, rows: int | None = None
-) -> dict[str, Tensor]:
-    """Eq. (6) over `batches` batches of 128 training samples, `rows` of them at a time; in bf16 if
-    the teacher is.
+    teacher: nn.Module, source: Any, batches: int, seed: int, rows: int | None = None,
+    size: int = 128,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Eq. (6) over `batches` batches of `size` training samples, `rows` of them at a time; in bf16
+    if the teacher is.
 
     A large teacher's blocks are recomputed in the backward pass.
     """
@@ -60,7 +61,8 @@ def measure_importance(
         teacher.enable_gradient_checkpointing()
     try:
         with _compute(teacher):
-            return taylor_importance(teacher, _calibration(teacher, source, batches, seed, rows))
+            parts = _calibration(teacher, source, batches, seed, rows, size)
+            return taylor_importance(teacher, parts)
     finally:
         if large:
             teacher.disable_gradient_checkpointing()

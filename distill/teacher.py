@@ -13,8 +13,8 @@ from d2m_models.checkpoints.load import load_flux
 from distill import files as ckpt
 from distill.configs.checked import to_dict
 from distill.configs.sections import DataConfig, TeacherConfig
-from distill.configs.training import settings
-from distill.data.digits import Digits
+from distill.configs.training import TrainConfig, settings
+from distill.data.digits import ClassPrompts, Digits
 from distill.errors import library_errors
 from distill.importance import flow_matching_loss
 from distill.loop.train import train
@@ -30,23 +30,39 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dense2moe"
 
 
-def build_teacher(config: TeacherConfig, seed: int) -> nn.Module:
-    """A `FluxTransformer2DModel` for digits, initialised from `seed` whatever the global RNG is."""
+def build_teacher(config: TeacherConfig, seed: int, data: type[ClassPrompts] = Digits) -> nn.Module:
+    """A `FluxTransformer2DModel` for the tokens and prompts of `data`, initialised from `seed`
+    whatever the global RNG is."""
     from diffusers import FluxTransformer2DModel
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return FluxTransformer2DModel(
             patch_size=1,
-            in_channels=Digits.channels,
+            in_channels=data.channels,
             num_layers=config.num_layers,
             num_single_layers=config.num_single_layers,
             attention_head_dim=config.head_dim,
             num_attention_heads=config.heads,
-            joint_attention_dim=Digits.text_dim,
-            pooled_projection_dim=Digits.pooled_dim,
+            joint_attention_dim=data.text_dim,
+            pooled_projection_dim=data.pooled_dim,
             axes_dims_rope=tuple(config.rope),
         )
+
+
+def train_dense(
+    model: nn.Module, source: Any, config: TrainConfig, folder: Path, *, seed: int, run_id: str,
+    progress: bool,
+) -> nn.Module:  # fmt: skip
+    """A dense model, trained by flow matching or found trained in `folder`; frozen, eval mode."""
+    device = next(model.parameters()).device
+
+    def objective(step: int) -> dict[str, Tensor]:
+        batch = source.batch(seed, step, config.batch_size)
+        return {"loss": flow_matching_loss(model, batch.to(device))}
+
+    train(model, objective, config, folder, run_id=run_id, label="teacher", progress=progress)
+    return model.eval().requires_grad_(False)
 
 
 def load_teacher(
@@ -65,29 +81,20 @@ def load_teacher(
             from d2m_models.checkpoints.lora_file import fuse_lora, read_lora
 
             fuse_lora(teacher, read_lora(config.lora, config.lora_scale))
-    else:
-        assert config.train is not None
-        teacher = build_teacher(config, seed).to(device)
-        digits = Digits("train", data.timesteps, data.timestep_grid)
-        run_id = ckpt.fingerprint(
-            VERSION, settings(config), to_dict(data), seed, torch.device(device).type
-        )
-        folder = cache_folder() / f"teacher-{run_id}"
-        size = config.train.batch_size
-
-        def objective(step: int) -> dict[str, Tensor]:
-            return {"loss": flow_matching_loss(teacher, digits.batch(seed, step, size).to(device))}
-
-        train(
-            teacher,
-            objective,
-            config.train,
-            folder,
-            run_id=run_id,
-            label="teacher",
-            progress=progress,
-        )
-    return teacher.to(device).eval().requires_grad_(False)
+        return teacher.to(device).eval().requires_grad_(False)
+    assert config.train is not None
+    run_id = ckpt.fingerprint(
+        VERSION, settings(config), to_dict(data), seed, torch.device(device).type
+    )
+    return train_dense(
+        build_teacher(config, seed).to(device),
+        Digits("train", data.timesteps, data.timestep_grid),
+        config.train,
+        cache_folder() / f"teacher-{run_id}",
+        seed=seed,
+        run_id=run_id,
+        progress=progress,
+    )
 
 
 def modulation_inputs(teacher: nn.Module, source: Any, count: int, seed: int) -> Tensor:

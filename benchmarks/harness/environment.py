@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import os
 import platform
 import re
@@ -11,6 +10,8 @@ import subprocess
 from pathlib import Path
 
 import torch
+
+from distill.device import cpu_name, version
 
 ROOT = Path(__file__).resolve().parents[2]
 _SMI = {
@@ -31,13 +32,6 @@ def _run(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def commit() -> str | None:
     """The commit, with "+" where tracked files of the packages differ from it.
 
@@ -52,14 +46,6 @@ def commit() -> str | None:
     code = ("csrc", "d2m_kernels", "d2m_models", "distill", "benchmarks/*.py")
     changed = _run("git", "status", "--porcelain", "--untracked-files=no", "--", *code)
     return head + ("+" if changed else "")
-
-
-def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(s.split(":")[1].strip() for s in lines if s.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def gpu_state(index: int = 0) -> dict:

@@ -5,18 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from report.read import Results, Table, backend_of, config_of, machine_label, run_id
+from report.read import Results, Table, machine_label, peer_rows, rows_of, run_id
 
 _BASELINE = {"dense": "eager dense", "dense compiled": "compiled dense"}
-
-
-def peer_rows(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The layers that `peers` shows: FLUX's width, balanced routing; forward first, most tokens
-    first, in whatever order they were measured.
-    """
-    rows = [row for row in results["layers"]
-            if row["shape"]["D"] == 3072 and row["shape"]["routing"] == "balanced"]  # fmt: skip
-    return sorted(rows, key=lambda row: (row["pass"] != "forward", -row["shape"]["T"]))
 
 
 def peers(all_results: Results) -> Table:
@@ -53,39 +44,25 @@ def layers(all_results: Results) -> Table:
               "peers / dense", "of floor", "peak MiB (dense)", "saved for backward MiB (dense)",
               "launches", "host syncs", "back-end", "config", "run"]  # fmt: skip
     rows = []
-    for name, results in all_results.items():
-        for row in results["layers"]:
-            ratios = dict(row["ratio_to_dense"])
-            ours = ratios.pop("moe_ffn")
-            low, high = row["ratio_quartiles"]["moe_ffn"]
-            peers = ", ".join(f"{n} {r:.2f}" for n, r in sorted(ratios.items(), key=lambda i: i[1]))
-            rows.append([
-                machine_label(name, results),
-                _shape(row["shape"]),
-                row["shape"]["routing"],
-                row["pass"].replace("_", " + "),
-                f"{row['flop_limit']:.3f}",
-                f"{ours:.3f} ({low:.3f}-{high:.3f})",
-                _against(row),
-                peers,
-                f"{row['share_of_floor']:.0%}",
-                _pair(row.get("peak_bytes_of", {})),
-                _pair(row.get("saved_bytes_of", {})),
-                str(row.get("launches", "")),
-                str(row.get("host_syncs", "")),
-                *_origin(name, results, row),
-            ])  # fmt: skip
+    for machine, row, origin in rows_of(all_results, "layers"):
+        ratios = dict(row["ratio_to_dense"])
+        ours = ratios.pop("moe_ffn")
+        low, high = row["ratio_quartiles"]["moe_ffn"]
+        rows.append([
+            machine, _shape(row["shape"]), row["shape"]["routing"],
+            row["pass"].replace("_", " + "), f"{row['flop_limit']:.3f}",
+            f"{ours:.3f} ({low:.3f}-{high:.3f})", _against(row),
+            ", ".join(f"{n} {r:.2f}" for n, r in sorted(ratios.items(), key=lambda i: i[1])),
+            f"{row['share_of_floor']:.0%}", _pair(row.get("peak_bytes_of", {})),
+            _pair(row.get("saved_bytes_of", {})), str(row.get("launches", "")),
+            str(row.get("host_syncs", "")), *origin,
+        ])  # fmt: skip
     return header, rows
 
 
 def _shape(shape: Mapping[str, Any]) -> str:
     return (f"T={shape['T']} D={shape['D']} {shape['S']}+{shape['E']}x{shape['H']} "
             f"top-{shape['K']}")  # fmt: skip
-
-
-def _origin(name: str, results: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, str, str]:
-    """The last three cells of a row: back-end, config, run."""
-    return backend_of(results, row), config_of(row), run_id(name, results, row)
 
 
 def _pair(size: Mapping[str, int | None]) -> str:
@@ -100,17 +77,16 @@ def stages(all_results: Results) -> Table:
     header = ["machine", "stage", "T", "D", "routing", "time us", "TFLOP/s", "of ceiling", "GB/s",
               "of copy ceiling", "of floor", "against", "back-end", "config", "run"]  # fmt: skip
     rows = []
-    for name, results in all_results.items():
-        for row in results["stages"]:
-            ours, share = next(iter(row["seconds"].values())), row["share_of_ceiling"]
-            rows.append([
-                machine_label(name, results), row["stage"], str(row["shape"]["T"]),
-                str(row["shape"]["D"]), row["shape"]["routing"], f"{ours['median'] * 1e6:.1f}",
-                f"{row['tflops']:.3g}", f"{share['tflops']:.0%}",
-                f"{row['gbps']:.3g}", f"{share['gbps']:.0%}", f"{row['share_of_floor']:.0%}",
-                ", ".join(f"{ratio:.2f} x {peer}" for peer, ratio in row["ratio_to"].items()),
-                *_origin(name, results, row),
-            ])  # fmt: skip
+    for machine, row, origin in rows_of(all_results, "stages"):
+        ours, share = next(iter(row["seconds"].values())), row["share_of_ceiling"]
+        rows.append([
+            machine, row["stage"], str(row["shape"]["T"]), str(row["shape"]["D"]),
+            row["shape"]["routing"], f"{ours['median'] * 1e6:.1f}",
+            f"{row['tflops']:.3g}", f"{share['tflops']:.0%}",
+            f"{row['gbps']:.3g}", f"{share['gbps']:.0%}", f"{row['share_of_floor']:.0%}",
+            ", ".join(f"{ratio:.2f} x {peer}" for peer, ratio in row["ratio_to"].items()),
+            *origin,
+        ])  # fmt: skip
     return header, rows
 
 
@@ -119,17 +95,15 @@ def scaling(all_results: Results) -> Table:
     header = ["machine", "varied", "value", "layer", "moe_ffn ms", "dense ms", "ratio",
               "FLOP limit", "peak MiB (dense)", "back-end", "config", "run"]  # fmt: skip
     rows = []
-    for name, results in all_results.items():
-        for row in results["scaling"]:
-            for point in row["points"]:
-                ours, dense = (point["seconds"][n]["median"] for n in ("moe_ffn", "dense"))
-                rows.append([
-                    machine_label(name, results), row["axis"].replace("_", " "),
-                    f"{point['value']:g}", _shape(point["shape"]), f"{ours * 1e3:.3g}",
-                    f"{dense * 1e3:.3g}", f"{point['ratio_to_dense']:.3f}",
-                    f"{point['flop_limit']:.3f}", _pair(point["peak_bytes"]),
-                    *_origin(name, results, row),
-                ])  # fmt: skip
+    for machine, row, origin in rows_of(all_results, "scaling"):
+        for point in row["points"]:
+            ours, dense = (point["seconds"][n]["median"] * 1e3 for n in ("moe_ffn", "dense"))
+            rows.append([
+                machine, row["axis"].replace("_", " "), f"{point['value']:g}",
+                _shape(point["shape"]), f"{ours:.3g}", f"{dense:.3g}",
+                f"{point['ratio_to_dense']:.3f}", f"{point['flop_limit']:.3f}",
+                _pair(point["peak_bytes"]), *origin,
+            ])  # fmt: skip
     return header, rows
 
 
@@ -138,20 +112,19 @@ def unavailable(all_results: Results) -> Table:
     found: dict[tuple[str, str, str, str], list[str]] = {}
     for name, results in all_results.items():
         label = machine_label(name, results)
-
-        def add(row, what, why, where, name=name, results=results, label=label):
-            key = (label, what, " ".join(why.split()), run_id(name, results, row))
+        missing = [
+            (row, peer, why, f"{row['pass'].replace('_', ' + ')} {row['name']} "
+             f"{row['shape']['routing']}")
+            for row in results["layers"] for peer, why in row.get("unavailable", {}).items()
+        ] + [
+            (row, f"{model}, {mode}", entry[key], "models")
+            for model, row in results["models"].items()
+            for mode, entry in row.get("modes", {}).items()
+            for key in ("unavailable", "incomplete") if key in entry
+        ]  # fmt: skip
+        for row, what, why, where in missing:
+            key = label, what, " ".join(why.split()), run_id(name, results, row)
             found.setdefault(key, []).append(where)
-
-        for row in results["layers"]:
-            for peer, why in row.get("unavailable", {}).items():
-                where = f"{row['pass'].replace('_', ' + ')} {row['name']} {row['shape']['routing']}"
-                add(row, peer, why, where)
-        for model, row in results["models"].items():
-            for mode, entry in row.get("modes", {}).items():
-                for key in ("unavailable", "incomplete"):
-                    if key in entry:
-                        add(row, f"{model}, {mode}", entry[key], "models")
     rows = [[machine, what, why, ", ".join(where) if len(where) < 3 else f"{len(where)} layers",
              run] for (machine, what, why, run), where in found.items()]  # fmt: skip
     return ["machine", "what", "why", "where", "run"], rows

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import re
 from pathlib import Path
 
 from report.pictures import FIGURES
-from report.read import Results, load_results, machine_label
+from report.read import Results, load_results, machine_label, rows_of
 from report.tables import TABLES, filled, markdown, origin
 
 from distill import files as ckpt
 from distill.errors import UserError
 from distill.study import claims
-from distill.study.page import STYLE, _html_table
+from distill.study.page import figure
+from distill.study.page import page as html_page
+from distill.study.page import table as html_table
 
 _TITLES = {
     "table1": ("Table 1", "The paper's cost columns (one H20, 1024x1024), our counts, and what was "
@@ -52,66 +53,45 @@ _BEGIN = re.compile(r"^<!-- begin:([\w-]+) -->$", re.M)
 _MARK = re.compile(r"(<!-- begin:([\w-]+) -->\n)(.*?)(<!-- end:\2 -->)", re.S)
 
 
-def results_in(folder: Path | str) -> dict:
+def render(folder: Path | str) -> Path:
+    """(Re)write the pictures and report.html of a folder of results files; returns the page."""
+    folder = Path(folder)
     results = load_results(folder)
     if not results:
         raise UserError(
             f"{folder} holds no benchmark results; "
             "`pytest benchmarks/ --benchmark-only --results benchmarks/results` writes some"
         )
-    return results
-
-
-def render(folder: Path | str) -> Path:
-    """(Re)write the pictures and report.html of a folder of results files; returns the page."""
-    folder = Path(folder)
-    results = results_in(folder)
-    figures = []
+    parts = []
     for file, (title, draw) in FIGURES.items():
-        alt = draw(folder / file, results)
-        if alt is None:  # nothing measured that it could show
+        words = draw(folder / file, results)
+        if words is None:  # nothing measured that it could show
             (folder / file).unlink(missing_ok=True)
         else:
-            figures.append((file, title, alt))
-    page = folder / "report.html"
-    ckpt.write_text(page, _page(folder, results, figures))
-    return page
-
-
-def _page(folder: Path, results: Results, figures: list[tuple[str, str, str]]) -> str:
-    parts = []
-    for file, title, alt in figures:
-        data = base64.b64encode((folder / file).read_bytes()).decode()
-        parts.append(
-            f"<h2>{html.escape(title)}</h2><figure>"
-            f'<img alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{html.escape(alt)}</figcaption></figure>"
-        )
+            parts.append(figure((folder / file).read_bytes(), title, words))
     for name, (title, caption) in _TITLES.items():
         header, rows = filled(TABLES[name](results))
         if rows:
             caption = f"{caption} {origin(name, results)}".strip()
             parts.append(f'<h2 id="{name}">{html.escape(title)}</h2>')
-            parts.append(f"<p>{html.escape(caption)}</p>{_html_table(header, rows)}")
+            parts.append(f"<p>{html.escape(caption)}</p>{html_table(header, rows)}")
     skipped = "".join(
-        f"<li>{html.escape(machine_label(name, r))}: {html.escape(row['id'])}: "
-        f"{html.escape(row['why'])}</li>"
-        for name, r in results.items()
-        for row in r["skipped"]
+        f"<li>{html.escape(': '.join((label, row['id'], row['why'])))}</li>"
+        for label, row, _ in rows_of(results, "skipped")
     )
     if skipped:
         parts.append(f"<h2>Not measured</h2><ul>{skipped}</ul>")
     machines = ", ".join(machine_label(name, r) for name, r in results.items())
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<title>dense2moe benchmarks</title><style>{STYLE}</style></head><body>
-<h1>Does the latency fall as far as the FLOPs?</h1>
-<p>Measured on: {html.escape(machines)}. All contenders ran in turn in one process, on random data;
-numbers are medians.</p>
-{"".join(parts)}
-</body></html>
-"""
+    text = html_page(
+        "dense2moe benchmarks",
+        "<h1>Does the latency fall as far as the FLOPs?</h1>",
+        f"<p>Measured on: {html.escape(machines)}. All contenders ran in turn in one process, on "
+        "random data;",
+        "numbers are medians.</p>",
+        "".join(parts),
+    )
+    ckpt.write_text(folder / "report.html", text)
+    return folder / "report.html"
 
 
 def marked_pages(root: Path) -> list[Path]:

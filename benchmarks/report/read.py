@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,27 @@ def backend_of(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         rows = [row for row in results["blocks"] if row["run"] == record["run"]]
         return ", ".join(sorted({row["backend"] for row in rows}))
     return record.get("backend", "")
+
+
+def rows_of(
+    all_results: Results, section: str
+) -> Iterator[tuple[str, Mapping[str, Any], tuple[str, str, str]]]:
+    """(machine, record, its last three cells in a table: back-end, config, run) of a section."""
+    for name, results in all_results.items():
+        for row in results[section]:
+            yield machine_label(name, results), row, origin_cells(name, results, row)
+
+
+def origin_cells(name: str, results: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, ...]:
+    return backend_of(results, row), config_of(row), run_id(name, results, row)
+
+
+def peer_rows(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Layers of FLUX's width with balanced routing; forward first, most tokens first, in whatever
+    order they were measured."""
+    rows = [row for row in results["layers"]
+            if row["shape"]["D"] == 3072 and row["shape"]["routing"] == "balanced"]  # fmt: skip
+    return sorted(rows, key=lambda row: (row["pass"] != "forward", -row["shape"]["T"]))
 
 
 def config_of(record: Mapping[str, Any]) -> str:

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from report.paper import DENSE, TABLE1, PaperRow, first_row
-from report.read import ceilings_of
+from report.read import ceilings_of, peer_rows
 
 PARTS = ("attention", "ffn", "gemm", "adaln", "rest")
 IMAGE, TEXT = 4096, 512  # tokens at 1024x1024
@@ -135,12 +135,7 @@ def _fills(sms: int | None, s: int) -> dict[str, float]:
 def calibrating(results: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
     """The two records that a calibration rests on: dense's parts, and the largest MoE layer."""
     dense = results["models"].get("flux-dense", {})
-    layers = [
-        row
-        for row in results["layers"]
-        if row["pass"] == "forward" and row["shape"]["D"] == 3072
-        and row["shape"]["routing"] == "balanced"
-    ]  # fmt: skip
+    layers = [row for row in peer_rows(results) if row["pass"] == "forward"]
     if not dense.get("parts") or not layers:
         return None
     return dense, max(layers, key=lambda row: row["shape"]["T"])
@@ -193,25 +188,18 @@ def predict_parts(
     }
 
 
-def predict(
-    name: str, machine: Machine, c: Calibration, image: int = IMAGE, text: int = TEXT
-) -> float:
-    """Seconds of a step, at 1024x1024 if nothing else is said."""
-    return sum(predict_parts(name, machine, c, image, text).values())
+def predict(name: str, machine: Machine, c: Calibration, *tokens: int) -> float:
+    """Seconds of a step with these image and text tokens (default: at 1024x1024)."""
+    return sum(predict_parts(name, machine, c, *tokens).values())
 
 
-def predict_ratio(
-    name: str, machine: Machine, c: Calibration, image: int = IMAGE, text: int = TEXT
-) -> float:
+def predict_ratio(name: str, machine: Machine, c: Calibration, *tokens: int) -> float:
     """Latency relative to dense: what two machines have in common cancels."""
-    tokens = (image, text)
     return predict(name, machine, c, *tokens) / predict("flux-dense", machine, c, *tokens)
 
 
 def _moe_share(name: str) -> float:
     """Share of a model's FFN FLOPs that is in MoE layers."""
-    from dataclasses import replace
-
     config = config_of(name)
     stays = account_of(replace(config, moe=None)).parts["ffn"].flops
     now = account_of(config).parts["ffn"].flops
@@ -232,20 +220,22 @@ def error_rows(
     the difference is the two implementations' as much as the prediction's.
     """
     rows = []
+
+    def add(machine: str, what: str, predicted: float, known: float, note: str) -> None:
+        rows.append({"calibrated_on": calibration.source, "machine": machine, "what": what,
+                     "predicted": predicted, "known": known, "error": predicted / known - 1,
+                     "note": note})  # fmt: skip
+
     for row in TABLE1:
         if row.preset is None:
             continue
-        predicted = row.nfe * predict(row.preset, H20, calibration)
         own = row.preset in ("flux-dense", "flux-lite", "flux-mini")
         note = "same model" if own else "the paper's kernels"
-        rows.append(
-            _error(calibration, "H20 (paper)", f"{row.name}, s", predicted, row.latency_s, note)
-        )
+        seconds = row.nfe * predict(row.preset, H20, calibration)
+        add("H20 (paper)", f"{row.name}, s", seconds, row.latency_s, note)
         if row == first_row(row.preset) and row.preset != "flux-dense":
-            known = (row.latency_s / row.nfe) / (DENSE.latency_s / DENSE.nfe)
             ratio = predict_ratio(row.preset, H20, calibration)
-            what = f"{row.name} / dense"
-            rows.append(_error(calibration, "H20 (paper)", what, ratio, known, note))
+            add("H20 (paper)", f"{row.name} / dense", ratio, _latency_ratio(row), note)
     for results in measured.values():
         env, itself = results["environment"], calibrate(results) == calibration
         dense = results["models"].get("flux-dense", {}).get("step_seconds")
@@ -255,25 +245,22 @@ def error_rows(
                 continue
             top = ceilings_of(results, model)
             machine = Machine(_label(env), top["tflops"], top["gbps"] * 1e-3, env.get("sms"))
+            tokens = model["image_tokens"], model["text_tokens"]
+            ratio = predict_ratio(name, machine, calibration, *tokens)
             note = model["mode"] + (", calibrated on itself" if itself else "")
-            ratio = predict_ratio(
-                name, machine, calibration, model["image_tokens"], model["text_tokens"]
-            )
-            rows.append(_error(calibration, machine.name, f"{name} / dense", ratio,
-                               model["latency_ratio"], note))  # fmt: skip
+            add(machine.name, f"{name} / dense", ratio, model["latency_ratio"], note)
     return rows
 
 
-def _error(c: Calibration, machine: str, what: str, predicted: float, known: float, note: str):
-    return {"calibrated_on": c.source, "machine": machine, "what": what, "predicted": predicted,
-            "known": known, "error": predicted / known - 1, "note": note}  # fmt: skip
+def _latency_ratio(row: PaperRow) -> float:
+    """Of one step, to the paper's dense model."""
+    return (row.latency_s / row.nfe) / (DENSE.latency_s / DENSE.nfe)
 
 
 def paper_ratio(name: str) -> dict[str, float] | None:
     """The paper's latency ratio to dense over our FLOPs ratio, attention in full on both sides."""
-    row: PaperRow | None = first_row(name)
+    row = first_row(name)
     if row is None:
         return None
-    latency = (row.latency_s / row.nfe) / (DENSE.latency_s / DENSE.nfe)
-    flops = account_of(name).flops / account_of("flux-dense").flops
+    latency, flops = _latency_ratio(row), work_ratio(name)
     return {"latency_ratio": latency, "flops_ratio": flops, "latency_over_flops": latency / flops}

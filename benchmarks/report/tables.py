@@ -7,20 +7,22 @@ benchmarks/README.md). Every measured number names the machine, every predicted 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from report import roofline
-from report.layers import layers, peer_rows, peers, scaling, stages, unavailable
+from report.layers import layers, peers, scaling, stages, unavailable
 from report.paper import DENSE, TABLE1
 from report.read import (
     Results,
     Table,
-    backend_of,
     ceilings_of,
     config_of,
     machine_label,
+    origin_cells,
+    peer_rows,
     ran,
+    rows_of,
     run_id,
     run_ids,
 )
@@ -117,18 +119,17 @@ def blocks(all_results: Results) -> Table:
     header = ["machine", "block", "tokens", "dense ms", "MoE / dense", "dense's attention",
               "FFN", "other GEMMs", "AdaLN", "rest", "back-end", "config", "run"]  # fmt: skip
     rows = []
-    for name, results in all_results.items():
-        for row in results["blocks"]:
-            parts = row["dense_parts"]
-            total = sum(parts.values())
-            rows.append([
-                machine_label(name, results), row["kind"],
-                f"{row['image_tokens']} + {row['text_tokens']}",
-                f"{row['seconds']['dense']['median'] * 1e3:.1f}", f"{row['ratio_to_dense']:.3f}",
-                *(f"{parts[p] / total:.0%}" for p in roofline.PARTS),
-                backend_of(results, row), config_of(row), run_id(name, results, row),
-            ])  # fmt: skip
+    for machine, row, origin in rows_of(all_results, "blocks"):
+        dense = row["seconds"]["dense"]["median"] * 1e3
+        rows.append([machine, row["kind"], f"{row['image_tokens']} + {row['text_tokens']}",
+                     f"{dense:.1f}", f"{row['ratio_to_dense']:.3f}",
+                     *_shares(row["dense_parts"]), *origin])  # fmt: skip
     return header, rows
+
+
+def _shares(parts: Mapping[str, float]) -> list[str]:
+    total = sum(parts.values())
+    return [f"{parts[p] / total:.0%}" for p in roofline.PARTS]
 
 
 def dense_parts(all_results: Results) -> Table:
@@ -138,16 +139,17 @@ def dense_parts(all_results: Results) -> Table:
     rows = []
     for name, results in all_results.items():
         dense = results["models"].get("flux-dense", {})
-        modes = dense.get("modes") or {dense.get("mode"): dense}
-        for mode, entry in modes.items():
-            if "parts" not in entry:
-                continue
-            parts = entry["parts"]
-            total = sum(parts.values())
-            rows.append([machine_label(name, results), mode, _ms(total),
-                         *(f"{parts[p] / total:.0%}" for p in roofline.PARTS),
-                         run_id(name, results, dense)])  # fmt: skip
+        for mode, entry in _modes(dense):
+            if "parts" in entry:
+                parts = entry["parts"]
+                rows.append([machine_label(name, results), mode, _ms(sum(parts.values())),
+                             *_shares(parts), run_id(name, results, dense)])  # fmt: skip
     return header, rows
+
+
+def _modes(model: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    """Every mode of a model with what was measured in it; of older records the only one."""
+    return (model.get("modes") or {model.get("mode"): model}).items()
 
 
 def models(all_results: Results) -> Table:
@@ -158,11 +160,11 @@ def models(all_results: Results) -> Table:
     rows = []
     for name, results in all_results.items():
         for model, record in results["models"].items():
-            modes = record.get("modes") or {record["mode"]: record}
-            for mode, entry in modes.items():
+            for mode, entry in _modes(record):
                 if "step_seconds" not in entry:
                     continue
                 images, peak = entry.get("image_seconds", {}), entry.get("peak_bytes")
+                backend, config, run = origin_cells(name, results, record)
                 rows.append([
                     machine_label(name, results), model, _mode(mode, entry),
                     _ms(entry["step_seconds"]),
@@ -170,8 +172,7 @@ def models(all_results: Results) -> Table:
                     *(f"{images[n]:.2f}" if n in images else "" for n in ("28", "8")),
                     "" if peak is None else f"{peak / 2**30:.1f}",
                     str(entry.get("launches", "")), str(entry.get("host_syncs", "")),
-                    backend_of(results, record), config_of(record),
-                    str(record.get("attention") or ""), run_id(name, results, record),
+                    backend, config, str(record.get("attention") or ""), run,
                 ])  # fmt: skip
     return header, rows
 
@@ -193,25 +194,22 @@ def _number(entry: Mapping[str, Any], key: str) -> str:
 def prediction_error(all_results: Results) -> Table:
     """The roofline against the paper's H20 rows and every machine measured."""
     header = ["calibrated on", "machine", "what", "predicted", "known", "error", "note"]
-    rows = []
-    for calibration in calibrations(all_results):
-        for e in roofline.error_rows(calibration, all_results):
-            rows.append([e["calibrated_on"], e["machine"], e["what"], f"{e['predicted']:.3g}",
-                         f"{e['known']:.3g}", f"{e['error']:+.0%}", e["note"]])  # fmt: skip
-    return header, rows
+    return header, [
+        [e["calibrated_on"], e["machine"], e["what"], f"{e['predicted']:.3g}",
+         f"{e['known']:.3g}", f"{e['error']:+.0%}", e["note"]]
+        for calibration in calibrations(all_results)
+        for e in roofline.error_rows(calibration, all_results)
+    ]  # fmt: skip
 
 
 def distillation(all_results: Results) -> Table:
     header = ["machine", "what", "batch", "samples/s", "peak MiB beyond the weights", "back-end",
               "config", "run"]  # fmt: skip
-    rows = []
-    for name, results in all_results.items():
-        for row in results["distillation"]:
-            rows.append([machine_label(name, results), row["id"], str(row["batch"]),
-                         f"{row['samples_per_second']:.3g}",
-                         f"{row['peak_bytes'] / 2**20:.0f}",
-                         backend_of(results, row), config_of(row),
-                         run_id(name, results, row)])  # fmt: skip
+    rows = [
+        [machine, row["id"], str(row["batch"]), f"{row['samples_per_second']:.3g}",
+         f"{row['peak_bytes'] / 2**20:.0f}", *origin]
+        for machine, row, origin in rows_of(all_results, "distillation")
+    ]  # fmt: skip
     return header, rows
 
 
@@ -256,19 +254,10 @@ def origin(table: str, all_results: Results) -> str:
 
 
 TABLES = {
-    "table1": table1,
-    "peers": peers,
-    "layers": layers,
-    "stages": stages,
-    "scaling": scaling,
-    "blocks": blocks,
-    "models": models,
-    "dense-parts": dense_parts,
-    "prediction-error": prediction_error,
-    "distillation": distillation,
-    "unavailable": unavailable,
-    "environments": environments,
-}
+    table.__name__.replace("_", "-"): table
+    for table in (table1, peers, layers, stages, scaling, blocks, models, dense_parts,
+                  prediction_error, distillation, unavailable, environments)
+}  # fmt: skip
 
 
 def filled(table: Table) -> Table:

@@ -12,15 +12,19 @@ from d2m_models.conversion.grouping import BlockMSE
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#444444")
 
 
-def new_figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure and its axes, drawn without a display and without touching global state."""
+def new_figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, **layout: Any
+) -> tuple[Any, Any]:
+    """A figure and its axes (an array of them if there are several), drawn without a display and
+    without touching global state. layout: of `Figure.subplots`, and `layout` of `Figure`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=layout.pop("layout", "constrained"))
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
+    axes = figure.subplots(rows, columns, **layout) if rows else []
+    for one in figure.axes:
+        one.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
@@ -82,36 +86,6 @@ def dots(path: str | Path, values: Mapping[str, float], label: str, log: bool = 
     return save(figure, path)
 
 
-def lines(
-    path: str | Path,
-    panels: Mapping[str, Mapping[str, Sequence[float]]],
-    ylabel: str,
-    groups: Sequence[Sequence[int]] = (),
-) -> Path:
-    """Side by side panels of thin lines with their black mean, proposed groups shaded (Fig. 3)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.5 * len(panels), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (title, series) in zip(all_axes, panels.items(), strict=True):
-        for i, (name, values) in enumerate(series.items()):
-            axes.plot(values, color=COLOURS[i % len(COLOURS)], lw=0.8, alpha=0.7, label=name)
-        count = len(next(iter(series.values())))
-        mean = [sum(v[i] for v in series.values()) / len(series) for i in range(count)]
-        axes.plot(mean, color="black", lw=2, label="mean")
-        for group in groups:
-            axes.axvspan(group[0] - 0.4, group[-1] + 0.4, color="#0072B2", alpha=0.1, lw=0)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("block")
-        axes.spines[["top", "right"]].set_visible(False)
-        if len(series) <= 10:
-            axes.legend(fontsize=7, frameon=False)
-    all_axes[0].set_ylabel(ylabel)
-    return save(figure, path)
-
-
 def draw_block_mse(
     measured: BlockMSE,
     path: str | Path,
@@ -119,20 +93,32 @@ def draw_block_mse(
     groups: Sequence[Sequence[int]] = (),
     most: int = 8,
 ) -> Path:
-    """log10 MSE by block, one line a prompt (left) and one a timestep range (right), as Fig. 3.
+    """log10 MSE by block, one line a prompt (left) and one a timestep range (right), their mean in
+    black, as Fig. 3.
 
     Args:
         groups: shaded. most: lines a panel.
     """
-    from d2m_models.inspection.figures import lines
-
     logs_nL = measured.values[kind].clamp(min=1e-30).log10()
-    prompts = {f"sample {i}": logs_nL[i].tolist() for i in range(min(most, len(logs_nL)))}
+    prompts = {f"sample {i}": logs_nL[i] for i in range(min(most, len(logs_nL)))}
     order = measured.timesteps.argsort(descending=True)
     times = {}
     for part in order.chunk(min(most, len(order))):
         low, high = float(measured.timesteps[part].min()), float(measured.timesteps[part].max())
-        times[f"t {low:.2f}-{high:.2f}"] = logs_nL[part].mean(0).tolist()
-    return lines(
-        path, {"by prompt": prompts, "by timestep": times}, "log10 MSE of output to input", groups
-    )
+        times[f"t {low:.2f}-{high:.2f}"] = logs_nL[part].mean(0)
+    panels = {"by prompt": prompts, "by timestep": times}
+    figure, all_axes = new_figure(11, 3.6, 1, 2, sharey=True)
+    for axes, (title, series) in zip(all_axes, panels.items(), strict=True):
+        for i, (name, line_L) in enumerate(series.items()):
+            colour = COLOURS[i % len(COLOURS)]
+            axes.plot(line_L.tolist(), color=colour, lw=0.8, alpha=0.7, label=name)
+        columns = zip(*(line_L.tolist() for line_L in series.values()), strict=True)
+        axes.plot([sum(c) / len(c) for c in columns], color="black", lw=2, label="mean")
+        for group in groups:
+            axes.axvspan(group[0] - 0.4, group[-1] + 0.4, color="#0072B2", alpha=0.1, lw=0)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("block")
+        if len(series) <= 10:
+            axes.legend(fontsize=7, frameon=False)
+    all_axes[0].set_ylabel("log10 MSE of output to input")
+    return save(figure, path)

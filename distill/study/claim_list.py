@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from distill.configs.checked import to_dict
+from distill.device import environment
 from distill.study.claims import RULE, SCHEMA, Claim, judge, value_of
 from distill.study.config import AblateConfig
 
@@ -75,24 +76,17 @@ SEPARATED = ("prune-mlp-2", "prune-mlp-1.5", "bk-shallow", "bk-deep")
 
 def separation(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
     """Gap between the dense model and each pruned one, in standard deviations over seeds."""
-    found = {}
-    for arm in SEPARATED:
-        entry = {}
-        for value in ("rel_mse", "flow_loss"):
-            pruned = [value_of(row, f"{arm}:{value}") for row in rows.values()]
-            dense = mean(value_of(row, f"teacher:{value}") for row in rows.values())
-            gap = mean(pruned) - dense
-            if not math.isfinite(gap):
-                entry[value] = dict.fromkeys(("gap", "spread", "gap_over_spread"))
-                continue
-            spread = stdev(pruned) if len(pruned) > 1 else None
-            entry[value] = {
-                "gap": gap,
-                "spread": spread,
-                "gap_over_spread": gap / spread if spread else None,
-            }
-        found[arm] = entry
-    return found
+
+    def gap(name: str, value: str) -> dict[str, float | None]:
+        pruned = [value_of(row, f"{name}:{value}") for row in rows.values()]
+        found = mean(pruned) - mean(value_of(row, f"teacher:{value}") for row in rows.values())
+        if not math.isfinite(found):
+            return dict.fromkeys(("gap", "spread", "gap_over_spread"))
+        spread = stdev(pruned) if len(pruned) > 1 else None
+        ratio = found / spread if spread else None
+        return {"gap": found, "spread": spread, "gap_over_spread": ratio}
+
+    return {name: {v: gap(name, v) for v in ("rel_mse", "flow_loss")} for name in SEPARATED}
 
 
 def collect(
@@ -101,19 +95,17 @@ def collect(
     rates: Mapping[str, float],
     tried: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
-    """The content of claims.json from rows[seed][arm][value]."""
-    from distill.study.demo import environment
-
+    """The content of claims.json from rows[seed][comparator][value]."""
     return {
         "schema": SCHEMA,
-        "complete": all(values for arms in rows.values() for values in arms.values()),
+        "complete": all(values for row in rows.values() for values in row.values()),
         "claims": [judge(claim, rows) for claim in CLAIMS],
         "rule": RULE,
         "measures": MEASURES,
         "seeds": [int(seed) for seed in rows],
         "separation": separation(rows),
         "rates": {"chosen": dict(rates), "tried": dict(tried)},
-        "runs": {seed: dict(arms) for seed, arms in rows.items()},
+        "runs": {seed: dict(row) for seed, row in rows.items()},
         "config": to_dict(config),
         "environment": environment("cpu"),
     }

@@ -71,8 +71,8 @@ def verdict(values: Sequence[float]) -> str:
 class Claim:
     """A claim of the paper as a comparison of two measured values.
 
-    claim: what is said. source: where. low, high: names of measured values, "arm" or
-    "arm:value" (default value: rel_mse). scale: see `effects`.
+    claim: what is said. source: where. low, high: names of measured values,
+    "comparator" or "comparator:value" (default value: rel_mse). scale: see `effects`.
     """
 
     claim: str
@@ -83,10 +83,10 @@ class Claim:
 
 
 def judge(claim: Claim, rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """One entry of claims.json from rows[seed][arm][value]."""
+    """One entry of claims.json from rows[seed][comparator][value]."""
     seeds = list(rows)
-    arms = {name: [value_of(rows[s], name) for s in seeds] for name in (claim.low, claim.high)}
-    values = effects(arms[claim.low], arms[claim.high], claim.scale)
+    found = {name: [value_of(rows[s], name) for s in seeds] for name in (claim.low, claim.high)}
+    values = effects(found[claim.low], found[claim.high], claim.scale)
     known = bool(values) and all(map(math.isfinite, values))
     return {
         "claim": claim.claim,
@@ -97,22 +97,26 @@ def judge(claim: Claim, rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> 
         "scale": claim.scale,
         "low": claim.low,
         "high": claim.high,
-        "arms": {name: [_finite(v) for v in numbers] for name, numbers in arms.items()},
+        "arms": {name: [_finite(v) for v in numbers] for name, numbers in found.items()},
     }
 
 
 def value_of(row: Mapping[str, Mapping[str, Any]], name: str) -> float:
-    """The value "arm" or "arm:value" of one seed; NaN if it was not measured."""
-    arm, _, value = name.partition(":")
-    return float(row.get(arm, {}).get(value or "rel_mse", math.nan))
+    """The value "comparator" or "comparator:value" of one seed; NaN if it was not measured."""
+    comparator, _, value = name.partition(":")
+    return float(row.get(comparator, {}).get(value or "rel_mse", math.nan))
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
 
 
-def check(content: Any) -> None:
-    """Refuse what is no claims.json: every entry has a verdict and its numbers."""
+def read(path: Path | str) -> dict[str, Any]:
+    """claims.json; what is none is refused: every entry has a verdict and its numbers."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
+        raise CheckpointError(f"cannot read {path}: {err}") from err
     if not isinstance(content, Mapping) or content.get("schema") != SCHEMA:
         raise CheckpointError(f"expected a file of schema {SCHEMA!r}, written by `d2m ablate`")
     for key in ("complete", "seeds", "environment", "rule", "claims"):
@@ -125,15 +129,6 @@ def check(content: Any) -> None:
                 f"claims.json: entry {entry.get('claim')!r} lacks {sorted(missing)} or has a "
                 f"verdict other than {VERDICTS}"
             )
-
-
-def read(path: Path | str) -> dict[str, Any]:
-    """claims.json, checked."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
-        raise CheckpointError(f"cannot read {path}: {err}") from err
-    check(content)
     return content
 
 

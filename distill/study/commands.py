@@ -42,11 +42,7 @@ def add_commands(commands: Any) -> None:
     ablate.set_defaults(run=run_ablate)
 
     report = commands.add_parser("report", help="pictures, page and tables from a run's results")
-    report.add_argument(
-        "out",
-        metavar="OUT",
-        help="folder of a `d2m demo` or `d2m ablate`",
-    )
+    report.add_argument("out", metavar="OUT", help="folder of a `d2m demo` or `d2m ablate`")
     report.set_defaults(run=run_report)
 
 

@@ -1,284 +1,256 @@
-"""The models of the demo: students by the paper's three stages, and the pruned comparators.
+"""The models that `d2m demo` and `d2m ablate` compare: how each comes from the teacher and trains.
 
-teacher --eq. 6--> moe-l (stages a, b) --> mob-m / mob-s / mob-xs (stage c)
-   |                    '--> prune-depth (as deep as mob-s runs, as many steps as stage c)
-   |--> prune-mlp (same activated FFN width, same steps as a + b)
-   '--> lite (fewer double blocks, dense FFNs; as many steps as a + b + c)
+teacher --eq. 6--> MoE (stages a, b) --> MoB (stage c), which may also begin from dense blocks
+   |                 '--> pruned depth: one block of each group stays
+   |--> pruned width: as many FFN neurons as a token of the MoE activates
+   '--> lite: fewer double blocks
+
+Comparators of one seed see the same batches in the same order. What a command's cached results
+depend on it says itself: `parent` and `run_id` are its fingerprints.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distill import files as ckpt
+from d2m_models.conversion.grouping import KINDS, measure_block_mse
 from distill.configs.sections import StageConfig
-from distill.configs.training import TrainConfig, first_batch, settings
-from distill.data.digits import Digits
+from distill.configs.training import first_batch
+from distill.data.batch import Batch
 from distill.loop.train import train
-from distill.stages import (
-    VERSION,
-    Distillation,
-    finish_stage,
-    run_stage,
-)
+from distill.stages import Distillation, finish_stage, run_stage
 from distill.students import group_blocks, make_student, measure_importance
-from distill.study import measure as ev
-from distill.study.config import DemoConfig
-from distill.teacher import load_teacher, modulation_inputs
+from distill.study.config import StudyConfig
+from distill.study.measure import predict, relative_mse
+from distill.teacher import modulation_inputs
 
 
-@dataclass
-class Run:
-    """One seed's teacher, data and measurements, and where its stages are kept."""
+@dataclass(frozen=True)
+class Context:
+    """One seed's teacher, data and folder.
 
-    config: DemoConfig
+    rates: learning rates by kind of comparator, where not the stage's own. share: of every
+    training's steps. importance_samples: of a batch of eq. (6). calibration: samples for the AdaLN
+    basis, None for random ones.
+    """
+
+    config: StudyConfig
     seed: int
-    device: str
     folder: Path
-    progress: bool
     teacher: nn.Module
-    digits: Digits
-    test: Digits
-    importance: dict[str, Tensor]
-    temb: Tensor
-    structure: Any
+    source: Any
+    rates: Mapping[str, float] = field(default_factory=dict)
+    share: float = 1.0
+    progress: bool = False
+    importance_samples: int = 128
+    calibration: int | None = None
 
-    def fingerprint(self, *parts: Any) -> str:
-        """Of everything a model depends on before its own training.
+    @property
+    def device(self) -> torch.device:
+        return next(self.teacher.parameters()).device
 
-        "cpu" and "cpu:0", "cuda" and "cuda:1" are one kind of device: a run may move between them.
-        """
-        kind = torch.device(self.device).type
-        return ckpt.fingerprint(VERSION, settings(self.config), self.seed, kind, *parts)
+    @cached_property
+    def importance(self) -> dict[str, Tensor]:
+        """Eq. (6) on this seed's calibration data."""
+        return measure_importance(self.teacher, self.source, self.config.importance_batches,
+                                  self.seed, size=self.importance_samples)  # fmt: skip
 
+    def temb(self, structure: Any) -> Tensor | None:
+        """Calibration samples of the AdaLN basis; None where AdaLN stays whole."""
+        if structure.adaln_dim is None or self.calibration is None:
+            return None
+        return modulation_inputs(self.teacher, self.source, self.calibration, self.seed)
 
-def start(config: DemoConfig, seed: int, device: str, folder: Path, progress: bool) -> Run:
-    """Teacher (trained or from the cache), importance (6) and AdaLN calibration."""
-    from d2m_models import FluxMoEConfig
+    def structure(self, fields: Mapping[str, Any]) -> Any:
+        """`FluxMoEConfig` as deep as the teacher."""
+        from d2m_models import FluxMoEConfig
 
-    teacher = load_teacher(config.teacher, config.data, seed, device, progress)
-    digits = Digits("train", config.data.timesteps, config.data.timestep_grid)
-    structure = FluxMoEConfig.from_dict(
-        {
-            **config.structure,
-            "num_layers": len(teacher.transformer_blocks),
-            "num_single_layers": len(teacher.single_transformer_blocks),
+        counts = {
+            "num_layers": len(self.teacher.transformer_blocks),
+            "num_single_layers": len(self.teacher.single_transformer_blocks),
         }
-    )
-    return Run(
-        config=config,
-        seed=seed,
-        device=device,
-        folder=ckpt.make_folder(folder),
-        progress=progress,
-        teacher=teacher,
-        digits=digits,
-        test=Digits("test"),
-        importance=measure_importance(teacher, digits, config.importance_batches, seed),
-        temb=modulation_inputs(teacher, digits, config.calibration, seed),
-        structure=structure,
-    )
+        return FluxMoEConfig.from_dict({**fields, **counts})
+
+    def stage(self, config: StageConfig, kind: str, **changes: Any) -> StageConfig:
+        """A stage with this kind's learning rate, and its steps times `share`."""
+        own = config.train
+        steps = max(1, round(changes.pop("steps", own.steps) * self.share))
+        tuned = replace(own, steps=steps, lr=self.rates.get(kind, own.lr))
+        return replace(config, train=tuned, **changes)
+
+    def dense(self, structure: Any) -> nn.Module:
+        """The teacher as a model of ours, with AdaLN compressed as the structure says."""
+        from d2m_models import convert_flux
+
+        return convert_flux(
+            self.teacher, replace(structure, moe=None), adaln_calibration=self.temb(structure)
+        )
 
 
 # --- students -------------------------------------------------------------------------------
 
 
-def train_moe(run: Run) -> tuple[nn.Module, str]:
-    """Stages (a) and (b): the model "moe-l" and its fingerprint."""
-    model = make_student(run.teacher, run.structure, run.importance, run.temb, run.seed)
-    parent = run.fingerprint("moe-l")
-    for stage in (run.config.shared, run.config.moe):
-        parent = _stage(run, model, stage, "moe-l", _first(run, stage.stage), parent)
-    return model, parent
-
-
-def train_mob(run: Run, moe: nn.Module, parent: str, name: str) -> nn.Module:
-    """Stage (c): `moe` with its blocks grouped, "mob-m", "mob-s" or "mob-xs"."""
-    model = group_blocks(moe, mob_config(run, name), run.seed)
-    _stage(run, model, run.config.mob, name, _first(run, "mob"), parent)
-    return model
-
-
-def _first(run: Run, stage: str) -> int:
-    """Number of a stage's first batch: it goes on where the stages before it stopped."""
-    stages = [run.config.shared, run.config.moe, run.config.mob]
-    at = [s.stage for s in stages].index(stage)
-    return first_batch([s.train for s in stages[:at]], stages[at].train.batch_size)
-
-
-def mob_config(run: Run, name: str) -> Any:
-    from d2m_models import MoBConfig
-
-    return MoBConfig.from_dict(run.config.groups[name.removeprefix("mob-")])
-
-
-def _stage(
-    run: Run, model: nn.Module, stage: StageConfig, name: str, first: int, parent: str
-) -> str:
+def train_stage(
+    context: Context, model: nn.Module, name: str, stage: StageConfig, parent: str,
+    before: Sequence[StageConfig] = (),
+) -> str:  # fmt: skip
+    """Train one stage, on the batches behind those of the stages `before`; returns the fingerprint
+    of its result."""
     letter = {"shared": "a", "moe": "b", "mob": "c"}[stage.stage]
     return run_stage(
-        model,
-        run.teacher,
-        run.digits,
-        stage,
-        run.folder / name / stage.stage,
-        seed=run.seed,
-        first=first,
-        parent=parent,
+        model, context.teacher, context.source, stage, context.folder / name / stage.stage,
+        seed=context.seed, parent=parent, progress=context.progress,
+        first=first_batch([s.train for s in before], stage.train.batch_size),
         label=f"{name}: ({letter}) {stage.stage}",
-        progress=run.progress,
-    )
+    )  # fmt: skip
 
 
-# --- comparators ----------------------------------------------------------------------------
+def train_moe(
+    context: Context, name: str, structure: Any, stages: Sequence[StageConfig], parent: str,
+    *, initialisation: str = "taylor",
+) -> tuple[nn.Module, str, nn.Module | None]:  # fmt: skip
+    """(model, fingerprint, the model after stage (a) with shared experts only, if there was one).
 
-
-def train_prune_mlp(run: Run) -> nn.Module:
-    """Diff-Pruning: keep the r_a * D most important neurons (eq. 6) of every FFN that is MoE in
-    moe-l.
-
-    AdaLN is compressed as in moe-l, so that both activate the same parameters but for the routers.
+    initialisation: "taylor" (eq. 6) or "random", which neurons are shared.
     """
-    from d2m_models import convert_flux, prune_mlp
+    from d2m_models import set_top_k
 
-    dense = convert_flux(
-        run.teacher,
-        replace(run.structure, moe=None),
-        adaln_calibration=run.temb if run.structure.adaln_dim is not None else None,
-    )
-    width = round(run.structure.moe.activated_ratio * run.teacher.inner_dim)
-    whole = {f"transformer_blocks.{i}" for i in run.structure.dense_double_blocks}
-    whole |= {f"single_transformer_blocks.{i}" for i in run.structure.dense_single_blocks}
+    scores = None if initialisation == "random" else context.importance
+    model = make_student(context.teacher, structure, scores, context.temb(structure),
+                         context.seed, initialisation=initialisation)  # fmt: skip
+    shared = None
+    for number, stage in enumerate(stages):
+        parent = train_stage(context, model, name, stage, parent, stages[:number])
+        if stage.stage == "shared":
+            shared = copy.deepcopy(model)
+            set_top_k(shared, 0)
+    return model, parent, shared
+
+
+def train_mob(
+    context: Context, model: nn.Module, name: str, groups: Mapping[str, Any], stage: StageConfig,
+    parent: str, before: Sequence[StageConfig] = (),
+) -> tuple[nn.Module, str]:  # fmt: skip
+    """Stage (c): (a copy of the model with its blocks grouped, fingerprint)."""
+    from d2m_models import MoBConfig
+
+    grouped = group_blocks(model, MoBConfig.from_dict(groups), context.seed)
+    return grouped, train_stage(context, grouped, name, stage, parent, before)
+
+
+# --- pruned models --------------------------------------------------------------------------
+
+
+def prune_width(context: Context, structure: Any, ratio: float) -> nn.Module:
+    """Diff-Pruning: the ratio * D neurons of highest score (6) in every FFN that is MoE in the
+    structure.
+
+    AdaLN is compressed as in the MoE, so that at its r_a both activate the same parameters but for
+    the routers.
+    """
+    from d2m_models import prune_mlp
+
+    width = round(ratio * context.teacher.inner_dim)
+    whole = {f"transformer_blocks.{i}" for i in structure.dense_double_blocks}
+    whole |= {f"single_transformer_blocks.{i}" for i in structure.dense_single_blocks}
     keep = {
         name: score.argsort(descending=True, stable=True)[:width]
-        for name, score in run.importance.items()
+        for name, score in context.importance.items()
         if ".".join(name.split(".")[:2]) not in whole
     }
-    steps = run.config.shared.train.steps + run.config.moe.train.steps
-    config = replace(run.config.moe.train, steps=steps, lr=run.config.pruned_lr)
-    return _train_pruned(run, prune_mlp(dense, keep), "prune-mlp", config, 0)
+    return prune_mlp(context.dense(structure), keep).requires_grad_(True)
 
 
-def train_prune_depth(run: Run, moe: nn.Module, parent: str) -> nn.Module:
-    """BK-SDM: of every group of mob-s keep one block for good, and train all weights as long as
-    stage (c).
+def prune_groups(
+    context: Context, model: nn.Module, groups: Mapping[str, Any], batch: Batch, method: str = "bk"
+) -> tuple[nn.Module, dict[str, str]]:
+    """The model as deep as a MoB model with these groups runs: one block stays of each group; and
+    `aliases` for `distil`.
 
-    It starts from the same trained MoE model as mob-s and keeps, group by group, the block without
-    whose companions the output changes least.
+    method "bk" (BK-SDM): the block without whose companions the output changes least; then all
+    weights train. "lite" (FLUX.1-Lite): the block that changes its input most; then only the blocks
+    that now stand for a group train, the rest is frozen.
     """
-    mob = mob_config(run, "mob-s")
-    kept, aliases = choose_blocks(run, moe, mob)
-    from d2m_models import prune_depth
+    from d2m_models import MoBConfig, prune_depth
 
-    model = prune_depth(moe, kept["double"], kept["single"])
-    first = _first(run, "mob")
-    # stage (c)'s schedule; what is balanced here are experts, as in stage (b)
-    return _train_pruned(run, model, "prune-depth", run.config.mob.train, first, aliases, parent)
+    mob = MoBConfig.from_dict(groups)
+    own = {"double": mob.double_groups, "single": mob.single_groups}
+    kept = choose_blocks(context, model, own, batch, method)
+    pruned = prune_depth(model, kept["double"], kept["single"]).requires_grad_(method == "bk")
+    aliases = {}
+    for kind, prefix in KINDS.items():
+        aliases |= last_blocks(prefix, kept[kind], own[kind])
+        for new, old in enumerate(kept[kind]):
+            if any(old in group for group in own[kind]):
+                getattr(pruned, prefix)[new].requires_grad_(True)
+    return pruned, aliases
 
 
 def choose_blocks(
-    run: Run, model: nn.Module, mob: Any
-) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """Blocks that depth pruning keeps, {"double", "single"}, and pruned block -> teacher block
-    names.
-
-    A block that stands for a group is to give what the group's last block gave, as in stage (c).
-    """
+    context: Context, model: nn.Module, groups: Mapping[str, Any], batch: Batch, method: str
+) -> dict[str, list[int]]:
+    """{"double", "single"}: blocks that depth pruning keeps, one of each group."""
     from d2m_models import prune_depth
 
-    counts = {
-        "double": len(model.transformer_blocks),
-        "single": len(model.single_transformer_blocks),
-    }
-    groups = {"double": mob.double_groups, "single": mob.single_groups}
-    kept = {kind: list(range(count)) for kind, count in counts.items()}
-    batch = ev.held_out_batch(run.digits, 256, run.seed)
-    target = ev.predict(run.teacher, batch)
-    for kind in groups:
-        for group in groups[kind]:
-            trials = {}
+    kept = {kind: list(range(len(getattr(model, prefix)))) for kind, prefix in KINDS.items()}
+    target = predict(context.teacher, batch)
+    for kind, own in groups.items():
+        if method == "lite":
+            change = measure_block_mse(context.teacher, [batch.inputs()]).values[kind]
+        for group in own:
+            cost = {}
             for block in group:
                 trial = {**kept, kind: [b for b in kept[kind] if b == block or b not in group]}
-                pruned = prune_depth(model, trial["double"], trial["single"])
-                trials[block] = (ev.relative_mse(target, ev.predict(pruned, batch)), trial)
-            kept = min(trials.values(), key=lambda pair: pair[0])[1]
-    aliases = {}
-    for kind, prefix in (("double", "transformer_blocks"), ("single", "single_transformer_blocks")):
-        last = {b: group[-1] for group in groups[kind] for b in group}
-        for new, old in enumerate(kept[kind]):
-            aliases[f"{prefix}.{new}"] = f"{prefix}.{last.get(old, old)}"
-    return kept, aliases
+                if method == "lite":
+                    cost[block] = -float(change[:, block].mean()), trial
+                else:
+                    output = predict(prune_depth(model, trial["double"], trial["single"]), batch)
+                    cost[block] = relative_mse(target, output), trial
+            kept = min(cost.values(), key=lambda pair: pair[0])[1]
+    return kept
 
 
-def train_lite(run: Run) -> nn.Module:
-    """FLUX.1-Lite: fewer double blocks, the rest dense; trained as long as a mob model in all."""
-    from d2m_models import FluxMoEConfig, convert_flux, prune_depth
-
-    counts = len(run.teacher.transformer_blocks), len(run.teacher.single_transformer_blocks)
-    plain = FluxMoEConfig(
-        moe=None, dense_double_blocks=(), num_layers=counts[0], num_single_layers=counts[1]
-    )
-    model = prune_depth(convert_flux(run.teacher, plain), run.config.lite, range(counts[1]))
-    stages = (run.config.shared, run.config.moe, run.config.mob)
-    # what a kept block gives is compared with the last block it stands for
-    ends = [*(b - 1 for b in run.config.lite[1:]), counts[0] - 1]
-    aliases = {f"transformer_blocks.{i}": f"transformer_blocks.{end}" for i, end in enumerate(ends)}
-    steps = sum(stage.train.steps for stage in stages)
-    config = replace(run.config.moe.train, steps=steps, lr=run.config.pruned_lr)
-    return _train_pruned(run, model, "lite", config, 0, aliases)
+def last_blocks(
+    prefix: str, kept: Sequence[int], groups: Sequence[Sequence[int]]
+) -> dict[str, str]:
+    """Pruned model's block -> the teacher's whose output it is to give: the last one of its group,
+    as in stage (c)."""
+    last = {block: group[-1] for group in groups for block in group}
+    return {f"{prefix}.{new}": f"{prefix}.{last.get(old, old)}" for new, old in enumerate(kept)}
 
 
-def _train_pruned(
-    run: Run,
-    model: nn.Module,
-    name: str,
-    config: TrainConfig,
-    first: int,
-    aliases: dict[str, str] | None = None,
-    parent: str = "",
-) -> nn.Module:
-    """Distil all weights of a pruned model (eqs. 7-9), in one schedule."""
-    model.train().requires_grad_(True)
-    objective = Distillation(
-        run.teacher,
-        model,
-        run.digits,
-        run.config.moe.loss,
-        config.batch_size,
-        run.seed,
-        first,
-        aliases=aliases,
-    )
-    train(
-        model,
-        objective,
-        config,
-        run.folder / name / "distill",
-        run_id=run.fingerprint(name, parent, aliases or {}),
-        label=name,
-        progress=run.progress,
-    )
+def lite(context: Context, kept: Sequence[int]) -> tuple[nn.Module, dict[str, str]]:
+    """FLUX.1-Lite: the dense model with these double blocks alone, each for itself and those up to
+    the next one; and `aliases` for `distil`. All weights train."""
+    from d2m_models import prune_depth
+
+    doubles, singles = (len(getattr(context.teacher, prefix)) for prefix in KINDS.values())
+    dense = context.dense(context.structure({"moe": None, "dense_double_blocks": ()}))
+    pruned = prune_depth(dense, kept, range(singles)).requires_grad_(True)
+    ends = zip(kept, [*kept[1:], doubles], strict=True)
+    groups = [range(first, end) for first, end in ends]
+    return pruned, last_blocks(KINDS["double"], kept, groups)
+
+
+def distil(
+    context: Context, model: nn.Module, name: str, stage: StageConfig, run_id: str,
+    aliases: Mapping[str, str] | None = None, before: Sequence[StageConfig] = (),
+) -> nn.Module:  # fmt: skip
+    """Distil the trainable weights of a pruned model (eqs. 7-9) in one schedule."""
+    model.train()
+    first = first_batch([s.train for s in before], stage.train.batch_size)
+    objective = Distillation(context.teacher, model, context.source, stage.loss,
+                             stage.train.batch_size, context.seed, first,
+                             aliases=aliases)  # fmt: skip
+    train(model, objective, stage.train, context.folder / name / "distill", run_id=run_id,
+          label=name, progress=context.progress)  # fmt: skip
     finish_stage(model)
     return model
-
-
-def train_all(run: Run, full: bool) -> dict[str, nn.Module]:
-    """Every model of the table, in the table's order."""
-    from distill.study.worker import beside
-
-    with beside(run, "prune-mlp"):
-        moe, parent = train_moe(run)
-    models = {"teacher": run.teacher, "moe-l": moe, "prune-mlp": train_prune_mlp(run)}
-    with beside(run, "prune-depth"):
-        for name in ("mob-m", "mob-s") if full else ("mob-s",):
-            models[name] = train_mob(run, moe, parent, name)
-    models["prune-depth"] = train_prune_depth(run, moe, parent)
-    if full:
-        models["mob-xs"] = train_mob(run, moe, parent, "mob-xs")
-        models["lite"] = train_lite(run)
-    return models

@@ -22,48 +22,51 @@ class EvalConfig:
     latency_rounds: int = 15
 
     def __post_init__(self):
-        check_least(
-            self,
-            "evaluate",
-            per_class=1,
-            sample_steps=1,
-            held_out=1,
-            latency_batch=1,
-            latency_rounds=1,
-        )
+        check_least(self, "evaluate", **dict.fromkeys(vars(self), 1))
 
 
-@dataclass(frozen=True)
-class DemoConfig:
-    """`d2m demo`: one teacher, one MoE structure and MoB groupings on top of it.
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """One teacher, one MoE structure, MoB groupings and the three stages.
 
-    structure: fields of `FluxMoEConfig` without depth and mob. groups: "s" (and "m", "xs" for
-    --full) -> fields of `MoBConfig`. lite: double blocks the FLUX.1-Lite-like comparator keeps.
-    pruned_lr: learning rate of prune-mlp and lite; prune-depth has that of stage (c).
+    structure: fields of `FluxMoEConfig` without depth and mob. groups: name -> fields of
+    `MoBConfig`. importance_batches: of eq. (6).
     """
 
     teacher: TeacherConfig
     structure: dict[str, Any]
     groups: dict[str, Any]
-    lite: list[int]
     shared: StageConfig
     moe: StageConfig
     mob: StageConfig
+    importance_batches: int = 8
+
+    def __post_init__(self):
+        for name in ("shared", "moe", "mob"):
+            stage = getattr(self, name).stage
+            if stage != name:
+                raise ConfigError(f"{name}.stage is {stage!r}; expected {name!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(StudyConfig):
+    """`d2m demo`.
+
+    groups: "s" (and "m", "xs" for --full). lite: double blocks the FLUX.1-Lite-like comparator
+    keeps. pruned_lr: learning rate of prune-mlp and lite; prune-depth has that of stage (c).
+    calibration: samples for the AdaLN basis.
+    """
+
+    lite: list[int]
     pruned_lr: float
     evaluate: EvalConfig = EvalConfig()
     data: DataConfig = DataConfig()
-    importance_batches: int = 8
     calibration: int = 1024
 
     def __post_init__(self):
-        missing = [name for name in ("m", "s", "xs") if name not in self.groups]
-        if missing or set(self.groups) - {"m", "s", "xs"}:
+        super().__post_init__()
+        if set(self.groups) != {"m", "s", "xs"}:
             raise ConfigError(f"groups has the keys {sorted(self.groups)}; expected m, s and xs")
-        for name in ("shared", "moe", "mob"):
-            if getattr(self, name).stage != name:
-                raise ConfigError(
-                    f"{name}.stage is {getattr(self, name).stage!r}; expected {name!r}"
-                )
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,9 @@ class HyperConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """The learning-rate search that every kind of arm gets: the same candidates and steps.
+    """The learning-rate search that every kind of comparator gets: the same candidates and steps.
 
-    rates: candidates. share: of the arm's own steps. seed: none of the compared ones.
+    rates: candidates. share: of the comparator's own steps. seed: none of the compared ones.
     """
 
     rates: list[float]
@@ -113,21 +116,15 @@ class AblateEval:
         check_least(self, "evaluate", held_out=1, per_prompt=2, sample_steps=2, reference_steps=1)
 
 
-@dataclass(frozen=True)
-class AblateConfig:
+@dataclass(frozen=True, kw_only=True)
+class AblateConfig(StudyConfig):
     """`d2m ablate`.
 
-    structure, other: fields of `FluxMoEConfig` for 1S12E2A and for 0.5S14E4A. groups: name ->
-    fields of `MoBConfig`: "shallow", "deep", and the groupings of Fig. 5.
+    structure is 1S12E2A, other 0.5S14E4A. groups: "shallow", "deep", and the groupings of Fig. 5.
+    importance_samples: of every batch of eq. (6).
     """
 
-    teacher: TeacherConfig
-    structure: dict[str, Any]
     other: dict[str, Any]
-    groups: dict[str, Any]
-    shared: StageConfig
-    moe: StageConfig
-    mob: StageConfig
     hyper: HyperConfig
     search: SearchConfig
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -136,6 +133,7 @@ class AblateConfig:
     importance_samples: int = 64
 
     def __post_init__(self):
+        super().__post_init__()
         if not {"shallow", "deep"} <= set(self.groups):
             raise ConfigError(f"groups has {sorted(self.groups)}; expected 'shallow' and 'deep'")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:

@@ -3,204 +3,135 @@
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distill import files as ckpt
-from distill.configs.checked import bundled, load_config, to_dict
+from distill.configs.checked import bundled, from_dict, load_config, to_dict
+from distill.configs.training import settings
 from distill.data.digits import Digits
-from distill.loop.train import read_log
+from distill.device import environment
 from distill.stages import VERSION
-from distill.study import demo_page
-from distill.study import measure as ev
-from distill.study.comparators import Run, start, train_all
+from distill.study import claims, comparators, demo_page
+from distill.study.comparators import Context
 from distill.study.config import DemoConfig
+from distill.study.measure import held_out_batch
+from distill.study.outcome import measure
+from distill.study.workers import beside, cores
+from distill.teacher import load_teacher
 
-# --- measuring ------------------------------------------------------------------------------
+CLAIMS = (
+    claims.Claim("MoE beats MLP pruning at the same activated expansion ratio", "Table 2",
+                 "moe-l", "prune-mlp"),
+    claims.Claim("MoB beats depth pruning at the same active depth", "Table 3",
+                 "mob-s", "prune-depth"),
+)  # fmt: skip
 
-
-@dataclass
-class Outcome:
-    """All models of one seed with what was measured of them, and tensors for the report."""
-
-    models: dict[str, nn.Module]
-    rows: dict[str, dict[str, Any]]
-    tensors: dict[str, Tensor]
-    meta: dict[str, Any]
-
-
-def kind_of(name: str) -> str:
-    return {"moe-l": "moe", "lite": "prune-depth"}.get(
-        name, "mob" if name.startswith("mob") else name
-    )
+# --- the comparators ------------------------------------------------------------------------
 
 
-def measure(run: Run, models: dict[str, nn.Module]) -> Outcome:
-    """Fill the table: accounts, relative MSE on held-out data, class accuracy, latency."""
-    from d2m_models import account
-
-    config = run.config.evaluate
-    held_out = ev.held_out_batch(run.test, config.held_out, run.seed)
-    noise = run.test.noise_batch(run.seed, config.per_class)
-    target = ev.predict(run.teacher, held_out)
-    judge = ev.Judge(run.digits)
-    seconds = ev.measure_latency(
-        models, ev.held_out_batch(run.test, config.latency_batch, run.seed), config.latency_rounds
-    )
-    layers, groups = report_layers(models["moe-l"], models["mob-s"])
-    rows, tensors = {}, {}
-    for name, model in models.items():
-        experts = ev.SelectionCounts(list(layers), noise, config.sample_steps, Digits.text_tokens)
-        blocks = ev.BlockCounts(noise.labels, config.sample_steps)
-        hooks = {"moe-l": [experts], "mob-s": [blocks]}.get(name)
-        accuracy, images = ev.judge_samples(model, judge, run.test, noise, config, hooks)
-        counts = account(model, image_tokens=Digits.image_tokens, text_tokens=Digits.text_tokens)
-        rows[name] = {
-            "kind": kind_of(name),
-            "total_params": counts.total_params,
-            "activated_params": counts.activated_params,
-            "flops": counts.flops,
-            "step_seconds": seconds[name],
-            "latency_ratio": seconds[name] / seconds["teacher"],
-            "rel_mse": ev.relative_mse(target, ev.predict(model, held_out)),
-            "class_accuracy": accuracy,
-        }
-        tensors[f"samples/{name}"] = images
-        if name == "moe-l":
-            tensors |= ckpt.pack("experts", experts.frequencies())
-        if name == "mob-s":
-            tensors |= ckpt.pack("blocks", blocks.frequencies())
-    curves = stage_curves(run, models)
-    tensors |= {f"curve/{m}/{s}": t for m, stages in curves.items() for s, t in stages.items()}
-    real = judge.accuracy(run.test.images, run.test.labels)
-    meta = {
-        "prompts": [str(d) for d in range(Digits.num_classes)],
-        "curves": {m: list(stages) for m, stages in curves.items()},
-        "layers": layers,
-        "groups": groups,
-        "text_tokens": Digits.text_tokens,
-        "notes": (
-            "Activated parameters are those one token meets. FLOPs are of one image. Step: one "
-            f"forward of {config.latency_batch} images, median of {config.latency_rounds}, the "
-            "models taking turns. Relative MSE: ||student - teacher||² / ||teacher||² over "
-            f"{config.held_out} held-out (x_t, t, prompt). Class accuracy: share of {len(noise)} "
-            "samples that a classifier trained on the real digits reads as their prompt; it reads "
-            f"{real:.1%} of real test digits."
-        ),
-    }
-    return Outcome(models, rows, tensors, meta)
+def start(config: DemoConfig, seed: int, device: str, folder: Path, progress: bool) -> Context:
+    """One seed's teacher, trained or from the cache, and its data."""
+    teacher = load_teacher(config.teacher, config.data, seed, device, progress)
+    source = Digits("train", config.data.timesteps, config.data.timestep_grid)
+    return Context(
+        config, seed, ckpt.make_folder(folder), teacher, source, {"pruned": config.pruned_lr},
+        progress=progress, calibration=config.calibration,
+    )  # fmt: skip
 
 
-def report_layers(moe: nn.Module, mob: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
-    """Captions for experts.png: an image-branch layer, a single-block layer, every group."""
-    from d2m_models import moe_layers
-    from d2m_models.config import group_names
+def fingerprint(context: Context, *parts: Any) -> str:
+    """Of everything a model depends on before its own training.
 
-    names = list(moe_layers(moe))
-    double = [n for n in names if n.endswith(".ff")]
-    single = [n for n in names if n.startswith("single")]
-    layers = {}
-    if double:
-        layers[double[len(double) // 2]] = (
-            f"Double block {double[len(double) // 2].split('.')[1]}, image"
-        )
-    if single:
-        layers[single[len(single) // 2]] = f"Single block {single[len(single) // 2].split('.')[1]}"
-    groups = {}
-    for group, blocks in group_names(mob.d2m_config).items():
-        ends = [b.split(".")[1] for b in (blocks[0], blocks[-1])]
-        groups[group] = f"{'D' if '.double.' in group else 'S'}{ends[0]}-{ends[1]}"
-    return layers, groups
+    "cpu" and "cpu:0", "cuda" and "cuda:1" are one kind of device: a run may move between them.
+    """
+    kind = context.device.type
+    return ckpt.fingerprint(VERSION, settings(context.config), context.seed, kind, *parts)
 
 
-def stage_curves(run: Run, models: dict[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
-    """Loss curves by model and stage; a mob model's and prune-depth's begin with moe-l's stages."""
-    curves: dict[str, dict[str, Tensor]] = {}
-    letters = {"shared": "(a) shared", "moe": "(b) MoE", "mob": "(c) MoB"}
-    for name in models:
-        if name == "teacher":
-            continue
-        stages = {"moe-l": ("shared", "moe")}.get(
-            name, ("mob",) if name.startswith("mob") else ("distill",)
-        )
-        own = {
-            letters.get(s, s): demo_page.curve_table(read_log(run.folder / name / s / "log.jsonl"))
-            for s in stages
-        }
-        if name.startswith("mob") or name == "prune-depth":
-            own = {**{k: _shift(v) for k, v in curves["moe-l"].items()}, **own}
-        curves[name] = own
-    return curves
+def train(
+    name: str, context: Context, moe: nn.Module | None = None, parent: str = ""
+) -> tuple[nn.Module, str]:
+    """(the comparator, its fingerprint); `moe` and `parent` are moe-l and its fingerprint.
+
+    moe-l: stages (a) and (b). mob-m, mob-s, mob-xs: stage (c). prune-mlp: as wide as moe-l's
+    activated FFN; as many steps as (a) and (b). prune-depth: as deep as mob-s runs, from moe-l; as
+    many steps as (c). lite: dense FFNs; as many steps as a mob model in all.
+    """
+    config = context.config
+    shared, experts, blocks = config.shared, config.moe, config.mob
+    if name == "moe-l":
+        structure, parent = context.structure(config.structure), fingerprint(context, name)
+        return comparators.train_moe(context, name, structure, (shared, experts), parent)[:2]
+    if name.startswith("mob-"):
+        groups, before = config.groups[name[4:]], (shared, experts)
+        return comparators.train_mob(context, moe, name, groups, blocks, parent, before)
+    steps, aliases, before = shared.train.steps + experts.train.steps, {}, ()
+    if name == "prune-mlp":
+        structure = context.structure(config.structure)
+        model = comparators.prune_width(context, structure, structure.moe.activated_ratio)
+        stage = context.stage(experts, "pruned", steps=steps)
+    elif name == "prune-depth":
+        batch = held_out_batch(context.source, 256, context.seed)
+        model, aliases = comparators.prune_groups(context, moe, config.groups["s"], batch)
+        # stage (c)'s schedule; what is balanced here are experts, as in stage (b)
+        stage, before = replace(blocks, loss=experts.loss), (shared, experts)
+    else:
+        model, aliases = comparators.lite(context, config.lite)
+        stage = context.stage(experts, "pruned", steps=steps + blocks.train.steps)
+    run_id = fingerprint(context, name, parent, aliases)
+    return comparators.distil(context, model, name, stage, run_id, aliases, before), run_id
 
 
-def _shift(table: Tensor) -> Tensor:
-    """Only the last step of a stage shared with moe-l, no values: the curve starts behind it."""
-    last = table[-1:].clone()
-    last[:, 1:] = float("nan")
-    return last
+def train_all(context: Context, full: bool) -> dict[str, nn.Module]:
+    """Every model of the table, in the table's order."""
+    with _beside(context, "prune-mlp"):
+        moe = train("moe-l", context)
+    models = {"teacher": context.teacher, "moe-l": moe[0]}
+    models["prune-mlp"], _ = train("prune-mlp", context)
+    with _beside(context, "prune-depth"):
+        for name in ("mob-m", "mob-s") if full else ("mob-s",):
+            models[name], _ = train(name, context, *moe)
+    models["prune-depth"], _ = train("prune-depth", context, *moe)
+    if full:
+        models["mob-xs"], _ = train("mob-xs", context, *moe)
+        models["lite"], _ = train("lite", context)
+    return models
 
 
-def environment(device: str) -> dict[str, Any]:
-    """What the numbers depend on: versions, processor, threads, and the back-end that runs."""
-    import diffusers
-
-    from d2m_kernels import backends
-    from d2m_kernels._version import __version__
-
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
-    kind = torch.device(device).type
-    return {
-        "version": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "triton": triton_version,
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if kind == "cuda" else "cpu",
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "backend": backends.resolve(None, kind, torch.float32),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+def _beside(context: Context, name: str) -> AbstractContextManager[None]:
+    """Train a pruned comparator in a second process during the block, where that helps."""
+    done = (context.folder / name / "distill" / "model.safetensors").exists()
+    if done or context.device.type != "cpu" or cores() < 2:
+        return nullcontext()
+    return beside(_train_pruned, {
+        "config": to_dict(context.config), "seed": context.seed, "folder": str(context.folder),
+        "progress": context.progress, "name": name,
+    })  # fmt: skip
 
 
-def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+def _train_pruned(task: dict) -> dict:
+    config = from_dict(DemoConfig, task["config"])
+    context = start(config, task["seed"], "cpu", Path(task["folder"]), task["progress"])
+    train(task["name"], context, *(train("moe-l", context) if "depth" in task["name"] else ()))
+    return {}
 
 
 # --- the command ----------------------------------------------------------------------------
 
 
 def run_demo(
-    out: Path | str,
-    *,
-    quick: bool = False,
-    full: bool = False,
-    seed: int = 0,
-    device: str = "cpu",
-    progress: bool = True,
-    say: Callable[[str], None] = print,
-) -> Path:
+    out: Path | str, *, quick: bool = False, full: bool = False, seed: int = 0,
+    device: str = "cpu", progress: bool = True, say: Callable[[str], None] = print,
+) -> Path:  # fmt: skip
     """Everything `d2m demo` does; returns the path of report.html."""
     out = ckpt.make_folder(out)
     config = load_config(DemoConfig, bundled("demo-quick.yaml" if quick else "demo.yaml"))
@@ -210,8 +141,8 @@ def run_demo(
         if full:
             say(f"seed {s} ({seeds.index(s) + 1} of {len(seeds)})")
         tag = ckpt.fingerprint(VERSION, to_dict(config), s, torch.device(device).type)
-        run = start(config, s, device, out / "stages" / f"seed{s}-{tag}", progress)
-        outcomes[s] = measure(run, train_all(run, full))
+        context = start(config, s, device, out / "stages" / f"seed{s}-{tag}", progress)
+        outcomes[s] = measure(context, train_all(context, full))
     first = outcomes[seed]
     for name in ("moe-l", "mob-s"):
         shutil.rmtree(out / "models" / name, ignore_errors=True)  # of an earlier run
@@ -232,45 +163,23 @@ def run_demo(
 
 def summarise(seeds: list[int], rows: dict[int, dict[str, dict[str, Any]]]) -> dict[str, Any]:
     """Mean and standard deviation over seeds, and the paper's two claims in relative MSE."""
-    names = list(rows[seeds[0]])
     summary = {
         name: {
-            key: {
-                "mean": mean(rows[s][name][key] for s in seeds),
-                "spread": stdev(rows[s][name][key] for s in seeds),
-            }
+            key: _mean_and_spread([rows[s][name][key] for s in seeds])
             for key in ("rel_mse", "class_accuracy", "latency_ratio")
         }
-        for name in names
+        for name in rows[seeds[0]]
     }
-    claims = [
-        judge_claim(
-            "MoE beats MLP pruning at the same activated expansion ratio",
-            [rows[s]["moe-l"]["rel_mse"] for s in seeds],
-            [rows[s]["prune-mlp"]["rel_mse"] for s in seeds],
-        ),
-        judge_claim(
-            "MoB beats depth pruning at the same active depth",
-            [rows[s]["mob-s"]["rel_mse"] for s in seeds],
-            [rows[s]["prune-depth"]["rel_mse"] for s in seeds],
-        ),
-    ]
-    return {
-        "seeds": seeds,
-        "summary": summary,
-        "claims": claims,
-        "runs": {str(s): rows[s] for s in seeds},
-    }
+    found = []
+    for claim in CLAIMS:
+        ratio = _mean_and_spread([rows[s][claim.low]["rel_mse"] / rows[s][claim.high]["rel_mse"]
+                                  for s in seeds])  # fmt: skip
+        detail = "ratio of relative MSE {mean:.3f} ± {spread:.3f}".format(**ratio)
+        found.append({"claim": claim.claim, "verdict": claims.judge(claim, rows)["verdict"],
+                      "detail": f"{detail} over {len(seeds)} seeds"})  # fmt: skip
+    runs = {str(s): rows[s] for s in seeds}
+    return {"seeds": seeds, "summary": summary, "claims": found, "runs": runs}
 
 
-def judge_claim(claim: str, ours: list[float], theirs: list[float]) -> dict[str, str]:
-    """ "holds" if ours is lower by more than the spread of the paired ratios, "undecided" if within
-    it.
-    """
-    ratios = [o / t for o, t in zip(ours, theirs, strict=True)]
-    centre, spread = mean(ratios), stdev(ratios)
-    verdict = (
-        "undecided" if abs(1 - centre) <= spread else "holds" if centre < 1 else "does not hold"
-    )
-    detail = f"ratio of relative MSE {centre:.3f} ± {spread:.3f} over {len(ratios)} seeds"
-    return {"claim": claim, "verdict": verdict, "detail": detail}
+def _mean_and_spread(values: list[float]) -> dict[str, float]:
+    return {"mean": mean(values), "spread": stdev(values)}

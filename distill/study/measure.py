@@ -1,10 +1,10 @@
-"""Judging a model: relative error to the teacher, class accuracy, latency, use of experts."""
+"""Judging a model: relative error to the teacher, samples, class accuracy, latency."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,28 +14,22 @@ from torch import Tensor, nn
 
 from distill.data.batch import Batch, generator
 from distill.data.digits import Digits
+from distill.data.photos import Photos
 from distill.errors import UserError
-from distill.sampling import evaluating, sample
+from distill.sampling import StepHook, evaluating, sample
 from distill.study.config import EvalConfig
 
 
-class Judge:
-    """A support-vector classifier trained on the real training digits."""
-
-    def __init__(self, digits: Digits):
-        from sklearn.svm import SVC
-
-        self.model = SVC(gamma=0.001).fit(digits.images.flatten(1).numpy(), digits.labels.numpy())
-
-    def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """Share of images [n, 8, 8], grey levels 0..16, that are read as their label."""
-        return float(self.model.score(images.flatten(1).numpy(), labels.numpy()))
-
-
-def held_out_batch(digits: Digits, count: int, seed: int) -> Batch:
-    """`count` triples (x_t, t, c) from test images, t spread evenly over (0, 1)."""
-    batch = digits.batch(seed, 0, count, "test")
-    t = (torch.arange(count) + 0.5) / count
+def held_out_batch(
+    source: Any, count: int, seed: int, grid: Sequence[float] | None = None
+) -> Batch:
+    """`count` triples (x_t, t, c) from test data, t spread evenly over (0, 1) or over the entries
+    of `grid`."""
+    batch = source.batch(seed, 0, count, "test")
+    if grid is None:
+        t = (torch.arange(count) + 0.5) / count
+    else:
+        t = torch.tensor(grid)[torch.arange(count) % len(grid)]
     return replace(batch, t=t[torch.randperm(count, generator=generator(seed, "test", 1))])
 
 
@@ -45,8 +39,7 @@ def predict(model: nn.Module, batch: Batch, chunk: int = 256) -> Tensor:
     outputs = []
     with evaluating(model):
         for start in range(0, len(batch), chunk):
-            rows = slice(start, start + chunk)
-            part = batch[rows].to(device)
+            part = batch[start : start + chunk].to(device)
             outputs.append(model(**part.inputs()).sample.float().cpu())
     return torch.cat(outputs)
 
@@ -79,63 +72,20 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class SelectionCounts:
-    """How often each expert of some layers is selected, by timestep, prompt, token (Fig. 6)."""
-
-    def __init__(self, layers: list[str], noise: Batch, steps: int, text_tokens: int):
-        self.layers, self.labels, self.steps = layers, noise.labels, steps
-        self.text_tokens = text_tokens
-        self.counts: dict[str, Tensor] = {}
-
-    def __call__(self, step: int, aux: Any) -> None:
-        for layer in self.layers:
-            routing = aux.routing[layer]
-            experts = routing.probs.shape[1]
-            # tokens of one sample are consecutive rows
-            chosen = torch.nn.functional.one_hot(routing.ids.long(), experts).sum(1).cpu().double()
-            chosen = chosen.view(len(self.labels), -1, experts)
-            tokens = chosen.shape[1]
-            for kind, rows, value in (
-                ("timestep", self.steps, chosen.sum((0, 1))),
-                (
-                    "prompt",
-                    10,
-                    torch.zeros(10, experts).double().index_add_(0, self.labels, chosen.sum(1)),
-                ),
-                ("token", tokens, chosen.sum(0)),
-            ):
-                table = self.counts.setdefault(
-                    f"{layer}/{kind}", torch.zeros(rows, experts).double()
-                )
-                if kind == "timestep":
-                    table[step] += value
-                else:
-                    table += value
-
-    def frequencies(self) -> dict[str, Tensor]:
-        """Each row's counts as shares that add up to 1. Keys "<layer>/<timestep|prompt|token>"."""
-        return {k: (c / c.sum(1, keepdim=True)).float() for k, c in self.counts.items()}
+# --- digits, read by a classifier -----------------------------------------------------------
 
 
-class BlockCounts:
-    """How often each block of every MoB group runs, by timestep and prompt."""
+class Judge:
+    """A support-vector classifier trained on the real training digits."""
 
-    def __init__(self, labels: Tensor, steps: int):
-        self.labels, self.steps = labels, steps
-        self.counts: dict[str, Tensor] = {}
+    def __init__(self, digits: Digits):
+        from sklearn.svm import SVC
 
-    def __call__(self, step: int, aux: Any) -> None:
-        for group, mob in aux.mob.items():
-            blocks = mob.probs.shape[1]
-            chosen = torch.nn.functional.one_hot(mob.ids.long(), blocks).sum(1).cpu().double()
-            by_step = self.counts.setdefault(
-                f"{group}/timestep", torch.zeros(self.steps, blocks).double()
-            )
-            by_prompt = self.counts.setdefault(f"{group}/prompt", torch.zeros(10, blocks).double())
-            by_step[step] += chosen.sum(0)
-            by_prompt.index_add_(0, self.labels, chosen)
+        self.model = SVC(gamma=0.001).fit(digits.images.flatten(1).numpy(), digits.labels.numpy())
 
-    frequencies = SelectionCounts.frequencies
+    def accuracy(self, images: Tensor, labels: Tensor) -> float:
+        """Share of images [n, 8, 8], grey levels 0..16, that are read as their label."""
+        return float(self.model.score(images.flatten(1).numpy(), labels.numpy()))
 
 
 def judge_samples(
@@ -144,28 +94,16 @@ def judge_samples(
     digits: Digits,
     noise: Batch,
     config: EvalConfig,
-    hooks: list[Any] | None = None,
+    hook: StepHook | None = None,
 ) -> tuple[float, Tensor]:
     """(class accuracy, images [B, 8, 8] in 0..1) of the model's samples from the given noise."""
-
-    def on_step(step: int, aux: Any) -> None:
-        for hook in hooks or []:
-            hook(step, aux)
-
-    latents = sample(
-        model,
-        noise,
-        config.sample_steps,
-        on_step if hooks else None,
-        chunk=len(noise) if hooks else 256,
-    )
-    images = digits.to_images(latents)
+    chunk = 256 if hook is None else len(noise)
+    images = digits.to_images(sample(model, noise, config.sample_steps, hook, chunk))
     return judge.accuracy(images * 16, noise.labels), images
 
 
 def sample_digits(model: nn.Module, path: Path, steps: int, per_class: int, seed: int) -> float:
     """Write a grid of samples as a PNG; returns the share the classifier reads as their prompt."""
-    from distill.study.measure import Judge, judge_samples
     from distill.study.pictures import samples_png
 
     _check_digits(model)
@@ -174,9 +112,8 @@ def sample_digits(model: nn.Module, path: Path, steps: int, per_class: int, seed
     config = EvalConfig(per_class=per_class, sample_steps=steps)
     accuracy, images = judge_samples(model, Judge(digits), digits, noise, config)
     prompts = [str(d) for d in range(Digits.num_classes)]
-    samples_png(
-        path, {"samples": (f"{accuracy:.0%} read right", images)}, prompts, min(per_class, 4)
-    )
+    rows = {"samples": (f"{accuracy:.0%} read right", images)}
+    samples_png(path, rows, prompts, min(per_class, 4))
     return accuracy
 
 
@@ -190,3 +127,47 @@ def _check_digits(model: nn.Module) -> None:
             f"the model takes (channels, text, pooled) = {have}, digits are {want}; for FLUX "
             "models use diffusers' FluxPipeline(transformer=...)"
         )
+
+
+# --- photographs, beside the teacher's ------------------------------------------------------
+
+
+class Bench:
+    """A teacher's answers on test crops, the same for every comparator and seed.
+
+    rel_mse: ||student - teacher||^2 / ||teacher||^2 on held-out triples; flow_loss: the mean
+    squared error to the data's own velocity there; sample_mse: relative squared distance of the
+    samples drawn in `steps` Euler steps to those the teacher draws from the same noise.
+    """
+
+    def __init__(self, teacher: nn.Module, evaluate: Any, grid: Sequence[float] | None = None):
+        self.batch = held_out_batch(Photos("test"), evaluate.held_out, 0, grid)
+        self.noise = Photos("test").noise_batch(0, evaluate.per_prompt)
+        self.steps = evaluate.sample_steps if grid is None else len(grid)
+        self.target = predict(teacher, self.batch, chunk=64)
+        self.samples = sample(teacher, self.noise, self.steps)
+
+    def rel_mse(self, model: nn.Module) -> float:
+        return relative_mse(self.target, predict(model, self.batch, chunk=64))
+
+    def measure(self, model: nn.Module, samples: bool = True) -> dict[str, float]:
+        output = predict(model, self.batch, chunk=64)
+        values = {
+            "rel_mse": relative_mse(self.target, output),
+            "flow_loss": float((output - self.batch.velocity).square().mean()),
+        }
+        if samples:
+            drawn = sample(model, self.noise, self.steps)
+            values["sample_mse"] = relative_mse(self.samples, drawn)
+        return values
+
+    def by_top_k(self, model: nn.Module, counts: Sequence[int]) -> dict[str, float]:
+        """Relative MSE at every top_k, without any training; the configured one is put back."""
+        from d2m_models import set_top_k
+
+        values = {}
+        for k in counts:
+            set_top_k(model, k)
+            values[f"top{k}"] = self.rel_mse(model)
+        set_top_k(model, model.d2m_config.moe.top_k)
+        return values

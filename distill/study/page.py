@@ -1,11 +1,15 @@
-"""The style sheet of the reports: one column, light and dark, wide tables scroll.
+"""One HTML page, self-contained: its style, tables, figures and facts.
 
-A rule is one line where it fits; a line is only ever broken between declarations.
+The style has one column, light and dark; wide tables scroll. A rule is one line where it fits; a
+line is only ever broken between declarations.
 """
 
 from __future__ import annotations
 
+import base64
 import html
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 STYLE = """
 :root{color-scheme:light dark;
@@ -31,14 +35,45 @@ dd{margin:0}
 """
 
 
-def _html_table(header: list[str], cells: list[list[str]]) -> str:
+def page(title: str, *parts: str) -> str:
+    """The whole page; `parts` are HTML, one a line."""
+    body = "\n".join(parts)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<title>{title}</title><style>{STYLE}</style></head><body>
+{body}
+</body></html>
+"""
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of text; the first cell of a row is its heading."""
     head = "".join(f'<th scope="col">{html.escape(c)}</th>' for c in header)
     body = "".join(
-        "<tr>"
-        + f'<th scope="row">{html.escape(row[0])}</th>'
-        + "".join(f"<td>{html.escape(c)}</td>" for c in row[1:])
+        f'<tr><th scope="row">{html.escape(first)}</th>'
+        + "".join(f"<td>{html.escape(c)}</td>" for c in rest)
         + "</tr>"
-        for row in cells
+        for first, *rest in rows
     )
     inner = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
     return f'<div class="scroll"><table>{inner}</table></div>'
+
+
+def figure(png: bytes, title: str, caption: str, alt: str | None = None) -> str:
+    """A picture under its title, inside the page; alt: in words, if the caption does not say it."""
+    alt = html.escape(caption if alt is None else alt, quote=True)
+    data = base64.b64encode(png).decode()
+    return (
+        f'<h2>{html.escape(title)}</h2><figure><img alt="{alt}" '
+        f'src="data:image/png;base64,{data}"><figcaption>{html.escape(caption)}</figcaption>'
+        "</figure>"
+    )
+
+
+def facts(values: Mapping[str, Any]) -> str:
+    """A list of names and what they are."""
+    items = "".join(
+        f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in values.items()
+    )
+    return f"<dl>{items}</dl>"

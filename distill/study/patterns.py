@@ -1,116 +1,24 @@
-"""What `d2m ablate` measures of a model, and how much of a pattern is more than chance.
+"""Patterns in what blocks do and experts are chosen for, and how much of them is more than chance.
 
-Shapes: B samples, T tokens of a sample, N Euler steps, K chosen experts, E experts.
+Shapes: B samples, T tokens of a sample, N Euler steps, K chosen experts, E experts; for a MoB group
+T is 1, and its blocks stand in the experts' place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from d2m_models import measure_block_mse
 from distill.data.batch import Batch, generator
 from distill.data.photos import Photos
-from distill.sampling import evaluating, sample
-from distill.study.measure import predict, relative_mse
-
-# --- quality --------------------------------------------------------------------------------
-
-
-def held_out(count: int, grid: Sequence[float] | None = None) -> Batch:
-    """`count` triples (x_t, t, prompt) from test crops, the same for every arm and seed.
-
-    t is spread evenly over (0, 1), or over the entries of `grid`.
-    """
-    batch = Photos("test").batch(0, 0, count, "test")
-    t = (torch.arange(count) + 0.5) / count
-    if grid is not None:
-        t = torch.tensor(grid)[torch.arange(count) % len(grid)]
-    return replace(batch, t=t[torch.randperm(count, generator=generator(0, "test", 1))])
-
-
-class Bench:
-    """A teacher's answers, against which students are measured.
-
-    rel_mse: ||student - teacher||^2 / ||teacher||^2 on held-out triples; flow_loss: the mean
-    squared error to the data's own velocity there; sample_mse: relative squared distance of the
-    samples drawn in `steps` Euler steps to those the teacher draws from the same noise.
-    """
-
-    def __init__(self, teacher: nn.Module, evaluate: Any, grid: Sequence[float] | None = None):
-        self.batch = held_out(evaluate.held_out, grid)
-        self.noise = Photos("test").noise_batch(0, evaluate.per_prompt)
-        self.steps = evaluate.sample_steps if grid is None else len(grid)
-        self.target = predict(teacher, self.batch, chunk=64)
-        self.samples = sample(teacher, self.noise, self.steps)
-
-    def rel_mse(self, model: nn.Module) -> float:
-        return relative_mse(self.target, predict(model, self.batch, chunk=64))
-
-    def measure(self, model: nn.Module, samples: bool = True) -> dict[str, float]:
-        output = predict(model, self.batch, chunk=64)
-        values = {
-            "rel_mse": relative_mse(self.target, output),
-            "flow_loss": float((output - self.batch.velocity).square().mean()),
-        }
-        if samples:
-            drawn = sample(model, self.noise, self.steps)
-            values["sample_mse"] = relative_mse(self.samples, drawn)
-        return values
-
-
-def by_top_k(bench: Bench, model: nn.Module, counts: Sequence[int]) -> dict[str, float]:
-    """Relative MSE at every top_k, without any training; the configured one is put back."""
-    from d2m_models import set_top_k
-
-    values = {}
-    for k in counts:
-        set_top_k(model, k)
-        values[f"top{k}"] = bench.rel_mse(model)
-    set_top_k(model, model.d2m_config.moe.top_k)
-    return values
-
+from distill.sampling import sample
 
 # --- blocks (Fig. 3) ------------------------------------------------------------------------
-
-
-def block_changes(teacher: nn.Module, batch: Batch) -> dict[str, list[Tensor]]:
-    """Mean squared difference between output and input of every block, a sample: {"double",
-    "single"} -> [B] for each block, over image (and, in single blocks, text) tokens alike."""
-    found: dict[str, list[Tensor]] = {"double": [], "single": []}
-    handles = []
-    for kind, blocks in (
-        ("double", teacher.transformer_blocks),
-        ("single", teacher.single_transformer_blocks),
-    ):
-        for block in blocks:
-
-            def record(_module, args, kwargs, output, kind=kind):
-                names = ("hidden_states", "encoder_hidden_states")
-                before = [kwargs.get(n, args[i] if i < len(args) else None)
-                          for i, n in enumerate(names)]  # fmt: skip
-                text, image = output
-                found[kind].append(
-                    torch.cat(
-                        [
-                            (after - was).float().square().flatten(1)
-                            for after, was in zip((image, text), before, strict=True)
-                        ],
-                        1,
-                    ).mean(1)
-                )
-
-            handles.append(block.register_forward_hook(record, with_kwargs=True))
-    try:
-        with evaluating(teacher):
-            teacher(**batch.inputs())
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
 
 
 def factorial(seed: int, times: int = 8, repeats: int = 2) -> tuple[Batch, Tensor, Tensor]:
@@ -138,7 +46,7 @@ def block_variation(teacher: nn.Module, seed: int) -> tuple[dict[str, float], di
     """How much of the single blocks' log MSE is due to prompt and to timestep, beside what labels
     in random order would explain; and the curves of Fig. 3, [labels, blocks]."""
     batch, prompt, step = factorial(seed)
-    log_LB = torch.stack(block_changes(teacher, batch)["single"]).log10()
+    log_LB = measure_block_mse(teacher, [batch.inputs()]).values["single"].T.contiguous().log10()
     gen = generator(seed, "order", 1)
     shuffled = torch.randperm(len(prompt), generator=gen)
     values, curves = {}, {}
@@ -162,29 +70,44 @@ def _mean(values: Any) -> float:
 # --- experts (Figs. 6, 7) -------------------------------------------------------------------
 
 
-class Selection:
-    """A hook for `sample` that keeps every choice of every MoE layer on image tokens.
+class Choices:
+    """A hook for `sample` that keeps every choice of some MoE layers or MoB groups.
 
-    layers: name -> int tensor [N, B, T, K]. Text streams have no image tokens and are left out.
+    names: theirs; by default all MoE layers. options: how many there are to choose from.
     """
 
-    def __init__(self, noise: Batch):
-        self.samples, self.tokens = len(noise), noise.x0.shape[1]
-        self.steps: dict[str, list[Tensor]] = {}
-        self.experts = 0
+    def __init__(self, samples: int, names: Collection[str] | None = None):
+        self.samples, self.names = samples, names
+        self.ids: dict[str, list[Tensor]] = {}
+        self.options: dict[str, int] = {}
 
     def __call__(self, step: int, aux: Any) -> None:
-        for name, routing in aux.routing.items():
-            if name.endswith("ff_context"):
-                continue
-            self.experts = routing.probs.shape[1]
-            ids = routing.ids.cpu().view(self.samples, -1, routing.ids.shape[1])
-            # a single block sees text tokens first
-            self.steps.setdefault(name, []).append(ids[:, -self.tokens :].long())
+        found = {**aux.routing, **aux.mob}
+        for name in aux.routing if self.names is None else self.names:
+            ids = found[name].ids.cpu().long()
+            # tokens of one sample are consecutive rows
+            self.ids.setdefault(name, []).append(ids.view(self.samples, -1, ids.shape[1]))
+            self.options[name] = found[name].probs.shape[1]
 
-    @property
-    def layers(self) -> dict[str, Tensor]:
-        return {name: torch.stack(ids) for name, ids in self.steps.items()}
+    def of(self, name: str, tokens: int = 0) -> Tensor:
+        """[N, B, T, K]; tokens: only these last ones (a single block sees text tokens first)."""
+        return torch.stack(self.ids[name])[:, :, -tokens:]
+
+    def frequencies(self, name: str, labels_B: Tensor) -> dict[str, Tensor]:
+        """How often each was chosen by "prompt", "timestep" and "token": [groups, E] fp32."""
+        ids, count = self.of(name), self.options[name]
+        groups = grouped(ids, labels_B)
+        return {kind: frequencies(ids, own, count).float() for kind, own in groups.items()}
+
+
+def grouped(ids_NBTK: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
+    """{"prompt", "timestep", "token"}: the number of the group [N, B, T] each token belongs to."""
+    N, B, T, _ = ids_NBTK.shape
+    return {
+        "prompt": labels_B[None, :, None].expand(N, B, T),
+        "timestep": torch.arange(N)[:, None, None].expand(N, B, T),
+        "token": torch.arange(T)[None, None, :].expand(N, B, T),
+    }
 
 
 def frequencies(ids_NBTK: Tensor, groups_NBT: Tensor, experts: int) -> Tensor:
@@ -206,21 +129,26 @@ def concentration(table_NE: Tensor) -> Tensor:
     return torch.special.entr(table_NE).sum(1)
 
 
+def two_layers(names: list[str]) -> list[str]:
+    """The middle image layer of the double blocks and the middle single block, as far as there."""
+    double = [n for n in names if n.startswith("transformer_blocks") and n.endswith(".ff")]
+    single = [n for n in names if n.startswith("single")]
+    return [found[len(found) // 2] for found in (double, single) if found]
+
+
 def selection(
     model: nn.Module, noise: Batch, steps: int, seed: int
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Specialisation of experts by prompt, timestep and token, mean over layers, each beside that
-    of groups drawn at random; tables and one image's map of two layers for the pictures."""
-    hook = Selection(noise)
+    """Specialisation of experts by prompt, timestep and image token, mean over layers, each beside
+    that of groups drawn at random; tables and one image's map of two layers for the pictures."""
+    hook = Choices(len(noise))
     sample(model, noise, steps, hook, chunk=len(noise))
-    layers, E = hook.layers, hook.experts
-    N, B, T, _ = next(iter(layers.values())).shape
+    T = noise.x0.shape[1]
+    layers = {n: hook.of(n, T) for n in hook.ids if not n.endswith("ff_context")}
+    N, B, _, _ = next(iter(layers.values())).shape
+    E = hook.options[next(iter(layers))]
     gen = generator(seed, "order", 2)
-    group = {
-        "prompt": noise.labels[None, :, None].expand(N, B, T),
-        "timestep": torch.arange(N)[:, None, None].expand(N, B, T),
-        "token": torch.arange(T)[None, None, :].expand(N, B, T),
-    }
+    group = grouped(next(iter(layers.values())), noise.labels)
     random = {
         # whole samples keep their choices together, so that chance is not underrated
         "prompt": group["prompt"][:, torch.randperm(B, generator=gen)],
@@ -238,11 +166,8 @@ def selection(
     ) / len(layers)
     values["entropy_first"] = float(entropy_N[0])
     values["entropy_rest"] = float(entropy_N[1:].mean())
-    names = list(layers)
-    double = [n for n in names if n.startswith("transformer_blocks")]
-    single = [n for n in names if n.startswith("single")]
     tensors = {}
-    for name in (double[len(double) // 2], single[len(single) // 2]):
+    for name in two_layers(list(layers)):
         for kind in group:
             tensors[f"{name}/{kind}"] = frequencies(layers[name], group[kind], E)
         tensors[f"{name}/map"] = layers[name][:, 0, :, 0]  # first choice, one image, every step

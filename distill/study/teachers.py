@@ -6,6 +6,7 @@ Shapes: B samples, S image tokens, C channels.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,59 +14,70 @@ import torch
 from torch import Tensor, nn
 
 from distill import files as ckpt
+from distill import stages
 from distill.configs.checked import to_dict
-from distill.configs.sections import TeacherConfig
 from distill.data.photos import Photos
-from distill.importance import flow_matching_loss
 from distill.loop.train import train
+from distill.sampling import sample
 from distill.study.config import AblateConfig
+from distill.study.measure import Bench, relative_mse
+from distill.teacher import build_teacher, train_dense
 
-VERSION = 1  # raise when an arm comes to mean something else, so that cached results are redone
+VERSION = 1  # raise when a result comes to mean something else, so that cached ones are redone
 
 
 def fingerprint(*parts: Any) -> str:
     """Of everything a model or a measurement depends on."""
-    from distill.stages import VERSION as STAGES
-
-    return ckpt.fingerprint(VERSION, STAGES, *parts)
+    return ckpt.fingerprint(VERSION, stages.VERSION, *parts)
 
 
-def build(config: TeacherConfig, seed: int) -> nn.Module:
-    """A dense FLUX for the photographs."""
-    from diffusers import FluxTransformer2DModel
+class Teachers:
+    """Both teachers and what they answer, each made when it is first asked for.
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=Photos.channels,
-            num_layers=config.num_layers,
-            num_single_layers=config.num_single_layers,
-            attention_head_dim=config.head_dim,
-            num_attention_heads=config.heads,
-            joint_attention_dim=Photos.text_dim,
-            pooled_projection_dim=Photos.pooled_dim,
-            axes_dims_rope=tuple(config.rope),
-        )
+    teacher: the dense one, the same for all seeds, as the paper has one FLUX.1 [dev]. hyper: the
+    step-distilled one. bench, hyper_bench: their answers on held-out data. reference: the dense
+    one's samples from the bench's noise in many steps.
+    """
+
+    def __init__(self, config: AblateConfig, out: Path):
+        self.config, self.out = config, out
+
+    @cached_property
+    def teacher(self) -> nn.Module:
+        config = self.config.teacher
+        assert config.train is not None
+        model, run_id = build_teacher(config, 0, Photos), fingerprint(to_dict(config))
+        folder = self.out / f"teacher-{run_id}"
+        return train_dense(model, Photos("train"), config.train, folder, seed=0, run_id=run_id,
+                           progress=False)  # fmt: skip
+
+    @cached_property
+    def hyper(self) -> nn.Module:
+        return train_hyper(self.config, self.teacher, self.out)
+
+    @cached_property
+    def bench(self) -> Bench:
+        return Bench(self.teacher, self.config.evaluate)
+
+    @cached_property
+    def hyper_bench(self) -> Bench:
+        return Bench(self.hyper, self.config.evaluate, self.config.hyper.grid)
+
+    @cached_property
+    def reference(self) -> Tensor:
+        return sample(self.teacher, self.bench.noise, self.config.evaluate.reference_steps)
+
+    def few_steps(self, model: nn.Module) -> dict[str, float]:
+        """Distance of the model's samples, in as few steps as `hyper` takes and in as many as the
+        reference, to the reference."""
+        few, many = len(self.config.hyper.grid), self.config.evaluate.reference_steps
+        return {
+            name: relative_mse(self.reference, sample(model, self.bench.noise, steps))
+            for name, steps in (("few_steps", few), ("many_steps", many))
+        }
 
 
-def train_teacher(config: AblateConfig, out: Path, progress: bool) -> nn.Module:
-    """The dense teacher: one for all seeds, as the paper has one FLUX.1 [dev]."""
-    assert config.teacher.train is not None
-    teacher, source = build(config.teacher, 0), Photos("train")
-    size = config.teacher.train.batch_size
-    run_id = fingerprint(to_dict(config.teacher))
-
-    def objective(step: int) -> dict[str, Tensor]:
-        return {"loss": flow_matching_loss(teacher, source.batch(0, step, size))}
-
-    folder = out / f"teacher-{run_id}"
-    train(teacher, objective, config.teacher.train, folder, run_id=run_id, label="teacher",
-          progress=progress)  # fmt: skip
-    return teacher.eval().requires_grad_(False)
-
-
-def train_hyper(config: AblateConfig, teacher: nn.Module, out: Path, progress: bool) -> nn.Module:
+def train_hyper(config: AblateConfig, teacher: nn.Module, out: Path) -> nn.Module:
     """The teacher distilled to few steps: from x at grid[i] it goes in one step where the original
     goes in `substeps`.
 
@@ -74,23 +86,20 @@ def train_hyper(config: AblateConfig, teacher: nn.Module, out: Path, progress: b
     with s the next entry of the grid (0 behind the last): progressive distillation's target.
     """
     hyper = config.hyper
-    student = build(config.teacher, 0)
+    student = build_teacher(config.teacher, 0, Photos)
     student.load_state_dict(teacher.state_dict())
     source = Photos("train", "grid", hyper.grid)
-    ends = torch.tensor([*hyper.grid[1:], 0.0])
-    grid = torch.tensor(hyper.grid)
+    grid, ends = torch.tensor(hyper.grid), torch.tensor([*hyper.grid[1:], 0.0])
 
     def objective(step: int) -> dict[str, Tensor]:
         batch = source.batch(0, step, hyper.train.batch_size)
         stop = ends[(batch.t[:, None] - grid).abs().argmin(1)]
         target = leap(teacher, batch.inputs(), stop, hyper.substeps)
-        out = student(**batch.inputs()).sample
-        return {"loss": (out - target).square().mean()}
+        return {"loss": (student(**batch.inputs()).sample - target).square().mean()}
 
     run_id = fingerprint("hyper", to_dict(config.teacher), to_dict(hyper))
-    folder = out / f"hyper-{run_id}"
-    train(student, objective, hyper.train, folder, run_id=run_id, label="hyper teacher",
-          progress=progress)  # fmt: skip
+    train(student, objective, hyper.train, out / f"hyper-{run_id}", run_id=run_id,
+          label="hyper teacher", progress=False)  # fmt: skip
     return student.eval().requires_grad_(False)
 
 

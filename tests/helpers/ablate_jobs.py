@@ -4,6 +4,7 @@ a spawned process can import quickly."""
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 ONE = {"steps": 1, "batch_size": 4, "lr": 2e-3, "log_every": 5}
 SMALL = {
@@ -40,6 +41,22 @@ SMALL = {
 
 
 def double(job: dict) -> dict:
-    """Twice `value`, after `wait` seconds."""
-    time.sleep(job.get("wait", 0))
-    return {"value": 2 * job["value"]}
+    """Twice `value`, after `wait` seconds; in the folder `marks` it leaves "begun" and "left"."""
+    marks = Path(job["marks"]) if "marks" in job else None
+    try:
+        if marks:
+            (marks / "begun").touch()
+        time.sleep(job.get("wait", 0))
+        return {"value": 2 * job["value"]}
+    finally:
+        if marks:
+            (marks / "left").touch()
+
+
+def fail(job: dict) -> dict:
+    """What `double` does with a `value`; without one an error, once a task has begun in `marks`."""
+    if "value" in job:
+        return double(job)
+    while not (Path(job["marks"]) / "begun").exists():
+        time.sleep(0.05)
+    raise KeyError("value")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,7 +24,7 @@ from distill.errors import CheckpointError, UserError
 from distill.study import ablate, claims
 from distill.study.claim_list import CLAIMS, separation
 from distill.study.config import AblateConfig
-from distill.study.workers import Workers
+from distill.study.workers import Workers, beside
 
 # --- workers --------------------------------------------------------------------------------
 
@@ -36,28 +39,63 @@ def test_workers_keep_order_and_pass_errors_on():
     assert time.monotonic() - start < 120  # the waiting worker was ended
 
 
+def test_a_worker_that_is_ended_leaves_its_task_in_order(tmp_path):
+    tasks = [{"value": 1, "wait": 300, "marks": str(tmp_path)}, {"marks": str(tmp_path)}]
+    with pytest.raises(KeyError, match="value"), Workers(2, ablate_jobs.fail) as pool:
+        pool.run(tasks, "test", False)
+    assert (tmp_path / "left").exists()
+
+
+def test_a_task_beside_is_waited_for_and_may_fail(tmp_path):
+    with beside(ablate_jobs.double, {"value": 1, "wait": 0.3, "marks": str(tmp_path)}):
+        pass
+    assert (tmp_path / "left").exists()
+    with beside(ablate_jobs.double, {}):
+        pass
+
+
+def test_workers_end_with_a_main_process_that_is_killed(tmp_path):
+    code = f"""
+from helpers.ablate_jobs import double
+from distill.study.workers import Workers
+if __name__ == "__main__":
+    with Workers(1, double) as pool:
+        pool.run([{{"value": 1, "wait": 300, "marks": {str(tmp_path)!r}}}], "test", False)
+"""
+    (tmp_path / "main.py").write_text(code)
+    root = Path(__file__).parents[3]
+    paths = os.pathsep.join(map(str, (root, root / "tests")))
+    main = subprocess.Popen([sys.executable, tmp_path / "main.py"], stdout=subprocess.PIPE,
+                            env={**os.environ, "PYTHONPATH": paths})  # fmt: skip
+    while not (tmp_path / "begun").exists():
+        assert main.poll() is None
+        time.sleep(0.05)
+    main.kill()
+    assert main.stdout.read() == b""  # comes to an end when nobody holds the pipe any more
+
+
 # --- the command ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run that broke off at an arm and was started again; (folder, arms that ran, results)."""
+    """A run that broke off and was started again; (folder, comparators that ran, results)."""
     out = tmp_path_factory.mktemp("ablate")
     config = from_dict(AblateConfig, SMALL)
-    ran, real = [], ablate.run_arm
+    ran, real = [], ablate.run_comparator
 
-    def counted(arm, context, folder):
-        ran.append((arm, context.seed))
+    def counted(name, context, given):
+        ran.append((name, context.seed))
         if len(ran) == 5:
             raise KeyboardInterrupt
-        return real(arm, context, folder)
+        return real(name, context, given)
 
-    ablate.run_arm = counted
+    ablate.run_comparator = counted
     try:
         with pytest.raises(KeyboardInterrupt):
             ablate.run_ablate(out, config=config, workers=1, progress=False)
         before = len(ran)
-        with pytest.raises(UserError, match="no page yet: arm 'teacher'"):
+        with pytest.raises(UserError, match="no page yet: 'teacher'"):
             ablate.run_ablate(
                 out, config=config, so_far=True, progress=False, say=lambda line: None
             )  # fmt: skip
@@ -67,7 +105,7 @@ def run(tmp_path_factory):
             say=lambda line: None,
         )  # fmt: skip
     finally:
-        ablate.run_arm = real
+        ablate.run_comparator = real
     assert page == out / "ablate.html"
     return out, ran, before, config, partial
 
@@ -83,7 +121,7 @@ def test_verdicts_so_far(run):
 def test_a_stopped_run_continues(run):
     out, ran, before, config, _ = run
     assert before == 5
-    wanted = [(arm, seed) for arm in ablate.arm_names(config) for seed in (0, 1)]
+    wanted = [(name, seed) for name in ablate.comparator_names(config) for seed in (0, 1)]
     # the first four were done; the fifth broke off and is done again
     assert ran[before:] == wanted[4:]
 
@@ -95,7 +133,7 @@ def test_a_finished_run_trains_nothing(run, monkeypatch):
     def forbidden(*args):
         raise AssertionError("nothing is left to do")
 
-    monkeypatch.setattr(ablate, "run_arm", forbidden)
+    monkeypatch.setattr(ablate, "run_comparator", forbidden)
     ablate.run_ablate(out, config=config, workers=1, progress=False, say=lambda line: None)
     again = json.loads((out / "claims.json").read_text())
     for content in (first, again):
@@ -224,8 +262,8 @@ def test_the_search_gives_every_kind_the_same_candidates():
     assert best == dict.fromkeys(ablate.SEARCHED, 2e-3)
     assert {j["seed"] for j in seen} == {config.search.seed}
     assert config.search.seed not in config.seeds
-    for kind, arm in ablate.SEARCHED.items():
-        own = [j for j in seen if j["arm"] == arm]
+    for kind, name in ablate.SEARCHED.items():
+        own = [j for j in seen if j["name"] == name]
         assert [j["rates"] for j in own] == [{kind: r} for r in (1e-3, 2e-3, 4e-3)]
         assert set(tried[kind]) == {"0.001", "0.002", "0.004"}
 
@@ -249,10 +287,10 @@ def test_the_published_setting_separates_the_methods():
     and verdicts, means and spreads follow from the published values."""
     content = claims.read(Path(__file__).parents[3] / "benchmarks" / "results" / "claims.json")
     assert content["complete"] and len(content["seeds"]) == 3
-    for arm, gaps in separation(content["runs"]).items():
+    for name, gaps in separation(content["runs"]).items():
         for value, gap in gaps.items():
-            assert gap["gap_over_spread"] >= 3, (arm, value)
-            assert gap == pytest.approx(content["separation"][arm][value])
+            assert gap["gap_over_spread"] >= 3, (name, value)
+            assert gap == pytest.approx(content["separation"][name][value])
     for entry in content["claims"]:
         claim = claims.Claim(*(entry[k] for k in ("claim", "source", "low", "high", "scale")))
         again = claims.judge(claim, content["runs"])

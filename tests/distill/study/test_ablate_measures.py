@@ -20,16 +20,16 @@ from distill.errors import ConfigError
 from distill.study import ablate, claims
 from distill.study.claim_list import CLAIMS, separation
 from distill.study.config import AblateConfig, HyperConfig
+from distill.study.measure import Bench
 from distill.study.patterns import (
-    Bench,
-    block_changes,
     concentration,
     explained,
     factorial,
     frequencies,
     specialisation,
 )
-from distill.study.teachers import build, leap
+from distill.study.teachers import leap
+from distill.teacher import build_teacher
 
 # --- the rule -------------------------------------------------------------------------------
 
@@ -75,7 +75,7 @@ def test_effects():
 
 
 def test_judge_pairs_seeds():
-    # the seeds differ by far more than the arms, which only a paired test sees through
+    # the seeds differ by far more than the models, which only a paired test sees through
     rows = {
         s: {"a": {"rel_mse": level}, "b": {"rel_mse": level * ratio, "other": 1.0}}
         for s, level, ratio in (("0", 1.0, 1.5), ("1", 10.0, 1.6), ("2", 100.0, 1.4))
@@ -93,9 +93,9 @@ def test_judge_pairs_seeds():
 
 def test_separation_counts_standard_deviations():
     def rows(pruned):
-        arms = {a: {"rel_mse": pruned, "flow_loss": 1 + pruned} for a in
+        models = {a: {"rel_mse": pruned, "flow_loss": 1 + pruned} for a in
                 ("prune-mlp-2", "prune-mlp-1.5", "bk-shallow", "bk-deep")}  # fmt: skip
-        return {**arms, "teacher": {"rel_mse": 0.0, "flow_loss": 1.0}}
+        return {**models, "teacher": {"rel_mse": 0.0, "flow_loss": 1.0}}
 
     found = separation({"0": rows(4.0), "1": rows(5.0), "2": rows(6.0)})["bk-deep"]
     assert found["rel_mse"]["gap_over_spread"] == pytest.approx(5.0)
@@ -104,10 +104,10 @@ def test_separation_counts_standard_deviations():
 
 
 def test_claims_name_measured_values():
-    arms = ablate.arm_names(load_config(AblateConfig, bundled("ablate.yaml")))
+    names = ablate.comparator_names(load_config(AblateConfig, bundled("ablate.yaml")))
     for claim in CLAIMS:
-        assert {claim.low.partition(":")[0], claim.high.partition(":")[0]} <= set(arms), claim
-    assert set(ablate.SEARCHED.values()) <= set(arms)
+        assert {claim.low.partition(":")[0], claim.high.partition(":")[0]} <= set(names), claim
+    assert set(ablate.SEARCHED.values()) <= set(names)
 
 
 # --- measures -------------------------------------------------------------------------------
@@ -140,26 +140,7 @@ def test_factorial_is_balanced():
 @pytest.fixture(scope="module")
 def teacher():
     fields = {k: v for k, v in SMALL["teacher"].items() if k != "train"}
-    return build(TeacherConfig(**fields, path="unused"), 0).eval()
-
-
-@torch.no_grad()
-def test_block_changes_measure_output_minus_input(teacher):
-    batch = Photos("test").batch(0, 0, 3)
-    changes = block_changes(teacher, batch)
-    assert [len(changes[k]) for k in ("double", "single")] == [2, 4]
-    seen = {}
-    block = teacher.single_transformer_blocks[2]
-    handle = block.register_forward_hook(
-        lambda _m, a, k, o: seen.update(k=k, o=o), with_kwargs=True
-    )
-    teacher(**batch.inputs())
-    handle.remove()
-    text, image = seen["o"]
-    moved = torch.cat(
-        [image - seen["k"]["hidden_states"], text - seen["k"]["encoder_hidden_states"]], 1
-    )
-    assert torch.allclose(changes["single"][2], moved.square().mean((1, 2)))
+    return build_teacher(TeacherConfig(**fields, path="unused"), 0, Photos).eval()
 
 
 @torch.no_grad()

@@ -356,14 +356,6 @@ def test_truncated_stage_checkpoint_is_one_line(distilled, d2m, tmp_path):
 # --- parts of the report --------------------------------------------------------------------
 
 
-def test_claims_are_judged_by_their_spread():
-    from distill.study.demo import judge_claim
-
-    assert judge_claim("c", [1.0, 1.1, 0.9], [2.0, 2.1, 2.2])["verdict"] == "holds"
-    assert judge_claim("c", [2.0, 2.1, 2.2], [1.0, 1.1, 0.9])["verdict"] == "does not hold"
-    assert judge_claim("c", [1.0, 2.0, 3.0], [1.5, 1.9, 3.2])["verdict"] == "undecided"
-
-
 def test_relative_mse_and_judge_by_hand():
     import torch
 
@@ -378,23 +370,29 @@ def test_relative_mse_and_judge_by_hand():
     assert judge.accuracy(test.images, (test.labels + 1) % 10) < 0.05
 
 
-def test_selection_counts_by_hand():
+def test_choices_by_hand():
     from types import SimpleNamespace
 
     import torch
 
-    from distill.study.measure import SelectionCounts
+    from distill.study.patterns import Choices
 
-    # two samples (digits 3 and 5) of two tokens, three experts, top-1, two steps
-    noise = SimpleNamespace(labels=torch.tensor([3, 5]))
-    counts = SelectionCounts(["a"], noise, steps=2, text_tokens=0)
-    for step, ids in enumerate(([0, 0, 1, 2], [0, 1, 1, 1])):
-        routing = SimpleNamespace(
-            ids=torch.tensor(ids, dtype=torch.int32)[:, None], probs=torch.zeros(4, 3)
-        )
-        counts(step, SimpleNamespace(routing={"a": routing}))
-    table = counts.frequencies()
-    assert table["a/timestep"].tolist() == [[0.5, 0.25, 0.25], [0.25, 0.75, 0.0]]
-    assert table["a/prompt"][3].tolist() == [0.75, 0.25, 0.0]
-    assert table["a/prompt"][5].tolist() == [0.0, 0.75, 0.25]
-    assert table["a/token"].tolist() == [[0.5, 0.5, 0.0], [0.25, 0.5, 0.25]]
+    # two samples (digits 3 and 5) of two tokens, three experts, top-1, two steps; a group of two
+    # blocks of which each sample runs one
+    choices = Choices(2, ["a", "g"])
+    for layer, group in (([0, 0, 1, 2], [0, 1]), ([0, 1, 1, 1], [0, 0])):
+        found = {
+            name: SimpleNamespace(ids=torch.tensor(ids)[:, None], probs=torch.zeros(len(ids), n))
+            for name, ids, n in (("a", layer, 3), ("g", group, 2), ("not asked for", [0], 1))
+        }
+        choices(0, SimpleNamespace(routing=found, mob={"g": found.pop("g")}))
+    labels = torch.tensor([3, 5])
+    table = choices.frequencies("a", labels)
+    assert table["timestep"].tolist() == [[0.5, 0.25, 0.25], [0.25, 0.75, 0.0]]
+    assert table["prompt"][3].tolist() == [0.75, 0.25, 0.0]
+    assert table["prompt"][5].tolist() == [0.0, 0.75, 0.25]
+    assert table["token"].tolist() == [[0.5, 0.5, 0.0], [0.25, 0.5, 0.25]]
+    assert choices.of("a", 1).tolist() == [[[[0]], [[2]]], [[[1]], [[1]]]]  # the last token
+    table = choices.frequencies("g", labels)
+    assert table["timestep"].tolist() == [[0.5, 0.5], [1.0, 0.0]]
+    assert table["prompt"][3].tolist() == [1.0, 0.0] and table["prompt"][5].tolist() == [0.5, 0.5]

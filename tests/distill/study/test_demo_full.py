@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import types
@@ -16,7 +17,7 @@ for package in ("diffusers", "sklearn", "matplotlib", "yaml", "safetensors", "tq
 
 from distill.configs.checked import bundled, load_config
 from distill.errors import UserError
-from distill.study import comparators, demo, demo_page, worker
+from distill.study import demo, demo_page, outcome
 from distill.study.config import DemoConfig
 
 KINDS = {
@@ -50,7 +51,7 @@ def rows(seed: int) -> dict[str, dict]:
     }
 
 
-def outcome(seed: int) -> demo.Outcome:
+def fake(seed: int) -> outcome.Outcome:
     """What `measure` would give: noise for pictures and curves."""
     g = torch.Generator().manual_seed(seed)
     uses = {"prompt": (10, 3), "timestep": (4, 3), "token": (20, 3)}
@@ -72,7 +73,7 @@ def outcome(seed: int) -> demo.Outcome:
         name: types.SimpleNamespace(save_pretrained=lambda folder: (folder / "w").write_text(""))
         for name in KINDS
     }
-    return demo.Outcome(saved, rows(seed), tensors, meta)
+    return outcome.Outcome(saved, rows(seed), tensors, meta)
 
 
 def test_summary_over_seeds():
@@ -109,7 +110,7 @@ def test_full_demo_measures_three_seeds_and_writes_them(tmp_path, monkeypatch):
 
     monkeypatch.setattr(demo, "start", start)
     monkeypatch.setattr(demo, "train_all", train_all)
-    monkeypatch.setattr(demo, "measure", lambda run, models: outcome(run))
+    monkeypatch.setattr(demo, "measure", lambda run, models: fake(run))
     for picture in ("samples_png", "loss_png", "experts_png"):
         monkeypatch.setattr(demo_page, picture, lambda path, *data: path.write_bytes(b"a picture"))
     page = demo.run_demo(tmp_path, quick=True, full=True, seed=1, say=said.append)
@@ -156,7 +157,7 @@ def run(tmp_path_factory):
     """The quick demo's models, each stage three steps long, in one process."""
     patch = pytest.MonkeyPatch()
     patch.setenv("D2M_CACHE", str(tmp_path_factory.mktemp("cache")))
-    patch.setattr(worker, "_cores", lambda: {0})
+    patch.setattr(demo, "cores", lambda: 1)
     config = load_config(DemoConfig, bundled("demo-quick.yaml"))
 
     def short(stage):
@@ -171,17 +172,19 @@ def run(tmp_path_factory):
         evaluate=replace(config.evaluate, per_class=2, sample_steps=2, latency_rounds=1),
         importance_batches=1,
     )
-    yield comparators.start(config, 0, "cpu", tmp_path_factory.mktemp("stages"), False)
+    yield demo.start(config, 0, "cpu", tmp_path_factory.mktemp("stages"), False)
     patch.undo()
 
 
 @pytest.mark.slow
 def test_full_set_is_trained_and_measured(run):
-    models = comparators.train_all(run, full=True)
+    from d2m_models import MoBConfig
+
+    models = demo.train_all(run, full=True)
     assert list(models) == list(KINDS)
     for name, groups in run.config.groups.items():
         mob = models[f"mob-{name}"].d2m_config.mob
-        assert mob.to_dict() == comparators.mob_config(run, f"mob-{name}").to_dict()
+        assert mob.to_dict() == MoBConfig.from_dict(groups).to_dict()
         assert [list(g) for g in mob.double_groups] == groups["double_groups"]
     lite, teacher = models["lite"], run.teacher
     assert len(lite.transformer_blocks) == len(run.config.lite) < len(teacher.transformer_blocks)
@@ -205,14 +208,20 @@ def test_full_set_is_trained_and_measured(run):
 
 def test_a_run_may_move_between_devices_of_one_kind(run):
     """ "cpu" then "cpu:0" finds the stages done; another seed's are still refused."""
-    moe, parent = comparators.train_moe(run)
+    moe, parent = demo.train("moe-l", run)
     file = run.folder / "moe-l" / "moe" / "model.safetensors"
     before = file.stat().st_mtime_ns
-    again, same = comparators.train_moe(replace(run, device="cpu:0"))
+    elsewhere = replace(run, teacher=copy.deepcopy(run.teacher).to("cpu:0"))
+    again, same = demo.train("moe-l", elsewhere)
     assert same == parent and file.stat().st_mtime_ns == before
     for key, value in moe.state_dict().items():
         assert torch.equal(value, again.state_dict()[key]), key
-    assert replace(run, device="cuda:1").fingerprint() == replace(run, device="cuda").fingerprint()
-    assert replace(run, device="cuda").fingerprint() != run.fingerprint()
     with pytest.raises(UserError, match="other settings"):
-        comparators.train_moe(replace(run, seed=1))
+        demo.train("moe-l", replace(run, seed=1))
+
+    def on(device):
+        weight = types.SimpleNamespace(device=torch.device(device))
+        teacher = types.SimpleNamespace(parameters=lambda: iter([weight]))
+        return demo.fingerprint(replace(run, teacher=teacher))
+
+    assert on("cuda:1") == on("cuda") != on("cpu") == demo.fingerprint(run)
