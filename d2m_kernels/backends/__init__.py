@@ -12,7 +12,8 @@ import functools
 import importlib
 import os
 
-import torch
+from torch import dtype as DType  # not `import torch`: here this is the back-end of that name
+from torch import float64
 
 # Best first. "reference" is last: always right, never fast.
 BACKENDS = {
@@ -41,12 +42,12 @@ def unavailable(name: str) -> str | None:
 
 
 @functools.cache
-def why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
+def why_not(name: str, device_type: str, dtype: DType) -> str | None:
     """Why this back-end cannot serve tensors of this device and dtype, or None."""
     return unavailable(name) or module(name).unsupported(device_type, dtype)
 
 
-def resolve(requested: str | None, device_type: str, dtype: torch.dtype) -> str:
+def resolve(requested: str | None, device_type: str, dtype: DType) -> str:
     """The back-end to use: the requested one or an error; without a request, the best available.
 
     The environment variable D2M_BACKEND stands in for a request that was not made.
@@ -72,7 +73,7 @@ resolve._dynamo_marked_constant = True
 
 
 @functools.cache
-def _best(device_type: str, dtype: torch.dtype, env: str | None) -> str:
+def _best(device_type: str, dtype: DType, env: str | None) -> str:
     if env:
         return resolve(env, device_type, dtype)
     # On a CPU, Triton means its interpreter: for debugging, so only when it is asked for.
@@ -89,11 +90,11 @@ def groups_streams(name: str) -> bool:
 groups_streams._dynamo_marked_constant = True
 
 
-def explain(device_type: str, dtype: torch.dtype) -> dict[str, str | None]:
+def explain(device_type: str, dtype: DType) -> dict[str, str | None]:
     """Every back-end, best first, with None where it serves or the reason why it does not."""
     return {name: why_not(name, device_type, dtype) for name in BACKENDS}
 
 
 def router_backend(x, router, name: str) -> str:
     """`name`, or "reference" where fp64 meets a narrower dtype, which the others do not take."""
-    return "reference" if torch.float64 in (x.dtype, router.dtype) else name
+    return "reference" if float64 in (x.dtype, router.dtype) else name

@@ -38,6 +38,16 @@ def test_an_explicit_backend_that_cannot_serve_raises():
         route(torch.randn(3, 4), torch.randn(2, 4), backend="tpu")
 
 
+def test_a_back_end_is_an_attribute_of_the_package_and_nothing_else_is_lost():
+    """Importing the back-end "torch" binds that name in the package."""
+    from d2m_kernels.backends import torch as back_end
+
+    assert back_end is backends.module("torch") and back_end is backends.torch
+    x = torch.randn(3, 4)
+    assert backends.router_backend(x, x, "torch") == "torch"
+    assert backends.router_backend(x, x.double(), "torch") == "reference"
+
+
 def test_the_environment_pins_the_default(monkeypatch):
     monkeypatch.setenv(backends.ENV, "reference")
     assert backends.resolve(None, "cpu", torch.float32) == "reference"
