@@ -48,6 +48,13 @@ def test_a_back_end_is_an_attribute_of_the_package_and_nothing_else_is_lost():
     assert backends.router_backend(x, x.double(), "torch") == "reference"
 
 
+def test_constants_are_marked_as_torch_marks_them():
+    """`backends` sets the mark by hand, since the decorator imports torch._dynamo."""
+    marked = torch.compiler.assume_constant_result(lambda: 0)
+    assert vars(marked) and vars(marked).items() <= vars(backends.resolve).items()
+    assert vars(marked).items() <= vars(backends.groups_streams).items()
+
+
 def test_the_environment_pins_the_default(monkeypatch):
     monkeypatch.setenv(backends.ENV, "reference")
     assert backends.resolve(None, "cpu", torch.float32) == "reference"
