@@ -27,7 +27,7 @@ def floating(name: str, t: torch.Tensor) -> None:
 
 def shape(name: str, t, expected: tuple[int, ...], legend: str) -> None:
     tensor(name, t)
-    if tuple(t.shape) != expected:
+    if t.shape != expected:
         raise ValueError(f"{name}: expected {legend} = {expected}, got {shape_of(t)}")
 
 

@@ -12,6 +12,11 @@ from d2m_kernels.contract import Routing
 from d2m_kernels.op import define
 from d2m_kernels.tensors import unit
 
+_COMBINE = (
+    "(Tensor y, Tensor inverse, Tensor? weights, Tensor offsets, Tensor? base, Tensor? bias,"
+    " float scale, str backend) -> Tensor"
+)
+
 
 def combine(y, routing: Routing, *, shared=None, bias=None, scale: float = 1.0, backend=None):
     """out[t] = shared[t] + bias + scale * sum_j weights[t, j] * y[inverse[t*K + j]].
@@ -84,12 +89,6 @@ class CombineFunction(torch.autograd.Function):
         dbase_TD = dout_TD if need_base else None
         dbias_D = dout_TD.sum(0) if need_bias else None
         return dy_ND, None, dweights_TK, None, None, dbase_TD, dbias_D, None, None
-
-
-_COMBINE = (
-    "(Tensor y, Tensor inverse, Tensor? weights, Tensor offsets, Tensor? base, Tensor? bias,"
-    " float scale, str backend) -> Tensor"
-)
 
 
 @define("combine", _COMBINE)

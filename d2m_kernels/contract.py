@@ -1,6 +1,7 @@
-"""Routing: everything the stages after `route` need to know, in one frozen dataclass.
+"""What the ops hand on: the routing, and the layer's tensors and settings as a back-end gets them.
 
-Shapes: T tokens, E experts, K top-k, N = T*K slots; slot s = t*K + j is the j-th choice of token t.
+Shapes: T tokens, D model, F hidden = S shared + E * H, E experts, K top-k, N = T*K slots; slot
+s = t*K + j is the j-th choice of token t.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
-from torch.utils import _pytree
 
 
 @dataclass(frozen=True)
@@ -48,22 +48,14 @@ class Routing:
         return Routing(*(getattr(self, f.name).detach() for f in fields(self)))
 
 
-_NAMES = tuple(f.name for f in fields(Routing))
-
-_pytree.register_pytree_node(
-    Routing,
-    lambda r: ([getattr(r, name) for name in _NAMES], None),
-    lambda leaves, _context: Routing(*leaves),
-    serialized_type_name="d2m_kernels.Routing",
-    flatten_with_keys_fn=lambda r: (
-        [(_pytree.GetAttrKey(name), getattr(r, name)) for name in _NAMES],
-        None,
-    ),
-)
+torch.export.register_dataclass(Routing, serialized_type_name="d2m_kernels.Routing")
 
 
 class FFNInputs(NamedTuple):
-    """One stream's tensors of `ffn_fwd`, in its order."""
+    """One stream of tokens: all that the layer computes with.
+
+    Until the op cuts them, `up` and `b_up` may hold both halves of a gated FFN, stacked.
+    """
 
     x: torch.Tensor  # [T, D]
     up: torch.Tensor  # [F, D]
@@ -78,15 +70,28 @@ class FFNInputs(NamedTuple):
     inverse: torch.Tensor  # [N] int32
 
 
-@dataclass
-class FFNGrads:
-    """Where `ffn_bwd` writes: every buffer that is not None is to be filled completely."""
+class FFNGrads(NamedTuple):
+    """Where `ffn_bwd` writes: every buffer that is not None is to be filled completely.
 
-    x: torch.Tensor | None  # [T, D]
-    up: torch.Tensor | None  # [F, D]
-    gate: torch.Tensor | None  # [F, D]
-    w2: torch.Tensor | None  # [D, F]
-    b_up: torch.Tensor | None  # [F]
-    b_gate: torch.Tensor | None  # [F]
-    b2: torch.Tensor | None  # [D]
-    weights: torch.Tensor | None  # [T, K] fp32
+    The first fields of `FFNInputs`, under their names and with their shapes.
+    """
+
+    x: torch.Tensor | None
+    up: torch.Tensor | None
+    gate: torch.Tensor | None
+    w2: torch.Tensor | None
+    b_up: torch.Tensor | None
+    b_gate: torch.Tensor | None
+    b2: torch.Tensor | None
+    weights: torch.Tensor | None
+
+
+class FFNAttrs(NamedTuple):
+    """The layer's settings, alike for all streams of a call."""
+
+    shared: int  # S, the first neurons, which every token uses
+    activation: str
+    gate_first: bool = False  # how halves are stacked; of no concern to a back-end
+    scale: float = 1.0  # factor of the routed sum
+    frozen: int = 0  # the first neurons, whose gradient is zero
+    save: bool = False  # whether the forward is to return the pre-activations

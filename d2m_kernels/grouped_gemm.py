@@ -9,8 +9,18 @@ import torch
 
 from d2m_kernels import backends, checks
 from d2m_kernels.activations import GATED, PLAIN
-from d2m_kernels.op import define, gradient_buffers
+from d2m_kernels.op import define
 from d2m_kernels.tensors import unit
+
+_GROUPED_GEMM = (
+    "(Tensor x, Tensor w, Tensor offsets, Tensor? w_gate, Tensor? gather, Tensor? bias,"
+    " Tensor? bias_gate, str? activation, str backend) -> Tensor"
+)
+_GROUPED_GEMM_BWD = (
+    "(Tensor dout, Tensor x, Tensor w, Tensor offsets, Tensor? w_gate, Tensor? gather,"
+    " Tensor? bias, Tensor? bias_gate, str? activation, bool[] needs, str backend)"
+    " -> (Tensor dx, Tensor dw, Tensor dw_gate, Tensor dbias, Tensor dbias_gate)"
+)
 
 
 def grouped_gemm(
@@ -101,18 +111,6 @@ class GroupedGemmFunction(torch.autograd.Function):
         return dx, dw, None, dw_gate, None, db, db_gate, None, None
 
 
-_GROUPED_GEMM = (
-    "(Tensor x, Tensor w, Tensor offsets, Tensor? w_gate, Tensor? gather, Tensor? bias,"
-    " Tensor? bias_gate, str? activation, str backend) -> Tensor"
-)
-
-_GROUPED_GEMM_BWD = (
-    "(Tensor dout, Tensor x, Tensor w, Tensor offsets, Tensor? w_gate, Tensor? gather,"
-    " Tensor? bias, Tensor? bias_gate, str? activation, bool[] needs, str backend)"
-    " -> (Tensor dx, Tensor dw, Tensor dw_gate, Tensor dbias, Tensor dbias_gate)"
-)
-
-
 @define("grouped_gemm", _GROUPED_GEMM)
 def _grouped_gemm(x, w, offsets, w_gate, gather, bias, bias_gate, activation, backend):
     return backends.module(backend).grouped_gemm(
@@ -138,4 +136,5 @@ def _grouped_gemm_bwd(
 
 @torch.library.register_fake("d2m::grouped_gemm_bwd")
 def _(dout, x, w, offsets, w_gate, gather, bias, bias_gate, activation, needs, backend):
-    return gradient_buffers((x, w, w_gate, bias, bias_gate), needs)
+    inputs = zip((x, w, w_gate, bias, bias_gate), needs, strict=True)
+    return tuple(t.new_empty(t.shape) if need else x.new_empty(0) for t, need in inputs)

@@ -12,8 +12,14 @@ from d2m_kernels.backends import router_backend
 from d2m_kernels.contract import Routing
 from d2m_kernels.eager import modulate
 from d2m_kernels.op import define
-from d2m_kernels.route import _fake_routing, router_backward
+from d2m_kernels.route import fake_routing, router_backward
 from d2m_kernels.tensors import needs_grad, tokens_of, unit, wide, wide_dtype, without_autocast
+
+_MODULATE_ROUTE = (
+    "(Tensor x, Tensor scale, Tensor shift, float eps, Tensor router, int top_k,"
+    " Tensor? token_mask, str backend) -> (Tensor modulated, Tensor probs, Tensor weights,"
+    " Tensor ids, Tensor offsets, Tensor order, Tensor inverse)"
+)
 
 
 def modulate_route(
@@ -47,7 +53,7 @@ def modulate_route(
         modulated_TD, *routing = modulate_route_tokens(
             tokens_of(x), scale, shift, eps, router, k, mask_T, name
         )
-    return modulated_TD.view(x.shape), Routing(*routing)
+    return modulated_TD.view_as(x), Routing(*routing)
 
 
 def modulate_route_tokens(x_TD, scale_BD, shift_BD, eps, router_ED, top_k, mask_T, backend):
@@ -100,13 +106,6 @@ class ModulateRouteFunction(torch.autograd.Function):
         return dx, dscale, dshift, None, drouter_ED, None, None, None
 
 
-_MODULATE_ROUTE = (
-    "(Tensor x, Tensor scale, Tensor shift, float eps, Tensor router, int top_k,"
-    " Tensor? token_mask, str backend) -> (Tensor modulated, Tensor probs, Tensor weights,"
-    " Tensor ids, Tensor offsets, Tensor order, Tensor inverse)"
-)
-
-
 @define("modulate_route", _MODULATE_ROUTE)
 def _modulate_route(x, scale, shift, eps, router, top_k, token_mask, backend):
     module = backends.module(backend)
@@ -119,4 +118,4 @@ def _modulate_route(x, scale, shift, eps, router, top_k, token_mask, backend):
 @torch.library.register_fake("d2m::modulate_route")
 def _(x, scale, shift, eps, router, top_k, token_mask, backend):
     modulated = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return modulated, *_fake_routing(x, router, top_k)
+    return modulated, *fake_routing(x, router, top_k)

@@ -12,12 +12,12 @@ import torch
 
 from d2m_kernels import backends, checks
 from d2m_kernels.backends import router_backend
-from d2m_kernels.contract import Routing
-from d2m_kernels.eager import finish_block, modulate
-from d2m_kernels.ffn import FFNFunction
+from d2m_kernels.contract import FFNAttrs, FFNInputs, Routing
+from d2m_kernels.eager import modulate
+from d2m_kernels.ffn import ffn
 from d2m_kernels.modulate import modulate_route_tokens
 from d2m_kernels.route import reroute, route_tokens
-from d2m_kernels.tensors import autocast_dtype, needs_grad, tokens_of, unit, without_autocast
+from d2m_kernels.tensors import autocast_dtype, tokens_of, unit, without_autocast
 
 
 def moe_ffn(
@@ -87,30 +87,18 @@ def moe_ffn(
         x, router, w1, w2, b1, b2, top_k, shared, activation, gate_first, routed_scale, token_mask,
         routing, freeze_shared, modulation, norm_eps, gate, residual, backend, return_routing,
     )  # fmt: skip
-    y = run(call).view(x.shape)
+    y = run(call)[0].view_as(x)
     return (y, call.routing) if return_routing else y
 
 
 class Call(NamedTuple):
-    """A checked and routed call of `moe_ffn`, as the ops take it."""
+    """A checked and routed call of `moe_ffn`."""
 
-    tensors: tuple  # x [T, D], w1, w1_gate, w2, b1, b1_gate, b2
-    slots: tuple  # weights, offsets, order, inverse of the routing
-    attrs: tuple  # neurons every token uses, activation, gate_first, routed_scale
-    frozen: int
+    stream: FFNInputs
+    end: tuple[torch.Tensor | None, torch.Tensor | None]  # gate [B, D], residual [T, D]
     backend: str
+    attrs: FFNAttrs
     routing: Routing | None
-    gate: torch.Tensor | None  # [B, D]
-    residual: torch.Tensor | None  # [T, D]
-
-    def fuses_the_end(self) -> bool:
-        """Whether gate and residual go into the last product's epilogue."""
-        x, given = self.tensors[0], [t for t in (self.gate, self.residual) if t is not None]
-        return (
-            all(t.dtype == x.dtype for t in given)
-            and not needs_grad(*self.tensors, self.slots[0], *given)
-            and backends.groups_streams(self.backend)
-        )
 
 
 def prepare(
@@ -163,25 +151,17 @@ def prepare(
         else:
             slots = _no_slots(x_TD, router)
     always = w2.shape[1] if top_k == "dense" else shared
-    attrs = (always, activation, gate_first, float(routed_scale))
     frozen = shared if freeze_shared else 0
-    return Call(tensors, slots, attrs, frozen, name, routing, unit(gate), residual)
+    attrs = FFNAttrs(always, activation, gate_first, float(routed_scale), frozen)
+    return Call(FFNInputs(*tensors, *slots), (unit(gate), residual), name, attrs, routing)
 
 
-def run(call: Call) -> torch.Tensor:
-    """y [T, D] of one prepared call."""
-    tensors, slots, attrs, frozen, name, _, gate, residual = call
-    plain = gate is None and residual is None
+def run(*calls: Call):
+    """y [T, D] of one prepared call, or of several that may share launches."""
+    tensors = [t for call in calls for t in call.stream]
+    ends = [t for call in calls for t in call.end]
     with without_autocast(tensors[0].device.type):
-        if not plain and call.fuses_the_end():
-            return torch.ops.d2m.ffn_streams_fwd.default(
-                [*tensors, *slots], [gate, residual], *attrs, False, name
-            )[0]
-        if needs_grad(*tensors, slots[0]):
-            y_TD = FFNFunction.apply(*tensors, *slots, *attrs, frozen, name)
-        else:
-            y_TD = torch.ops.d2m.ffn_fwd.default(*tensors, *slots, *attrs, False, name)[0]
-        return y_TD if plain else finish_block(y_TD, gate, residual)
+        return ffn(tensors, ends, calls[0].backend, calls[0].attrs)
 
 
 def _flat(token_mask):

@@ -15,10 +15,7 @@ import torch
 
 from d2m_kernels import backends
 from d2m_kernels.contract import Routing
-from d2m_kernels.eager import finish_block
-from d2m_kernels.ffn import FFNStreamsFunction
 from d2m_kernels.moe_ffn import Call, prepare, run
-from d2m_kernels.tensors import needs_grad, without_autocast
 
 
 @dataclass(frozen=True)
@@ -70,8 +67,8 @@ def moe_ffn_pair(first: Stream, second: Stream, *, backend=None, return_routing=
         _prepare(name, stream, backend, return_routing)
         for name, stream in zip(("first", "second"), pair, strict=True)
     )
-    ys = map(run, calls) if _difference(*calls) else _run_pair(*calls)
-    ys = tuple(y.view(s.x.shape) for y, s in zip(ys, pair, strict=True))
+    ys = [y for call in calls for y in run(call)] if _difference(*calls) else run(*calls)
+    ys = tuple(y.view_as(s.x) for y, s in zip(ys, pair, strict=True))
     if not return_routing:
         return ys
     return tuple((y, call.routing) for y, call in zip(ys, calls, strict=True))
@@ -107,40 +104,22 @@ def _difference(a: Call, b: Call) -> str | None:
     """What keeps two calls from sharing launches, or None."""
 
     def sizes(call: Call):
-        x, _, _, w2, *_ = call.tensors
-        weights, offsets, *_ = call.slots
+        s, attrs = call.stream, call.attrs
         return dict(
-            D=x.shape[1], F=w2.shape[1], E=offsets.shape[0] - 1, top_k=weights.shape[1],
-            neurons_of_every_token=call.attrs[0], activation=call.attrs[1],
-            gate_first=call.attrs[2], routed_scale=call.attrs[3], frozen=call.frozen,
-            dtype=x.dtype, device=x.device, backend=call.backend,
+            D=s.x.shape[1], F=s.w2.shape[1], E=s.offsets.shape[0] - 1, top_k=s.weights.shape[1],
+            neurons_of_every_token=attrs.shared, activation=attrs.activation,
+            gate_first=attrs.gate_first, routed_scale=attrs.scale, frozen=attrs.frozen,
+            dtype=s.x.dtype, device=s.x.device, backend=call.backend,
         )  # fmt: skip
 
     one, two = sizes(a), sizes(b)
     for name in one:
         if one[name] != two[name]:
             return f"the streams differ in {name}: {one[name]} and {two[name]}"
-    if torch.compiler.is_compiling() and _common_tensor(a, b):
+    if torch.compiler.is_compiling() and _common_tensor(a.stream, b.stream):
         return "they share a tensor, which Dynamo does not allow an autograd.Function"
     return None
 
 
-def _common_tensor(a: Call, b: Call) -> bool:
-    return any(t is u for t in a.tensors if t is not None for u in b.tensors)
-
-
-def _run_pair(a: Call, b: Call) -> tuple[torch.Tensor, ...]:
-    tensors = (*a.tensors, *a.slots, *b.tensors, *b.slots)
-    with without_autocast(tensors[0].device.type):
-        if needs_grad(*a.tensors, a.slots[0], *b.tensors, b.slots[0]):
-            ys, fused = FFNStreamsFunction.apply(*a.attrs, a.frozen, a.backend, *tensors), False
-        else:
-            fused = a.fuses_the_end() and b.fuses_the_end()
-            ends = [a.gate, a.residual, b.gate, b.residual] if fused else []
-            results = torch.ops.d2m.ffn_streams_fwd.default(
-                list(tensors), ends, *a.attrs, False, a.backend
-            )
-            ys = results[::3]
-        if fused:
-            return tuple(ys)
-        return tuple(finish_block(y, c.gate, c.residual) for y, c in zip(ys, (a, b), strict=True))
+def _common_tensor(a, b) -> bool:
+    return any(t is u for t in a if t is not None for u in b)

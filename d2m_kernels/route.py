@@ -5,6 +5,8 @@ Shapes: T tokens, D model, E experts, K top-k, N = T*K slots.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from d2m_kernels import backends, checks
@@ -14,6 +16,10 @@ from d2m_kernels.op import define
 from d2m_kernels.tensors import matmul, needs_grad, tokens_of, wide_dtype, without_autocast
 
 BLOCK_ROWS = 1024
+_ROUTE = (
+    "(Tensor x, Tensor router, int top_k, Tensor? token_mask, str backend)"
+    " -> (Tensor probs, Tensor weights, Tensor ids, Tensor offsets, Tensor order, Tensor inverse)"
+)
 
 
 def route(x, router, *, top_k=2, token_mask=None, backend=None) -> Routing:
@@ -94,8 +100,10 @@ def router_backward(
     dlogits_TE = softmax_backward(probs_TE, dprobs_TE)
     if ids_TK.shape[1]:
         dchosen_TK = softmax_backward(weights_TK, dweights_TK)
-        dchosen_TK = torch.where(ids_TK >= 0, dchosen_TK, 0)
-        dlogits_TE = dlogits_TE.scatter_add(1, ids_TK.clamp(min=0).long(), dchosen_TK)
+        if mask_T is not None:  # masked tokens have ids of -1
+            dchosen_TK = torch.where(ids_TK >= 0, dchosen_TK, 0)
+            ids_TK = ids_TK.clamp(min=0)
+        dlogits_TE = dlogits_TE.scatter_add(1, ids_TK.long(), dchosen_TK)
     dx_TD = drouter_ED = None
     if dx_dtype is not None:
         dx_TD = _in_blocks(dlogits_TE, router_ED, dx_dtype)
@@ -103,7 +111,8 @@ def router_backward(
         if mask_T is not None:  # a padding row may hold anything, and 0 * NaN is NaN
             x_TD = x_TD.masked_fill(~mask_T[:, None], 0)
         blocks = zip(_split(dlogits_TE), _split(x_TD), strict=True)
-        drouter_ED = sum(matmul(d.T, x) for d, x in blocks).to(router_ED.dtype)
+        parts = (matmul(d.T, x) for d, x in blocks)
+        drouter_ED = functools.reduce(torch.add, parts).to(router_ED.dtype)
     return dx_TD, drouter_ED
 
 
@@ -129,12 +138,6 @@ def softmax_backward(p, dp):
     return p * (dp - (p * dp).sum(-1, keepdim=True))
 
 
-_ROUTE = (
-    "(Tensor x, Tensor router, int top_k, Tensor? token_mask, str backend)"
-    " -> (Tensor probs, Tensor weights, Tensor ids, Tensor offsets, Tensor order, Tensor inverse)"
-)
-
-
 @define("route", _ROUTE)
 def _route(x, router, top_k, token_mask, backend):
     return backends.module(backend).route(x, router, top_k, token_mask)
@@ -142,10 +145,10 @@ def _route(x, router, top_k, token_mask, backend):
 
 @torch.library.register_fake("d2m::route")
 def _(x, router, top_k, token_mask, backend):
-    return _fake_routing(x, router, top_k)
+    return fake_routing(x, router, top_k)
 
 
-def _fake_routing(x, router, top_k):
+def fake_routing(x, router, top_k):
     T, E = x.shape[0], router.shape[0]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     ids = x.new_empty(T, top_k, dtype=torch.int32)

@@ -1,4 +1,7 @@
-"""Autocast: which dtype it asks for, and how to leave it (logits stay fp32)."""
+"""What the ops need of tensors around a kernel: autocast, wide sums, strides, gradients.
+
+Shapes: T tokens, D model.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 def without_autocast(device_type: str):
-    """A region in which ops keep the dtypes they are given; free where autocast is off anyway."""
+    """A region in which ops keep the dtypes they are given (logits stay fp32); else free."""
     if autocast_dtype(device_type) is None:
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)

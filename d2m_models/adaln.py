@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2m_kernels.onednn import fast_bf16
+
 
 @dataclass(frozen=True)
 class AdaLNBasis:
@@ -99,15 +101,10 @@ def _products(weight_ND: Tensor, *rows_kD: Tensor) -> list[Tensor]:
     """
     weight_ND = weight_ND.detach().cpu()
     exact = torch.float32 if weight_ND.dtype.itemsize == 2 else torch.float64
-    fast = weight_ND.dtype == torch.bfloat16 and _fast_bf16()
+    fast = weight_ND.dtype == torch.bfloat16 and fast_bf16()
     at = weight_ND.dtype if fast else exact
     all_Nk = weight_ND.to(at) @ torch.cat(rows_kD).to(at).t()
     return list(all_Nk.to(exact).split([len(rows) for rows in rows_kD], dim=1))
-
-
-def _fast_bf16() -> bool:
-    mkldnn = torch.backends.mkldnn.is_available()
-    return mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _directions_from_gram(centred_nD: Tensor, dim: int) -> Tensor:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     "d2m_kernels": """
         _version contract activations tensors
-        eager checks op backends
+        eager checks onednn op backends
         backends.reference backends.nvrtc
         backends.native
         backends.torch backends.triton

@@ -25,14 +25,18 @@ def route(x_TD, router_ED, top_k, mask_T=None):
     return probs, weights, ids, offsets, order, inverse
 
 
-def ffn_fwd(x_TD, up_FD, gate_FD, w2_DF, b_up, b_gate, b2, weights, offsets, order_N, inverse_N,
-            shared, activation, scale, save):  # fmt: skip
-    y = torch.empty_like(x_TD)
-    if not save:
-        return y, None, None
-    expert = (w2_DF.shape[1] - shared) // (offsets.shape[0] - 1)
-    return y, x_TD.new_empty(x_TD.shape[0], shared), x_TD.new_empty(order_N.shape[0], expert)
+def ffn_fwd(streams, attrs, ends):
+    results = []
+    for s in streams:
+        y = torch.empty_like(s.x)
+        if attrs.save:
+            expert = (s.w2.shape[1] - attrs.shared) // (s.offsets.shape[0] - 1)
+            z_shared = s.x.new_empty(s.x.shape[0], attrs.shared)
+            results.append((y, z_shared, s.x.new_empty(s.order.shape[0], expert)))
+        else:
+            results.append((y, None, None))
+    return results
 
 
-def ffn_bwd(*args):
+def ffn_bwd(dys, streams, zs, attrs, grads):
     return None

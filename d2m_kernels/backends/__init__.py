@@ -2,8 +2,14 @@
 
 A back-end is a module with the stages' functions (`route`, `permute`, `grouped_gemm`, `combine`,
 `ffn_fwd`, `ffn_bwd`; see `reference`), `unavailable()` and `unsupported(device_type, dtype)`,
-which return None or the reason. `ffn_streams_fwd` and `ffn_streams_bwd` are for those that can run
-two streams of tokens in the launches of one; elsewhere the streams run one after another.
+which return None or the reason. The layer's two take lists of streams, and never look at whether
+there is one or more:
+
+    ffn_fwd(streams, attrs, ends) -> [(y, z_shared, z_routed), ...]
+    ffn_bwd(dys, streams, zs, attrs, grads)     fills the buffers of grads
+
+with FFNInputs, FFNAttrs and FFNGrads of contract.py. Where `groups_streams()` is there and true,
+two streams share launches; elsewhere they run one after another (`eager.each_stream`).
 """
 
 from __future__ import annotations
@@ -12,7 +18,8 @@ import functools
 import importlib
 import os
 
-import torch
+from torch import dtype as DType  # not `import torch`: here this is the back-end of that name
+from torch import float64
 
 # Best first. "reference" is last: always right, never fast.
 BACKENDS = {
@@ -41,12 +48,23 @@ def unavailable(name: str) -> str | None:
 
 
 @functools.cache
-def why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
+def why_not(name: str, device_type: str, dtype: DType) -> str | None:
     """Why this back-end cannot serve tensors of this device and dtype, or None."""
     return unavailable(name) or module(name).unsupported(device_type, dtype)
 
 
-def resolve(requested: str | None, device_type: str, dtype: torch.dtype) -> str:
+def _constant(function):
+    """Tells `torch.compile` that the result is a constant.
+
+    As torch.compiler.assume_constant_result does, by the mark that it sets; the decorator itself
+    would import torch._dynamo, and Triton with it, on `import d2m_kernels`.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant
+def resolve(requested: str | None, device_type: str, dtype: DType) -> str:
     """The back-end to use: the requested one or an error; without a request, the best available.
 
     The environment variable D2M_BACKEND stands in for a request that was not made.
@@ -66,13 +84,8 @@ def resolve(requested: str | None, device_type: str, dtype: torch.dtype) -> str:
     return requested
 
 
-# What torch.compiler.assume_constant_result sets: the decorator itself would import torch._dynamo,
-# and Triton with it, on `import d2m_kernels`.
-resolve._dynamo_marked_constant = True
-
-
 @functools.cache
-def _best(device_type: str, dtype: torch.dtype, env: str | None) -> str:
+def _best(device_type: str, dtype: DType, env: str | None) -> str:
     if env:
         return resolve(env, device_type, dtype)
     # On a CPU, Triton means its interpreter: for debugging, so only when it is asked for.
@@ -80,20 +93,18 @@ def _best(device_type: str, dtype: torch.dtype, env: str | None) -> str:
     return next(name for name in names if why_not(name, device_type, dtype) is None)
 
 
+@_constant
 def groups_streams(name: str) -> bool:
     """Whether the back-end runs two streams of tokens in the launches of one."""
     groups = getattr(module(name), "groups_streams", None)
     return groups is not None and groups()
 
 
-groups_streams._dynamo_marked_constant = True
-
-
-def explain(device_type: str, dtype: torch.dtype) -> dict[str, str | None]:
+def explain(device_type: str, dtype: DType) -> dict[str, str | None]:
     """Every back-end, best first, with None where it serves or the reason why it does not."""
     return {name: why_not(name, device_type, dtype) for name in BACKENDS}
 
 
 def router_backend(x, router, name: str) -> str:
     """`name`, or "reference" where fp64 meets a narrower dtype, which the others do not take."""
-    return "reference" if torch.float64 in (x.dtype, router.dtype) else name
+    return "reference" if float64 in (x.dtype, router.dtype) else name

@@ -9,25 +9,24 @@ product wrote is still in the cache when the activation reads it.
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 
 import torch
 import torch.nn.functional as F
 
+from d2m_kernels import onednn
 from d2m_kernels.activations import activate_, activate_backward_, activate_into, pointwise
 from d2m_kernels.backends import native
 from d2m_kernels.backends.reference import grouped_gemm_bwd, neurons, spans
-from d2m_kernels.contract import FFNGrads
+from d2m_kernels.contract import FFNAttrs, FFNGrads, FFNInputs
+from d2m_kernels.eager import each_stream, each_stream_bwd
 
 __all__ = ["combine", "ffn_bwd", "ffn_fwd", "grouped_gemm", "grouped_gemm_bwd", "permute", "route"]
 
 NAME = "cpu"
 BLOCK_ROWS = 1024  # a [1024, 768] x [768, 3072] product still runs at full speed
 WORKSPACE_BYTES = 128 << 20  # the most that a thread keeps between calls
-# Activations oneDNN has for a product's epilogue, that are as exact as torch's and keep a NaN.
-EPILOGUES = {"gelu": "none", "gelu_tanh": "tanh"}
 _held = threading.local()
 
 
@@ -108,144 +107,126 @@ def _linear(x, w, b, out):
     return torch.mm(x, w.T, out=out) if b is None else torch.addmm(b, x, w.T, out=out)
 
 
-@functools.cache
-def _has_epilogues() -> bool:
-    found = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return found and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def _fuses(s: FFNInputs, activation: str) -> bool:
+    """Whether products take bias and activation along; one pass over h less is 3% of a layer.
 
-
-def _fuses(x, w, activation) -> bool:
-    """Whether `_linear_act` serves, which saves a pass over the hidden units: 3% of a layer.
-
-    A strided w it would take, and be a thousand times slower (2 s for 64 rows and 768 neurons).
+    A strided w1 oneDNN would take, and be a thousand times slower: 2 s for 64 rows, 768 neurons.
     """
-    whole = x.is_contiguous() and w.is_contiguous()
-    usable = x.dtype == torch.bfloat16 and activation in EPILOGUES and w.numel() > 0
-    return usable and whole and torch.backends.mkldnn.enabled and _has_epilogues()
+    whole = s.x.is_contiguous() and s.up.is_contiguous() and s.up.numel() > 0
+    return whole and onednn.has_epilogue(s.x.dtype, activation)
 
 
-def _linear_act(x, w, b, activation):
-    """act(x w^T + b), rounded once."""
-    return torch.ops.mkldnn._linear_pointwise(x, w, b, "gelu", [], EPILOGUES[activation])
-
-
-def _pre_activation(x, up_FD, gate_FD, b_up_F, b_gate_F, own, out):
+def _pre_activation(x, s: FFNInputs, own, out):
     """z = x w^T + b of the neurons `own` into `out`; gated: [up | gate] side by side."""
     size = own.stop - own.start
-    _linear(x, up_FD[own], None if b_up_F is None else b_up_F[own], out[:, :size])
-    if gate_FD is not None:
-        _linear(x, gate_FD[own], None if b_gate_F is None else b_gate_F[own], out[:, size:])
+    _linear(x, s.up[own], None if s.b_up is None else s.b_up[own], out[:, :size])
+    if s.gate is not None:
+        _linear(x, s.gate[own], None if s.b_gate is None else s.b_gate[own], out[:, size:])
     return out
 
 
-def ffn_fwd(
-    x_TD, up_FD, gate_FD, w2_DF, b_up_F, b_gate_F, b2_D, weights_TK, offsets, order_N, inverse_N,
-    shared, activation, scale, save,
-):  # fmt: skip
-    own_E = neurons(shared, offsets.shape[0] - 1, up_FD.shape[0])
-    halves = 1 if gate_FD is None else 2
+@each_stream
+def ffn_fwd(s: FFNInputs, attrs: FFNAttrs):
+    shared, activation, save = attrs.shared, attrs.activation, attrs.save
+    own_E, halves = neurons(s, shared), 1 if s.gate is None else 2
     width = (own_E[0].stop - own_E[0].start) * halves
-    T, K = weights_TK.shape
-    w1 = (up_FD, gate_FD, b_up_F, b_gate_F)
+    (T, K), N, D = s.weights.shape, s.order.shape[0], s.x.shape[1]
 
-    fused = not save and _fuses(x_TD, up_FD, activation)
+    fused = not save and _fuses(s, activation)
     # Kept for the backward pass, or one block's scratch that every part uses in turn.
-    z_shared = x_TD.new_empty(T, shared * halves) if save else None
-    z_routed = x_TD.new_empty(order_N.shape[0], width) if save else None
-    block_rows = min(BLOCK_ROWS, max(T, order_N.shape[0]))
+    z_shared = s.x.new_empty(T, shared * halves) if save else None
+    z_routed = s.x.new_empty(N, width) if save else None
+    block_rows = min(BLOCK_ROWS, max(T, N))
     y_ND, x_block, scratch = workspace(
-        x_TD.dtype,
-        (order_N.shape[0], x_TD.shape[1]),
-        (block_rows if K else 0, x_TD.shape[1]),
+        s.x.dtype,
+        (N, D),
+        (block_rows if K else 0, D),
         (0 if fused else block_rows * max(shared, width // halves) * (1 if save else halves),),
     )
 
     def hidden(x, own, z, rows):
         """act(x w1^T + b1) of the neurons `own` on some rows; z, where it is kept, gets the sum."""
         if fused:
-            return _linear_act(x, up_FD[own], None if b_up_F is None else b_up_F[own], activation)
+            return onednn.linear(x, s.up[own], None if s.b_up is None else s.b_up[own], activation)
         size = (own.stop - own.start) * (1 if save else halves)
         block = scratch[: x.shape[0] * size].view(x.shape[0], size)
         if save:
-            return activate_into(activation, _pre_activation(x, *w1, own, z[rows]), block)
-        return activate_(activation, _pre_activation(x, *w1, own, block))
+            return activate_into(activation, _pre_activation(x, s, own, z[rows]), block)
+        return activate_(activation, _pre_activation(x, s, own, block))
 
     if shared:
-        own, y_TD = slice(0, shared), x_TD.new_empty(x_TD.shape)
+        own, y_TD = slice(0, shared), torch.empty_like(s.x, memory_format=torch.contiguous_format)
         for start in range(0, T, BLOCK_ROWS):
             rows = slice(start, min(start + BLOCK_ROWS, T))
-            _linear(hidden(x_TD[rows], own, z_shared, rows), w2_DF[:, own], b2_D, y_TD[rows])
+            _linear(hidden(s.x[rows], own, z_shared, rows), s.w2[:, own], s.b2, y_TD[rows])
     else:
-        y_TD = x_TD.new_zeros(x_TD.shape) if b2_D is None else b2_D.repeat(T, 1)
+        y_TD = s.x.new_zeros(T, D) if s.b2 is None else s.b2.repeat(T, 1)
     if not K:
         return y_TD, z_shared, z_routed
 
-    for e, lo, hi in blocks(offsets):
-        x_e = native.cpu_gather_rows(x_TD, order_N[lo:hi], K, x_block[: hi - lo])
+    for e, lo, hi in blocks(s.offsets):
+        x_e = native.cpu_gather_rows(s.x, s.order[lo:hi], K, x_block[: hi - lo])
         h = hidden(x_e, own_E[e], z_routed, slice(lo, hi))
-        torch.mm(h, w2_DF[:, own_E[e]].T, out=y_ND[lo:hi])
-    slots = (y_ND, inverse_N.view(T, K), weights_TK, offsets)
-    return combine(*slots, y_TD, None, scale, out=y_TD), z_shared, z_routed
+        torch.mm(h, s.w2[:, own_E[e]].T, out=y_ND[lo:hi])
+    slots = (y_ND, s.inverse.view(T, K), s.weights, s.offsets)
+    return combine(*slots, y_TD, None, attrs.scale, out=y_TD), z_shared, z_routed
 
 
-def ffn_bwd(
-    dy_TD, x_TD, up_FD, gate_FD, w2_DF, weights_TK, offsets, order_N, inverse_N, z_shared, z_routed,
-    shared, activation, scale, frozen, grads: FFNGrads,
-):  # fmt: skip
-    own_E = neurons(shared, offsets.shape[0] - 1, up_FD.shape[0])
-    T, K = weights_TK.shape
-    w = (up_FD, gate_FD, w2_DF)
+@each_stream_bwd
+def ffn_bwd(dy_TD, s: FFNInputs, zs, attrs: FFNAttrs, grads: FFNGrads):
+    (z_shared, z_routed), shared = zs, attrs.shared
+    own_E = neurons(s, shared)
+    (T, K), N, D = s.weights.shape, s.order.shape[0], s.x.shape[1]
     if shared:
-        scratch = workspace(x_TD.dtype, (T * shared,), (T * shared,))
+        scratch = workspace(s.x.dtype, (T * shared,), (T * shared,))
         own = slice(0, shared)
-        _part_bwd(own, frozen, w, dy_TD, x_TD, z_shared, activation, None, grads, scratch, grads.x)
+        _part_bwd(own, s, attrs, dy_TD, s.x, z_shared, None, grads, scratch, grads.x)
     if grads.b2 is not None:
         torch.sum(dy_TD, 0, out=grads.b2)
-    _zero_empty(own_E, offsets, grads)
+    _zero_empty(own_E, s.offsets, grads)
     if K:
-        largest = max((hi - lo for _, lo, hi in spans(offsets)), default=0)
+        largest = max((hi - lo for _, lo, hi in spans(s.offsets)), default=0)
         size = largest * (own_E[0].stop - own_E[0].start)
-        rows, D = 0 if grads.x is None else order_N.shape[0], x_TD.shape[1]
+        rows = 0 if grads.x is None else N
         dx_ND, x_block, dy_block, *scratch = workspace(
-            x_TD.dtype, (rows, D), (largest, D), (largest, D), (size,), (size,)
+            s.x.dtype, (rows, D), (largest, D), (largest, D), (size,), (size,)
         )
-        dweights_N = weights_TK.new_zeros(T * K)
-        for e, lo, hi in spans(offsets):
-            slots = order_N[lo:hi].long()
-            x_e = native.cpu_gather_rows(x_TD, order_N[lo:hi], K, x_block[: hi - lo])
-            dy_e = native.cpu_gather_rows(dy_TD, order_N[lo:hi], K, dy_block[: hi - lo])
-            factor = (scale * weights_TK.view(-1)[slots, None]).to(x_TD.dtype)
+        dweights_N = s.weights.new_zeros(T * K)
+        for e, lo, hi in spans(s.offsets):
+            slots = s.order[lo:hi].long()
+            x_e = native.cpu_gather_rows(s.x, s.order[lo:hi], K, x_block[: hi - lo])
+            dy_e = native.cpu_gather_rows(dy_TD, s.order[lo:hi], K, dy_block[: hi - lo])
+            factor = (attrs.scale * s.weights.view(-1)[slots, None]).to(s.x.dtype)
             dx_e = dx_ND[lo:hi] if rows else None
             sums = _part_bwd(
-                own_E[e], 0, w, dy_e, x_e, z_routed[lo:hi], activation, factor, grads, scratch, dx_e
+                own_E[e], s, attrs, dy_e, x_e, z_routed[lo:hi], factor, grads, scratch, dx_e
             )
-            dweights_N[slots] = scale * sums
+            dweights_N[slots] = attrs.scale * sums
         if grads.weights is not None:
             grads.weights.copy_(dweights_N.view(T, K))
         if grads.x is not None:
-            slots = (dx_ND, inverse_N.view(T, K), None, offsets)
+            slots = (dx_ND, s.inverse.view(T, K), None, s.offsets)
             combine(*slots, grads.x if shared else None, None, 1.0, out=grads.x)
     elif grads.x is not None and not shared:
         grads.x.zero_()
 
 
-def _part_bwd(own, frozen, w, dy, x, z, activation, factor, grads: FFNGrads, scratch, dx):
+def _part_bwd(own, s: FFNInputs, attrs, dy, x, z, factor, grads: FFNGrads, scratch, dx):
     """One expert's gradients, written into `grads` and `dx`; returns rowsum(dA' * h).
 
     `factor` [rows, 1] is scale * weight, None for the shared expert; the first `frozen` neurons of
     the layer have no gradient. `scratch` holds dh and h, and then dz in dh's place.
     """
-    up_FD, gate_FD, w2_DF = w
-    size = own.stop - own.start
+    size, activation = own.stop - own.start, attrs.activation
     dh, h = (part[: dy.shape[0] * size].view(dy.shape[0], size) for part in scratch)
-    torch.mm(dy, w2_DF[:, own], out=dh)
+    torch.mm(dy, s.w2[:, own], out=dh)
     h = activate_into(activation, z, h)
     sums = None if factor is None else torch.linalg.vecdot(dh.float(), h.float())
     if factor is not None:
         dh, h = dh.mul_(factor), h.mul_(factor)
     dz = activate_backward_(activation, z, dh)
 
-    skip = min(max(frozen - own.start, 0), size)
+    skip = min(max(attrs.frozen - own.start, 0), size)
     live = slice(own.start + skip, own.stop)
     for dw, db, first in ((grads.up, grads.b_up, 0), (grads.gate, grads.b_gate, size)):
         dz_live = dz[:, first + skip : first + size]
@@ -259,9 +240,9 @@ def _part_bwd(own, frozen, w, dy, x, z, activation, factor, grads: FFNGrads, scr
         grads.w2[:, own.start : live.start] = 0
         torch.mm(dy.T, h[:, skip:], out=grads.w2[:, live])
     if dx is not None:
-        torch.mm(dz[:, :size], up_FD[own], out=dx)
-        if gate_FD is not None:
-            dx.addmm_(dz[:, size:], gate_FD[own])
+        torch.mm(dz[:, :size], s.up[own], out=dx)
+        if s.gate is not None:
+            dx.addmm_(dz[:, size:], s.gate[own])
     return sums
 
 

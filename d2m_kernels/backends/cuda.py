@@ -74,24 +74,18 @@ def grouped_gemm_bwd(*args):
     return _products().grouped_gemm_bwd(*args)
 
 
-def ffn_fwd(*args):
-    products = _products()
-    # Triton combines in its last product's epilogue; after grouped_mm it is a stage of its own.
-    return products.ffn_fwd(*args, **({"combine": combine} if products is torch_backend else {}))
+def _own_combine() -> dict:
+    """Triton combines in its last product's epilogue; after grouped_mm it is a stage of its own."""
+    return {"combine": combine} if _products() is torch_backend else {}
 
 
-def ffn_bwd(*args):
-    products = _products()
-    return products.ffn_bwd(*args, **({"combine": combine} if products is torch_backend else {}))
+def ffn_fwd(streams, attrs, ends):
+    return _products().ffn_fwd(streams, attrs, ends, **_own_combine())
+
+
+def ffn_bwd(dys, streams, zs, attrs, grads):
+    return _products().ffn_bwd(dys, streams, zs, attrs, grads, **_own_combine())
 
 
 def groups_streams() -> bool:
     return _products() is not torch_backend
-
-
-def ffn_streams_fwd(*args):
-    return _products().ffn_streams_fwd(*args)
-
-
-def ffn_streams_bwd(*args):
-    return _products().ffn_streams_bwd(*args)

@@ -11,15 +11,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from d2m_kernels.activations import (
-    activate,
-    activate_backward,
-    pointwise,
-    pointwise_backward,
-)
+from d2m_kernels.activations import activate, activate_backward, pointwise, pointwise_backward
 from d2m_kernels.backends import reference
 from d2m_kernels.backends.reference import permute, spans
-from d2m_kernels.contract import FFNGrads
+from d2m_kernels.contract import FFNAttrs, FFNGrads, FFNInputs
+from d2m_kernels.eager import each_stream, each_stream_bwd
 
 __all__ = ["combine", "ffn_bwd", "ffn_fwd", "grouped_gemm", "grouped_gemm_bwd", "permute", "route"]
 
@@ -181,49 +177,46 @@ def _experts(t, shared: int, num_experts: int, dim: int = 0):
     return routed if dim == 0 else routed.transpose(0, 1)
 
 
-def ffn_fwd(
-    x_TD, up_FD, gate_FD, w2_DF, b_up_F, b_gate_F, b2_D, weights_TK, offsets, order_N, inverse_N,
-    shared, activation, scale, save, combine=combine,
-):  # fmt: skip
-    E, (T, K) = offsets.shape[0] - 1, weights_TK.shape
-    halves = ((up_FD, b_up_F),) if gate_FD is None else ((up_FD, b_up_F), (gate_FD, b_gate_F))
-    parts = [F.linear(x_TD, w[:shared], None if b is None else b[:shared]) for w, b in halves]
+@each_stream
+def ffn_fwd(s: FFNInputs, attrs: FFNAttrs, combine=combine):
+    E, (T, K), shared = s.offsets.shape[0] - 1, s.weights.shape, attrs.shared
+    halves = ((s.up, s.b_up),) if s.gate is None else ((s.up, s.b_up), (s.gate, s.b_gate))
+    parts = [F.linear(s.x, w[:shared], None if b is None else b[:shared]) for w, b in halves]
     z_shared = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-    y_TD = F.linear(activate(activation, z_shared), w2_DF[:, :shared], b2_D)
-    z_routed = x_TD.new_zeros(0, len(halves) * ((w2_DF.shape[1] - shared) // E))
+    y_TD = F.linear(activate(attrs.activation, z_shared), s.w2[:, :shared], s.b2)
+    z_routed = s.x.new_zeros(0, len(halves) * ((s.w2.shape[1] - shared) // E))
     if K:
-        rows = _Rows(T * K, offsets)
-        x_ND = x_TD[order_N.long() // K]
+        rows = _Rows(T * K, s.offsets)
+        x_ND = s.x[s.order.long() // K]
         parts = [
-            rows.linear(x_ND, _experts(w, shared, E), _experts(b, shared, E), offsets)
+            rows.linear(x_ND, _experts(w, shared, E), _experts(b, shared, E), s.offsets)
             for w, b in halves
         ]
         z_routed = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-        w2_EDH = _experts(w2_DF, shared, E, 1)
-        y_ND = _grouped(activate(activation, z_routed), w2_EDH.transpose(1, 2), offsets)
-        y_TD = combine(y_ND, inverse_N.view(T, K), weights_TK, offsets, y_TD, None, scale)
-    return (y_TD, z_shared, z_routed) if save else (y_TD, None, None)
+        w2_EHD = _experts(s.w2, shared, E, 1).transpose(1, 2)
+        y_ND = _grouped(activate(attrs.activation, z_routed), w2_EHD, s.offsets)
+        y_TD = combine(y_ND, s.inverse.view(T, K), s.weights, s.offsets, y_TD, None, attrs.scale)
+    return y_TD, z_shared, z_routed
 
 
-def ffn_bwd(
-    dy_TD, x_TD, up_FD, gate_FD, w2_DF, weights_TK, offsets, order_N, inverse_N, z_shared, z_routed,
-    shared, activation, scale, frozen, grads: FFNGrads, combine=combine,
-):  # fmt: skip
-    E, (T, K) = offsets.shape[0] - 1, weights_TK.shape
-    w1 = ((up_FD, grads.up, grads.b_up), (gate_FD, grads.gate, grads.b_gate))
-    w1 = w1[:1] if gate_FD is None else w1
+@each_stream_bwd
+def ffn_bwd(dy_TD, s: FFNInputs, zs, attrs: FFNAttrs, grads: FFNGrads, combine=combine):
+    (z_shared, z_routed), shared, activation = zs, attrs.shared, attrs.activation
+    E, (T, K) = s.offsets.shape[0] - 1, s.weights.shape
+    w1 = ((s.up, grads.up, grads.b_up), (s.gate, grads.gate, grads.b_gate))
+    w1 = w1[:1] if s.gate is None else w1
     for t in (grads.up, grads.gate, grads.b_up, grads.b_gate, grads.w2):
         if t is not None:  # whatever is not reached below: frozen or unrouted neurons
             t.zero_()
 
-    dh = dy_TD @ w2_DF[:, :shared]
+    dh = dy_TD @ s.w2[:, :shared]
     dz = activate_backward(activation, z_shared, dh)
-    live = slice(frozen, shared)
-    dx_TD = torch.zeros_like(x_TD)
+    live = slice(attrs.frozen, shared)
+    dx_TD = torch.zeros_like(s.x)
     for (w, dw, db), dz_half in zip(w1, dz.chunk(len(w1), -1), strict=True):
         dx_TD = dx_TD + dz_half @ w[:shared]
         if dw is not None:
-            dw[live] = dz_half[:, live].T @ x_TD
+            dw[live] = dz_half[:, live].T @ s.x
         if db is not None:
             db[live] = dz_half[:, live].sum(0)
     if grads.w2 is not None:
@@ -231,32 +224,31 @@ def ffn_bwd(
     if grads.b2 is not None:
         grads.b2.copy_(dy_TD.sum(0))
 
-    if K and shared < w2_DF.shape[1]:
-        rows = _Rows(T * K, offsets)
-        token_N = order_N.long() // K
-        x_ND, dy_ND = x_TD[token_N], dy_TD[token_N]
-        w2_EDH = _experts(w2_DF, shared, E, 1)
-        dh = rows.clear_tail(_grouped(dy_ND, w2_EDH, offsets))
+    if K and shared < s.w2.shape[1]:
+        rows = _Rows(T * K, s.offsets)
+        token_N = s.order.long() // K
+        x_ND, dy_ND = s.x[token_N], dy_TD[token_N]
+        dh = rows.clear_tail(_grouped(dy_ND, _experts(s.w2, shared, E, 1), s.offsets))
         h = activate(activation, z_routed)
-        factor_N = scale * weights_TK.view(-1)[order_N.long()]
+        factor_N = attrs.scale * s.weights.view(-1)[s.order.long()]
         if grads.weights is not None:
-            sums_N = scale * torch.linalg.vecdot(dh.float(), h.float())
-            grads.weights.copy_(sums_N[inverse_N.long()].view(T, K))
-        factor_N1 = factor_N[:, None].to(x_TD.dtype)
+            sums_N = attrs.scale * torch.linalg.vecdot(dh.float(), h.float())
+            grads.weights.copy_(sums_N[s.inverse.long()].view(T, K))
+        factor_N1 = factor_N[:, None].to(s.x.dtype)
         dz = activate_backward(activation, z_routed, dh * factor_N1)
         if grads.w2 is not None:
-            dw2_EDH = _grouped(dy_ND.T, h * factor_N1, offsets)
+            dw2_EDH = _grouped(dy_ND.T, h * factor_N1, s.offsets)
             _experts(grads.w2, shared, E, 1).copy_(dw2_EDH)
         dx_ND = 0
         for (w, dw, db), dz_half in zip(w1, dz.chunk(len(w1), -1), strict=True):
             dz_half = dz_half.contiguous()
-            dx_ND = dx_ND + _grouped(dz_half, _experts(w, shared, E), offsets)
+            dx_ND = dx_ND + _grouped(dz_half, _experts(w, shared, E), s.offsets)
             if dw is not None:
-                _experts(dw, shared, E).copy_(_grouped(dz_half.T, x_ND, offsets))
+                _experts(dw, shared, E).copy_(_grouped(dz_half.T, x_ND, s.offsets))
             if db is not None:
-                _experts(db, shared, E).copy_(rows.sums(dz_half, offsets))
+                _experts(db, shared, E).copy_(rows.sums(dz_half, s.offsets))
         if grads.x is not None:
-            dx_TD = combine(dx_ND, inverse_N.view(T, K), None, offsets, dx_TD, None, 1.0)
+            dx_TD = combine(dx_ND, s.inverse.view(T, K), None, s.offsets, dx_TD, None, 1.0)
     elif grads.weights is not None:
         grads.weights.zero_()
     if grads.x is not None:

@@ -38,6 +38,23 @@ def test_an_explicit_backend_that_cannot_serve_raises():
         route(torch.randn(3, 4), torch.randn(2, 4), backend="tpu")
 
 
+def test_a_back_end_is_an_attribute_of_the_package_and_nothing_else_is_lost():
+    """Importing the back-end "torch" binds that name in the package."""
+    from d2m_kernels.backends import torch as back_end
+
+    assert back_end is backends.module("torch") and back_end is backends.torch
+    x = torch.randn(3, 4)
+    assert backends.router_backend(x, x, "torch") == "torch"
+    assert backends.router_backend(x, x.double(), "torch") == "reference"
+
+
+def test_constants_are_marked_as_torch_marks_them():
+    """`backends` sets the mark by hand, since the decorator imports torch._dynamo."""
+    marked = torch.compiler.assume_constant_result(lambda: 0)
+    assert vars(marked) and vars(marked).items() <= vars(backends.resolve).items()
+    assert vars(marked).items() <= vars(backends.groups_streams).items()
+
+
 def test_the_environment_pins_the_default(monkeypatch):
     monkeypatch.setenv(backends.ENV, "reference")
     assert backends.resolve(None, "cpu", torch.float32) == "reference"

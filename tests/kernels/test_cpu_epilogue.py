@@ -6,11 +6,11 @@ import pytest
 import torch
 from helpers.cases import Case, assert_as_good_as_torch, available, call, plain_torch
 
-from d2m_kernels.backends import cpu
+from d2m_kernels import onednn
 
 pytestmark = [
     pytest.mark.skipif(not available("cpu", dtype=torch.bfloat16), reason="no compiled back-end"),
-    pytest.mark.skipif(not cpu._has_epilogues(), reason="oneDNN has no bf16 on this CPU"),
+    pytest.mark.skipif(not onednn.fast_bf16(), reason="oneDNN has no bf16 on this CPU"),
 ]
 BF16 = dict(dtype=torch.bfloat16, scale=1.3)
 
@@ -18,8 +18,8 @@ BF16 = dict(dtype=torch.bfloat16, scale=1.3)
 @pytest.fixture
 def products(monkeypatch):
     """How many rows each product with an epilogue had."""
-    rows, real = [], cpu._linear_act
-    monkeypatch.setattr(cpu, "_linear_act", lambda x, *a: rows.append(len(x)) or real(x, *a))
+    rows, real = [], onednn.linear
+    monkeypatch.setattr(onednn, "linear", lambda x, *a: rows.append(len(x)) or real(x, *a))
     return rows
 
 

@@ -225,6 +225,23 @@ def test_batch_dimensions_and_pairs(backend):
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("trained", [0, 1])
+def test_one_half_of_a_pair_may_be_trained_alone(backend, trained):
+    case = Case(activation="swiglu")
+    p = case.build(grad=False)
+    w1, b1 = p["w1"].chunk(2), p["b1"].chunk(2)
+
+    def gradients(halves):
+        leaves = [t.clone().requires_grad_(i % 2 in halves) for i, t in enumerate((*w1, *b1))]
+        y = call(case, backend)(p | {"w1": leaves[:2], "b1": leaves[2:]})
+        return torch.autograd.grad(y.square().sum(), [t for t in leaves if t.requires_grad])
+
+    both = gradients((0, 1))
+    for alone, expected in zip(gradients((trained,)), both[trained::2], strict=True):
+        assert torch.equal(alone, expected)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_two_runs_are_bitwise_equal(backend):
     case = Case(T=129, D=32, dtype=torch.bfloat16)
     one, two = (run(call(case, backend), case.build()) for _ in range(2))

@@ -11,6 +11,8 @@ from helpers.triton_cases import BACKENDS, INTERPRETED, run_interpreted
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from d2m_kernels import moe_ffn, route
+from d2m_kernels.activations import is_gated
+from d2m_kernels.contract import FFNAttrs, FFNInputs
 from d2m_kernels.ffn import halves
 
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -21,21 +23,21 @@ def arguments(backend: str, activation: str = "gelu_tanh", k: int = 2):
     case = Case(T=9, D=8, S=4, H=4, E=3, k=k, activation=activation)
     p = case.build(grad=False)
     r = route(p["x"], p["router"], top_k=k, backend=backend)
-    weights = (p["x"], p["w1"], None, p["w2"], p["b1"], None, p["b2"])
     slots = (r.weights, r.offsets, r.order, r.inverse)
-    attrs = (case.S, activation, False, 1.5)
-    fwd = (*weights, *slots, *attrs, True, backend)
-    y, z_shared, z_routed = torch.ops.d2m.ffn_fwd(*fwd)
-    up, gate = halves(p["w1"], None, activation, False)
+    one = [p["x"], p["w1"], None, p["w2"], p["b1"], None, p["b2"], *slots]
+    x2 = p["x"][:4] + 1  # a second, shorter stream with weights of its own and without biases
+    r2 = route(x2, p["router"], top_k=k, backend=backend)
+    slots = (r2.weights, r2.offsets, r2.order, r2.inverse)
+    two = [*one, x2, p["w1"] + 1, None, p["w2"] + 1, None, None, None, *slots]
+    settings = (backend, case.S, activation, False, 1.5, 2, True)
+    y, *zs = torch.ops.d2m.ffn_fwd(one, [], *settings)
+    y2, *zs2 = torch.ops.d2m.ffn_fwd(two[11:], [], *settings)
+    needs = [True, True, False, True, True, False, True, True] + [False] * 3
+    needs2 = [True, False, False, True, False, False, False, True] + [False] * 3
+    up, gate = halves(p["w1"], False) if is_gated(activation) else (p["w1"], None)
     experts = up[case.S :].reshape(3, 4, 8)
     gates = None if gate is None else gate[case.S :].reshape(3, 4, 8)
     gather = r.order // max(k, 1)
-    needs = [True, True, False, True, True, False, True, True]
-    x2 = p["x"][:4] + 1  # a second, shorter stream with weights of its own and without biases
-    r2 = route(x2, p["router"], top_k=k, backend=backend)
-    second = (x2, p["w1"] + 1, None, p["w2"] + 1, None, None, None)
-    two = [*weights, *slots, *second, r2.weights, r2.offsets, r2.order, r2.inverse]
-    short = torch.ops.d2m.ffn_fwd(*two[11:], *attrs, True, backend)
     gemm = (p["x"], experts, r.offsets, gates, gather, None, None, activation)
     rows = torch.randn(9 * k, 4)
     return {
@@ -45,19 +47,21 @@ def arguments(backend: str, activation: str = "gelu_tanh", k: int = 2):
         "grouped_gemm_bwd": (rows, *gemm, [True, True, gate is not None, False, False], backend),
         "combine": (torch.randn(9 * k, 8), r.inverse.view(9, k), r.weights, r.offsets, p["x"],
                     p["b2"], 1.5, backend),
-        "ffn_fwd": fwd,
-        "ffn_bwd": (torch.ones_like(y), *weights, *slots, z_shared, z_routed, *attrs, 2, needs,
-                    backend),
-        "ffn_streams_fwd": (two, [p["x"][:3], p["x"], None, x2], *attrs, True, backend),
+        "ffn_fwd": (one, [], *settings),
+        "ffn_bwd": ([torch.ones_like(y)], one, zs, needs, *settings),
         "modulate_route": (p["x"], p["w1"][:3], p["w1"][3:6], 1e-6, p["router"], k, None, backend),
-        "ffn_streams_bwd": ([y + 1, short[0]], two, [z_shared, z_routed, *short[1:]], *attrs, 2,
-                            needs + [True, False, False, True, False, False, False, True],
-                            backend),
+        "ffn_fwd of two": (two, [p["x"][:3], p["x"], None, x2], *settings[:-1], False),
+        "ffn_fwd of two, saved": (two, [], *settings),
+        "ffn_bwd of two": ([y + 1, y2], two, [*zs, *zs2], needs + needs2, *settings),
     }  # fmt: skip
 
 
 OPS = ["route", "permute", "grouped_gemm", "grouped_gemm_bwd", "combine", "ffn_fwd", "ffn_bwd",
-       "ffn_streams_fwd", "ffn_streams_bwd", "modulate_route"]  # fmt: skip
+       "ffn_fwd of two", "ffn_fwd of two, saved", "ffn_bwd of two", "modulate_route"]  # fmt: skip
+
+
+def overload(op: str):
+    return getattr(torch.ops.d2m, op.split()[0]).default
 
 
 # Every op's arguments of one back-end, activation and top-k, made once.
@@ -71,8 +75,7 @@ every = functools.cache(arguments)
     [("swiglu", 2), ("gelu_tanh", 1), ("gelu_tanh", 0), ("gelu_tanh", 2)][: 4 - INTERPRETED],
 )
 def test_opcheck(op, backend, activation, k):
-    overload = getattr(torch.ops.d2m, op).default
-    torch.library.opcheck(overload, every(backend, activation, k)[op], test_utils=CHECKS)
+    torch.library.opcheck(overload(op), every(backend, activation, k)[op], test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -86,8 +89,7 @@ def test_autograd_registration(op, backend):
         return [leaf(entry) for entry in a] if isinstance(a, list) else a
 
     args = tuple(leaf(a) for a in every(backend, "swiglu", 2)[op])
-    overload = getattr(torch.ops.d2m, op).default
-    torch.library.opcheck(overload, args, test_utils="test_autograd_registration")
+    torch.library.opcheck(overload(op), args, test_utils="test_autograd_registration")
 
 
 if not INTERPRETED:
@@ -103,7 +105,7 @@ def test_no_op_is_left_unchecked():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("d2m::")
     }
-    assert defined == set(OPS)
+    assert defined == {op.split()[0] for op in OPS}
 
 
 @pytest.mark.parametrize("k", [0, 2, "dense"])
@@ -157,7 +159,9 @@ def test_torch_back_end_without_routed_experts_gives_what_the_fake_says():
     p = case.build(grad=False)
     weights, slots = torch.zeros(9, 0), torch.zeros(0, dtype=torch.int32)
     offsets = torch.zeros(4, dtype=torch.int32)
-    args = (p["x"], p["w1"], None, p["w2"], None, None, None, weights, offsets, slots, slots,
-            0, "gelu_tanh", False, 1.0, True)  # fmt: skip
+    stream = FFNInputs(
+        p["x"], p["w1"], None, p["w2"], None, None, None, weights, offsets, slots, slots
+    )
     for backend in CPU_BACKENDS:
-        torch.library.opcheck(torch.ops.d2m.ffn_fwd.default, (*args, backend), test_utils=CHECKS)
+        args = ([*stream], [], backend, *FFNAttrs(0, "gelu_tanh", save=True))
+        torch.library.opcheck(torch.ops.d2m.ffn_fwd.default, args, test_utils=CHECKS)

@@ -112,8 +112,8 @@ def layer(shape: str, activation: str, dtype: str = "bfloat16", tf32: bool = Fal
     import torch
 
     from d2m_kernels.activations import is_gated
-    from d2m_kernels.backends import reference
     from d2m_kernels.backends import triton as triton_backend
+    from d2m_kernels.contract import FFNAttrs, FFNGrads, FFNInputs
 
     T, D, F, S, E, K = SHAPES[shape]
     H, gated = (F - S) // E, is_gated(activation)
@@ -128,17 +128,16 @@ def layer(shape: str, activation: str, dtype: str = "bfloat16", tf32: bool = Fal
     def inputs(T):
         gate, b_gate = (new(F, D), new(F)) if gated else (None, None)
         routing = (new(T, K, dtype="float32"), ints(E + 1), ints(T * K), ints(T * K))
-        return reference.FFNInputs(
-            new(T, D), new(F, D), gate, new(D, F), new(F), b_gate, new(D), *routing
-        )
+        return FFNInputs(new(T, D), new(F, D), gate, new(D, F), new(F), b_gate, new(D), *routing)
 
     streams = [inputs(n) for n in tokens or (T,)]
     for save in (False, True):
-        triton_backend.ffn_streams_fwd(streams, S, activation, 1.0, save)
-    grads = [reference.FFNGrads(*s[:8]) for s in streams]
+        attrs = FFNAttrs(S, activation, save=save)
+        triton_backend.ffn_fwd(streams, attrs, [(None, None)] * len(streams))
+    grads = [FFNGrads(*s[:8]) for s in streams]
     zs = [(new(len(s.x), S * (1 + gated)), new(len(s.order), H * (1 + gated))) for s in streams]
     dys = [new(len(s.x), D) for s in streams]
-    triton_backend.ffn_streams_bwd(dys, streams, zs, S, activation, 1.0, 0, grads)
+    triton_backend.ffn_bwd(dys, streams, zs, attrs, grads)
 
 
 def block_end(tokens=()):

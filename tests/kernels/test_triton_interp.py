@@ -44,7 +44,8 @@ if INTERPRETED:
     from d2m_kernels.backends.triton import configs
     from d2m_kernels.backends.triton.down import Shared, down_shared
     from d2m_kernels.backends.triton.launch import neuron_columns
-    from d2m_kernels.contract import FFNGrads
+    from d2m_kernels.contract import FFNAttrs, FFNGrads, FFNInputs
+    from d2m_kernels.eager import modulate
 
     pytestmark = [
         pytest.mark.usefixtures("poisoned"),
@@ -348,36 +349,34 @@ def test_many_experts_and_all_tokens_to_one():
 
 
 def layer_arguments(T=70, D=33, S=20, H=9, E=4, K=2, masked=0.3, activation="swiglu", seed=0):
-    """Inputs of ffn_bwd in fp32, with saved pre-activations drawn at random."""
+    """dy, stream, z and attrs of ffn_bwd in fp32, with pre-activations drawn at random."""
     gated = activation in ("geglu", "swiglu")
     F = S + E * H
     ids = random_ids(T, E, K, seed, masked)
     offsets, order, inverse = reference.permute(ids, E)
     weights = randn(T, K, seed=seed).softmax(-1).masked_fill(ids < 0, 0)
-    return dict(
-        dy_TD=randn(T, D, seed=seed + 1), x_TD=randn(T, D, seed=seed + 2),
-        up_FD=randn(F, D, seed=seed + 3), gate_FD=randn(F, D, seed=seed + 4) if gated else None,
-        w2_DF=randn(D, F, seed=seed + 5), weights_TK=weights, offsets=offsets, order_N=order,
-        inverse_N=inverse, z_shared=randn(T, S * (1 + gated), seed=seed + 6),
-        z_routed=randn(T * K, H * (1 + gated), seed=seed + 7), shared=S, activation=activation,
-        scale=1.3,
+    gate = randn(F, D, seed=seed + 4) if gated else None
+    stream = FFNInputs(
+        randn(T, D, seed=seed + 2), randn(F, D, seed=seed + 3), gate, randn(D, F, seed=seed + 5),
+        None, None, None, weights, offsets, order, inverse,
     )  # fmt: skip
+    zs = tuple(
+        randn(*size, seed=seed + i)
+        for i, size in ((6, (T, S * (1 + gated))), (7, (T * K, H * (1 + gated))))
+    )
+    return randn(T, D, seed=seed + 1), stream, zs, FFNAttrs(S, activation, scale=1.3)
 
 
 def gradients(back_end, arguments, frozen, skip=()):
-    a = arguments
-    F = a["up_FD"].shape[0]
-    sizes = dict(
-        x=a["x_TD"].shape, up=a["up_FD"].shape, gate=a["up_FD"].shape, w2=a["w2_DF"].shape,
-        b_up=(F,), b_gate=(F,), b2=(a["x_TD"].shape[1],), weights=a["weights_TK"].shape,
-    )  # fmt: skip
-    absent = {*skip} | ({"gate", "b_gate"} if a["gate_FD"] is None else set())
-    grads = FFNGrads(**{
-        name: None if name in absent else torch.full(size, float("nan"))
-        for name, size in sizes.items()
-    })  # fmt: skip
-    back_end.ffn_bwd(**a, frozen=frozen, grads=grads)
-    return {name: g for name, g in vars(grads).items() if g is not None}
+    dy, s, zs, attrs = arguments
+    like = s._replace(b_up=s.up[:, 0], b_gate=s.up[:, 0], b2=s.w2[:, 0])
+    absent = {*skip} | ({"gate", "b_gate"} if s.gate is None else set())
+    grads = FFNGrads(*(
+        None if name in absent else torch.full_like(getattr(like, name), float("nan"))
+        for name in FFNGrads._fields
+    ))  # fmt: skip
+    back_end.ffn_bwd([dy], [s], [zs], attrs._replace(frozen=frozen), [grads])
+    return {name: g for name, g in grads._asdict().items() if g is not None}
 
 
 @interpreted
@@ -412,10 +411,10 @@ def test_backward_of_a_part(skip):
 @interpreted
 def test_incoming_gradient_of_any_strides():
     arguments = layer_arguments()
-    expected = gradients(triton_backend, arguments | dict(dy_TD=torch.ones(70, 33)), 0)
+    expected = gradients(triton_backend, (torch.ones(70, 33), *arguments[1:]), 0)
     one, row, flipped = torch.ones(1), torch.ones(1, 33), torch.ones(33, 70)
     for dy in (one.expand(70, 33), row.expand(70, 33), flipped.T):
-        for name, grad in gradients(triton_backend, arguments | dict(dy_TD=dy), 0).items():
+        for name, grad in gradients(triton_backend, (dy, *arguments[1:]), 0).items():
             assert torch.equal(grad, expected[name]), name
 
 
@@ -591,7 +590,7 @@ def test_modulate_route(dtype, T, D, E, K, B, mean):
     scale, shift = (randn(B, 3 * D, dtype=dtype, seed=i)[:, D : 2 * D] for i in (1, 2))
     router = randn(E, D)
     modulated, *routing = triton_backend.modulate_route(x, scale, shift, 1e-6, router, K)
-    wide = reference.modulate(x.double(), scale.double(), shift.double(), 1e-6)
+    wide = modulate(x.double(), scale.double(), shift.double(), 1e-6)
     unit = torch.finfo(dtype).eps  # and fp32 knows x - mean to mean * 6e-8
     assert ((modulated.double() - wide).abs() <= unit * wide.abs() + 3e-6 * (1 + mean)).all()
     for a, e in zip(routing, triton_backend.route(modulated, router, K), strict=True):
@@ -621,8 +620,9 @@ def test_block_in_the_layers_launches(S, k, pair, monkeypatch):
     p = case.build(grad=False)
     x, residual, six = p.pop("x").view(3, 12, 32) + 1, randn(3, 12, 32), randn(3, 4 * 32)
     scale, shift, gate, _ = six.chunk(4, -1)
-    for name in ("moe_ffn", "streams"):  # not to be needed
-        monkeypatch.setattr(importlib.import_module(f"d2m_kernels.{name}"), "finish_block", None)
+    monkeypatch.setattr(
+        importlib.import_module("d2m_kernels.ffn"), "finish_block", None
+    )  # not to be needed
     ends = dict(modulation=(scale, shift), gate=gate, residual=residual)
     if pair:
         first = Stream(x, **p, **case.kwargs(), **ends)

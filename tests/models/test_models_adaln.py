@@ -5,7 +5,7 @@ import torch
 from helpers.tiny_flux import DIM, converted, dense_flux, flux_inputs, random_orders, small_config
 from torch.nn import functional as F
 
-from d2m_models import AdaLNBasis, FluxMoEConfig, adaln_state, convert_flux, to_dense
+from d2m_models import AdaLNBasis, FluxMoEConfig, adaln, adaln_state, convert_flux, to_dense
 from d2m_models.adaln import adaln_linears, sample_conditioning
 
 
@@ -42,6 +42,17 @@ def test_conditioning_that_fits_the_subspace_is_exact_and_the_mean_is_kept():
     assert basis.explained == pytest.approx(1.0) and basis.relative_error(temb, w, b) < 1e-6
     # were the mean not absorbed, three directions could not hold three and the mean
     assert AdaLNBasis.from_samples(temb, 2).relative_error(temb, w, b) > 1e-3
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bf16_weights_with_and_without_bf16_products(fast, monkeypatch):
+    monkeypatch.setattr(adaln, "fast_bf16", lambda: fast)
+    g = torch.Generator().manual_seed(0)
+    temb, weight, bias = (torch.randn(*n, generator=g) for n in ((50, 16), (8, 16), (8,)))
+    basis, weight = AdaLNBasis.from_samples(temb, 16), weight.bfloat16()
+    exact = basis.compress(weight.double(), bias.double())
+    for ours, expected in zip(basis.compress(weight, bias), exact, strict=True):
+        torch.testing.assert_close(ours.double(), expected, rtol=0.02, atol=0.02)
 
 
 def test_error_falls_with_width_and_beats_a_random_basis():

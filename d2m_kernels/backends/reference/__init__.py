@@ -12,41 +12,18 @@ from d2m_kernels.backends.reference.ops import (
     combine,
     grouped_gemm,
     grouped_gemm_bwd,
-    linear,
     permute,
     route,
     select,
     spans,
 )
-from d2m_kernels.contract import FFNGrads, FFNInputs
-from d2m_kernels.eager import finish_block, modulate
-from d2m_kernels.tensors import matmul, wide, wide_dtype
 
 NAME = "reference"
 
 __all__ = [
-    "NAME",
-    "FFNGrads",
-    "FFNInputs",
-    "combine",
-    "ffn_bwd",
-    "ffn_fwd",
-    "finish_block",
-    "grouped_gemm",
-    "grouped_gemm_bwd",
-    "linear",
-    "matmul",
-    "modulate",
-    "neurons",
-    "permute",
-    "route",
-    "select",
-    "spans",
-    "unavailable",
-    "unsupported",
-    "wide",
-    "wide_dtype",
-]
+    "combine", "ffn_bwd", "ffn_fwd", "grouped_gemm", "grouped_gemm_bwd", "neurons", "permute",
+    "route", "select", "spans",
+]  # fmt: skip
 
 
 def unavailable() -> str | None:

@@ -1,7 +1,6 @@
-"""The layer: what its forward and backward take, and both of them, expert by expert.
+"""The layer, expert by expert: its forward (eq. 2) and its gradients.
 
-Shapes: T tokens, D model, F hidden, E experts, K top-k, N = T*K slots, S shared neurons, H = F_e
-neurons of one expert.
+Shapes: T tokens, D model, F hidden = S shared + E * H, E experts, K top-k, N = T*K slots.
 """
 
 from __future__ import annotations
@@ -10,128 +9,92 @@ import torch
 
 from d2m_kernels.activations import activate, activate_backward
 from d2m_kernels.backends.reference.ops import combine, linear, spans
-from d2m_kernels.contract import FFNGrads
+from d2m_kernels.contract import FFNAttrs, FFNGrads, FFNInputs
+from d2m_kernels.eager import each_stream, each_stream_bwd
 from d2m_kernels.tensors import wide
 
 
-def neurons(shared: int, num_experts: int, hidden: int):
-    """The slice of neurons that each expert owns."""
-    size = (hidden - shared) // num_experts
-    return [slice(shared + e * size, shared + (e + 1) * size) for e in range(num_experts)]
+def neurons(s: FFNInputs, shared: int) -> list[slice]:
+    """The neurons that each expert owns."""
+    E, F = s.offsets.shape[0] - 1, s.w2.shape[1]
+    H = (F - shared) // E
+    return [slice(shared + e * H, shared + (e + 1) * H) for e in range(E)]
 
 
-def _pre_activation(x, up_FD, gate_FD, b_up_F, b_gate_F, own):
-    """z = x w^T + b of the neurons `own`; gated: [up | gate] side by side."""
-    z = linear(x, up_FD[own], None if b_up_F is None else b_up_F[own])
-    if gate_FD is None:
-        return z
-    gate = linear(x, gate_FD[own], None if b_gate_F is None else b_gate_F[own])
-    return torch.cat([z, gate], dim=-1)
+def _pre_activation(x, s: FFNInputs, own):
+    """z = x w^T + b of the neurons `own`, rounded to x's dtype; gated: [up | gate] side by side."""
+    z = linear(x, s.up[own], None if s.b_up is None else s.b_up[own])
+    if s.gate is not None:
+        gate = linear(x, s.gate[own], None if s.b_gate is None else s.b_gate[own])
+        z = torch.cat([z, gate], dim=-1)
+    return z.to(x.dtype)
 
 
-def ffn_fwd(
-    x_TD,
-    up_FD,
-    gate_FD,
-    w2_DF,
-    b_up_F,
-    b_gate_F,
-    b2_D,
-    weights_TK,
-    offsets,
-    order_N,
-    inverse_N,
-    shared: int,
-    activation: str,
-    scale: float,
-    save: bool,
-):
+@each_stream
+def ffn_fwd(s: FFNInputs, attrs: FFNAttrs):
     """Eq. 2: y = shared(x) + scale * sum_k weight * expert(x) + b2, and the pre-activations.
 
-    Returns y [T, D], z_shared [T, S or 2S], z_routed [N, H or 2H] (in expert order, in x's dtype);
-    the last two are None unless `save`.
+    Returns y [T, D], z_shared [T, S or 2S], z_routed [N, H or 2H] (in expert order, in x's dtype).
     """
-    num_experts = offsets.shape[0] - 1
-    own_E = neurons(shared, num_experts, up_FD.shape[0])
-    width = (own_E[0].stop - own_E[0].start) * (1 if gate_FD is None else 2)
-    own_S = slice(0, shared)
+    own_S, own_E = slice(0, attrs.shared), neurons(s, attrs.shared)
+    (T, D), K, N = s.x.shape, s.weights.shape[1], s.order.shape[0]
 
-    z_shared = _pre_activation(x_TD, up_FD, gate_FD, b_up_F, b_gate_F, own_S).to(x_TD.dtype)
-    y_TD = linear(activate(activation, wide(z_shared)), w2_DF[:, own_S], b2_D)
+    def down(z, own, bias):
+        return linear(activate(attrs.activation, wide(z)), s.w2[:, own], bias)
 
-    top_k = weights_TK.shape[1]
-    z_routed = x_TD.new_zeros(order_N.shape[0], width)
-    y_ND = wide(x_TD).new_zeros(order_N.shape[0], x_TD.shape[1])
-    for e, lo, hi in spans(offsets):
-        tokens = order_N[lo:hi].long() // top_k
-        z = _pre_activation(x_TD[tokens], up_FD, gate_FD, b_up_F, b_gate_F, own_E[e])
-        z_routed[lo:hi] = z.to(x_TD.dtype)
-        y_ND[lo:hi] = linear(activate(activation, wide(z_routed[lo:hi])), w2_DF[:, own_E[e]], None)
-    if top_k:
-        y_TD = combine(
-            y_ND, inverse_N.view(weights_TK.shape), weights_TK, offsets, y_TD, None, scale
-        )
-    y_TD = y_TD.to(x_TD.dtype)
-    return (y_TD, z_shared, z_routed) if save else (y_TD, None, None)
+    z_shared = _pre_activation(s.x, s, own_S)
+    y_TD = down(z_shared, own_S, s.b2)
+    width = (own_E[0].stop - own_E[0].start) * (1 if s.gate is None else 2)
+    z_routed, y_ND = s.x.new_zeros(N, width), wide(s.x).new_zeros(N, D)
+    for e, lo, hi in spans(s.offsets):
+        tokens = s.order[lo:hi].long() // K
+        z_routed[lo:hi] = _pre_activation(s.x[tokens], s, own_E[e])
+        y_ND[lo:hi] = down(z_routed[lo:hi], own_E[e], None)
+    if K:
+        inverse_TK = s.inverse.view(T, K)
+        y_TD = combine(y_ND, inverse_TK, s.weights, s.offsets, y_TD, None, attrs.scale)
+    return y_TD.to(s.x.dtype), z_shared, z_routed
 
 
-def ffn_bwd(
-    dy_TD,
-    x_TD,
-    up_FD,
-    gate_FD,
-    w2_DF,
-    weights_TK,
-    offsets,
-    order_N,
-    inverse_N,
-    z_shared,
-    z_routed,
-    shared: int,
-    activation: str,
-    scale: float,
-    frozen: int,
-    grads: FFNGrads,
-):
+@each_stream_bwd
+def ffn_bwd(dy_TD, s: FFNInputs, zs, attrs: FFNAttrs, grads: FFNGrads):
     """The gradient of `ffn_fwd`, written into `grads`; the first `frozen` neurons get zero.
 
     With dA' = dy W2 (unweighted) and h = act(z): dweight = scale * rowsum(dA' * h),
     dz = scale * weight * dA' * act'(z), dW2 = dy^T (scale * weight * h), dW1 = dz^T x, dx = dz W1.
     """
-    num_experts = offsets.shape[0] - 1
-    own_E = neurons(shared, num_experts, up_FD.shape[0])
-    dy_TD, wide_x_TD = wide(dy_TD), wide(x_TD)
-    out = _WideGrads(grads, wide_x_TD)
+    (z_shared, z_routed), K = zs, s.weights.shape[1]
+    own_E = neurons(s, attrs.shared)
+    dy_TD, x_TD = wide(dy_TD), wide(s.x)
+    out = _WideGrads(grads, x_TD)
 
     def part(own, rows, dy, x, z, factor):
-        """One expert: returns dx of its rows and the row sums that the weights' gradient needs."""
-        dh = dy @ wide(w2_DF[:, own])
-        h = activate(activation, z)
-        dz = activate_backward(activation, z, dh * factor)
-        out.add_weights(own, dy, x, h * factor, dz, gate_FD is not None)
+        """One expert: the row sums that the weights' gradient needs; the rest goes to `out`."""
+        dh = dy @ wide(s.w2[:, own])
+        h = activate(attrs.activation, z)
+        dz = activate_backward(attrs.activation, z, dh * factor)
+        out.add_weights(own, dy, x, h * factor, dz, s.gate is not None)
         half = own.stop - own.start
-        dx = dz[:, :half] @ wide(up_FD[own])
-        if gate_FD is not None:
-            dx = dx + dz[:, half:] @ wide(gate_FD[own])
+        dx = dz[:, :half] @ wide(s.up[own])
+        if s.gate is not None:
+            dx = dx + dz[:, half:] @ wide(s.gate[own])
         if grads.x is not None:
             out.x.index_add_(0, rows, dx)
         return (dh * h).sum(-1)
 
-    all_rows = torch.arange(x_TD.shape[0], device=x_TD.device)
-    if shared:
-        one = dy_TD.new_ones(())
-        part(slice(0, shared), all_rows, dy_TD, wide_x_TD, wide(z_shared), one)
-    top_k = weights_TK.shape[1]
-    dweights_N = wide_x_TD.new_zeros(order_N.shape[0])
-    for e, lo, hi in spans(offsets):
-        slots = order_N[lo:hi].long()
-        rows = slots // top_k
-        factor = scale * weights_TK.reshape(-1)[slots, None].to(dy_TD.dtype)
-        z = wide(z_routed[lo:hi])
-        dweights_N[slots] = scale * part(own_E[e], rows, dy_TD[rows], wide_x_TD[rows], z, factor)
+    if attrs.shared:
+        all_rows, one = torch.arange(x_TD.shape[0], device=x_TD.device), dy_TD.new_ones(())
+        part(slice(0, attrs.shared), all_rows, dy_TD, x_TD, wide(z_shared), one)
+    dweights_N = x_TD.new_zeros(s.order.shape[0])
+    for e, lo, hi in spans(s.offsets):
+        slots = s.order[lo:hi].long()
+        rows = slots // K
+        factor = attrs.scale * s.weights.reshape(-1)[slots, None].to(dy_TD.dtype)
+        sums = part(own_E[e], rows, dy_TD[rows], x_TD[rows], wide(z_routed[lo:hi]), factor)
+        dweights_N[slots] = attrs.scale * sums
     out.b2 = dy_TD.sum(0)
-    out.weights = dweights_N.view(weights_TK.shape)
-    out.write(frozen)
+    out.weights = dweights_N.view(s.weights.shape)
+    out.write(attrs.frozen)
 
 
 class _WideGrads:
@@ -139,7 +102,7 @@ class _WideGrads:
 
     def __init__(self, grads: FFNGrads, like: torch.Tensor):
         self._grads = grads
-        for name, buffer in vars(grads).items():
+        for name, buffer in grads._asdict().items():
             zero = None if buffer is None else torch.zeros_like(buffer, dtype=like.dtype)
             setattr(self, name, zero)
 
@@ -157,7 +120,7 @@ class _WideGrads:
             self.w2[:, own] += dy.T @ h
 
     def write(self, frozen: int):
-        for name, buffer in vars(self._grads).items():
+        for name, buffer in self._grads._asdict().items():
             if buffer is None:
                 continue
             grad = getattr(self, name)

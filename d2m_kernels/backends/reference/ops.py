@@ -8,8 +8,6 @@ import torch
 from d2m_kernels.activations import pointwise, pointwise_backward
 from d2m_kernels.tensors import matmul, wide, wide_dtype
 
-# ------------------------------------------------------------------------------- route, permute
-
 
 def select(logits_TE: torch.Tensor, top_k: int) -> torch.Tensor:
     """The K largest logits, best first; ties go to the lowest id, NaN comes last. [T, K] int64"""
@@ -46,9 +44,6 @@ def permute(ids_TK, num_experts: int):
     counts_E = (ids_N[:, None] == experts).sum(0)
     offsets = torch.cat([counts_E.new_zeros(1), counts_E.cumsum(0)])
     return offsets.to(torch.int32), order_N.to(torch.int32), inverse_N.to(torch.int32)
-
-
-# ------------------------------------------------------------------------- grouped GEMM, combine
 
 
 def spans(offsets: torch.Tensor):

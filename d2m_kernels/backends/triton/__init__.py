@@ -5,23 +5,22 @@ grouped_gemm        grouped_gemm.py  persistent over the device's offsets; also 
 grouped_gemm_bwd    grouped_gemm_bwd.py
 combine             combine.py       deterministic gather and sum
 ffn_fwd             ffn.py, down.py  three launches
-ffn_bwd             backward.py, act_bwd.py, weight_grads.py
-ffn_streams_fwd/bwd               two streams of tokens in the launches of one
+ffn_bwd             ffn.py, act_bwd.py, weight_grads.py
 configs.py          which tile each launch uses; launch.py: descriptors, fallback
 """
 
 import torch
 
 from d2m_kernels.backends.triton.combine import combine
-from d2m_kernels.backends.triton.ffn import ffn_bwd, ffn_fwd, ffn_streams_bwd, ffn_streams_fwd
+from d2m_kernels.backends.triton.ffn import ffn_bwd, ffn_fwd
 from d2m_kernels.backends.triton.grouped_gemm import grouped_gemm
 from d2m_kernels.backends.triton.grouped_gemm_bwd import grouped_gemm_bwd
 from d2m_kernels.backends.triton.pieces import INTERPRET
 from d2m_kernels.backends.triton.route import modulate_route, permute, route
 
 __all__ = [
-    "combine", "ffn_bwd", "ffn_fwd", "ffn_streams_bwd", "ffn_streams_fwd", "grouped_gemm",
-    "grouped_gemm_bwd", "modulate_route", "permute", "route",
+    "combine", "ffn_bwd", "ffn_fwd", "grouped_gemm", "grouped_gemm_bwd", "modulate_route",
+    "permute", "route",
 ]  # fmt: skip
 
 NAME = "triton"

@@ -1,4 +1,5 @@
-"""The layer's forward in three launches: up (all experts), down routed, down shared + combine.
+"""The layer's forward in three launches: up (all experts), down routed, down shared + combine;
+its backward: dz and the weighted activation, dx as the forward's mirror, the weights' sums.
 
 Shapes: T tokens, D model, F hidden = S + E*H, S shared neurons, H neurons of an expert, E experts,
 K top-k, N = T*K slots. Routed activations live in expert order [N, H]; x itself is never permuted.
@@ -15,35 +16,25 @@ from d2m_kernels.backends.triton.down import Shared, down_shared
 from d2m_kernels.backends.triton.grouped_gemm import Operands, grouped_matmul
 from d2m_kernels.backends.triton.launch import neuron_columns, neuron_rows
 from d2m_kernels.backends.triton.weight_grads import Sums, bias_grad, weight_grad
-from d2m_kernels.contract import FFNGrads, FFNInputs
+from d2m_kernels.contract import FFNAttrs, FFNInputs
 from d2m_kernels.eager import finish_block
 
 
-def ffn_fwd(
-    x_TD, up_FD, gate_FD, w2_DF, b_up_F, b_gate_F, b2_D, weights_TK, offsets, order_N, inverse_N,
-    shared: int, activation: str, scale: float, save: bool,
-):  # fmt: skip
+def ffn_fwd(streams, attrs: FFNAttrs, ends):
     """Eq. 2: y = shared(x) + scale * sum_k weight * expert(x) + b2, and the pre-activations.
 
-    Returns y [T, D], z_shared [T, S or 2S], z_routed [N, H or 2H]; the last two None unless `save`.
+    Of one or two FFNInputs of equal D, F, E, K and dtype. With an AdaLN gate [B, D] and a residual
+    [T, D] of its block in `ends`, a stream's y is residual + gate * y.
+
+    Returns (y [T, D], z_shared [T, S or 2S], z_routed [N, H or 2H]) of each stream; the last two
+    None unless `save`.
     """
-    stream = FFNInputs(
-        x_TD, up_FD, gate_FD, w2_DF, b_up_F, b_gate_F, b2_D, weights_TK, offsets, order_N, inverse_N
-    )
-    return ffn_streams_fwd([stream], shared, activation, scale, save)[0]
-
-
-def ffn_streams_fwd(streams, shared: int, activation: str, scale: float, save: bool, ends=()):
-    """`ffn_fwd` of one or two streams of equal D, F, E, K and dtype: [(y, z_shared, z_routed)].
-
-    `ends`: for each stream the AdaLN gate [B, D] and the residual [T, D] of its block, or None:
-    y is then residual + gate * y.
-    """
+    shared, activation, scale, save = attrs.shared, attrs.activation, attrs.scale, attrs.save
     first = streams[0]
     D, K, gated = first.x.shape[1], first.weights.shape[1], first.gate is not None
     H = (first.up.shape[0] - shared) // (first.offsets.shape[0] - 1)
     ups, downs, lasts, saved = [], [], [], []
-    for s, (adaln, residual) in zip(streams, ends or [(None, None)] * len(streams), strict=True):
+    for s, (adaln, residual) in zip(streams, ends, strict=True):
         new, T, N = s.x.new_empty, s.x.shape[0], s.order.shape[0]
         h_shared, h_routed = new(T, shared), new(N, H)
         z_shared = new(T, shared * (1 + gated)) if save else None
@@ -90,26 +81,12 @@ def finish(stage, ends: list[Shared], shared: int, *, scale=1.0, trans=False):
             s.out.copy_(finish_block(s.out, s.adaln_BD, s.residual_TD))
 
 
-# ----- backward: dz and the weighted activation, dx as the forward's mirror, the weights' sums
-
-
-def ffn_bwd(
-    dy_TD, x_TD, up_FD, gate_FD, w2_DF, weights_TK, offsets, order_N, inverse_N, z_shared, z_routed,
-    shared: int, activation: str, scale: float, frozen: int, grads: FFNGrads,
-):  # fmt: skip
+def ffn_bwd(dys, streams, zs, attrs: FFNAttrs, grads) -> None:
     """The gradient of `ffn_fwd`, written into `grads`; the first `frozen` neurons get zero.
 
     dA' = dy W2, dz = factor * dA' * act'(z), dW2 = dy^T (factor * h), dW1 = dz^T x, dx = dz W1.
     """
-    stream = FFNInputs(
-        x_TD, up_FD, gate_FD, w2_DF, None, None, None, weights_TK, offsets, order_N, inverse_N
-    )
-    z = (z_shared, z_routed)
-    ffn_streams_bwd([dy_TD], [stream], [z], shared, activation, scale, frozen, [grads])
-
-
-def ffn_streams_bwd(dys, streams, zs, shared, activation, scale, frozen, grads) -> None:
-    """`ffn_bwd` of one or two streams of equal D, F, E, K and dtype."""
+    shared, activation, scale, frozen = attrs.shared, attrs.activation, attrs.scale, attrs.frozen
     K, gated = streams[0].weights.shape[1], streams[0].gate is not None
     H = (streams[0].up.shape[0] - shared) // (streams[0].offsets.shape[0] - 1)
     parts = [
