@@ -276,17 +276,17 @@ def test_every_instruction_set():
     """The narrower builds, which this processor would not choose, give the same answers."""
     code = """
         import torch, _d2m_cpu
-        from d2m_kernels import _ext
+        from d2m_kernels.backends import native
         g = torch.Generator().manual_seed(4)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             x = torch.randn(67, 301, generator=g).to(dtype)
             router = torch.randn(7, 301, generator=g)
-            probs, weights, ids = _ext.cpu_route(x, router, 2)
+            probs, weights, ids = native.cpu_route(x, router, 2)
             logits = x.float() @ router.T
             torch.testing.assert_close(probs, logits.softmax(-1), atol=2e-5, rtol=1e-4)
-            offsets, order, inverse = _ext.cpu_permute(ids, 7)
-            y = _ext.cpu_gather_rows(x, order, 2)
-            out = _ext.cpu_combine(y, inverse.view(-1, 2), weights, offsets)
+            offsets, order, inverse = native.cpu_permute(ids, 7)
+            y = native.cpu_gather_rows(x, order, 2)
+            out = native.cpu_combine(y, inverse.view(-1, 2), weights, offsets)
             torch.testing.assert_close(out, x, atol=1e-6, rtol=1e-2)  # weights sum to 1
         print(_d2m_cpu.isa())
     """
@@ -299,13 +299,13 @@ def test_every_instruction_set():
 def test_works_after_fork():
     code = """
         import os, torch
-        from d2m_kernels import _ext
+        from d2m_kernels.backends import native
         torch.set_num_threads(2)
         x, router = torch.randn(3000, 400), torch.randn(12, 400)
-        want = _ext.cpu_route(x, router, 2)[2]
+        want = native.cpu_route(x, router, 2)[2]
         child = os.fork()
         if child == 0:
-            os._exit(0 if torch.equal(_ext.cpu_route(x, router, 2)[2], want) else 1)
+            os._exit(0 if torch.equal(native.cpu_route(x, router, 2)[2], want) else 1)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     """
     assert run_python(code).strip() == "0"
@@ -316,8 +316,8 @@ def test_stale_extension_is_refused(tmp_path):
     code = f"""
         import sys
         sys.path.insert(0, {str(tmp_path)!r})
-        from d2m_kernels import _ext
-        print(_ext.cpu_available())
+        from d2m_kernels.backends import native
+        print(native.cpu_available())
     """
     said = run_python(code)
     assert "ABI is -1" in said and "pip install" in said
@@ -327,7 +327,7 @@ def test_missing_extension_is_explained():
     code = """
         import sys
         sys.modules["_d2m_cpu"] = None
-        from d2m_kernels import _ext
-        print(_ext.cpu_available())
+        from d2m_kernels.backends import native
+        print(native.cpu_available())
     """
     assert "_d2m_cpu" in run_python(code)
