@@ -1,14 +1,16 @@
-"""`ffn`: the FFNs of one stream of tokens, or of several at once, and the layer's two ops.
+"""`ffn`: the layer of one stream of tokens, or of several at once, and its ops ffn_fwd, ffn_bwd.
 
-Shapes: B samples, T tokens, D model, F hidden = S shared + E * H, E experts, K top-k, N = T*K.
+Shapes: B samples, T tokens, D model, F hidden = S shared + E * H, E experts, K top-k, N = T*K
+slots. Pre-activations z_shared [T, S], z_routed [N, H]; gated [up | gate], twice as wide.
 
-    d2m::ffn_fwd    y [T, D] of each stream; to save, also z_shared [T, S] and z_routed [N, H] of
-                    each (twice as wide when gated: [up | gate])
-    d2m::ffn_bwd    the gradients wanted, in the order of the inputs
+The ops' schemas know flat lists only, one stream after the other:
 
-Their schemas know flat lists only. `tensors` holds the fields of every stream's `FFNInputs`, of
-which the first, those of `FFNGrads`, are LEARNED; `needs` says for each whether its gradient is
-wanted. `ends` is empty or holds the AdaLN gate [B, D] and the residual [T, D] of every stream.
+    tensors    the fields of `FFNInputs`; w1 and b1 of a gated FFN as up and gate, or stacked in up
+    ends       the AdaLN gate [B, D] and the residual [T, D] of its block, or None; or empty
+    zs         z_shared, z_routed
+    needs      for each of `tensors`, whether its gradient is wanted
+
+ffn_fwd returns the ys [T, D] and, to save, the zs; ffn_bwd the gradients wanted, in that order.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from d2m_kernels.eager import finish_block
 from d2m_kernels.op import define
 from d2m_kernels.tensors import needs_grad, unit
 
-PER_STREAM, LEARNED = len(FFNInputs._fields), len(FFNGrads._fields)
-SETTINGS = 1 + len(FFNAttrs._fields)
+PER_STREAM = len(FFNInputs._fields)
+LEADING = 1 + len(FFNAttrs._fields)  # what comes before the tensors: the back-end and FFNAttrs
 _SETTINGS = (
     "str backend, int shared, str activation, bool gate_first, float scale, int frozen, bool save"
 )
@@ -41,7 +43,7 @@ def ffn(tensors, ends, backend: str, attrs: FFNAttrs):
     """
     given = [t for t in ends if t is not None]
     if needs_grad(*tensors):
-        ys = FFNFunction.apply(backend, *attrs[:-1], True, *tensors)
+        ys = FFNFunction.apply(backend, *attrs[:-1], True, *tensors)  # save, the last, is on
     elif given and _fuses(given, tensors[0].dtype, backend):
         return torch.ops.d2m.ffn_fwd.default(tensors, ends, backend, *attrs)
     else:
@@ -62,7 +64,7 @@ class FFNFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        settings, tensors = args[:SETTINGS], args[SETTINGS:]
+        settings, tensors = args[:LEADING], args[LEADING:]
         results = torch.ops.d2m.ffn_fwd.default(list(tensors), [], *settings)
         count = len(tensors) // PER_STREAM
         ctx.save_for_backward(*tensors, *results[count:])
@@ -72,11 +74,11 @@ class FFNFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *dys):
         saved = ctx.saved_tensors  # once: under checkpointing each reading recomputes
-        needs = list(ctx.needs_input_grad[SETTINGS:])
+        needs = list(ctx.needs_input_grad[LEADING:])
         tensors, zs = list(saved[: len(needs)]), list(saved[len(needs) :])
         dys = [unit(dy) for dy in dys]
         grads = iter(torch.ops.d2m.ffn_bwd.default(dys, tensors, zs, needs, *ctx.settings))
-        return *(None,) * SETTINGS, *[next(grads) if need else None for need in needs]
+        return *(None,) * LEADING, *[next(grads) if need else None for need in needs]
 
 
 def per_stream(flat, size: int):
