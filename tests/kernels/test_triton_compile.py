@@ -149,7 +149,7 @@ def block_end(tokens=()):
     import torch
 
     from d2m_kernels.backends.triton.down import Shared, down_shared
-    from d2m_kernels.backends.triton.launch import neuron_columns
+    from d2m_kernels.backends.triton.operands import neuron_columns
 
     T, D, F, S, E, K = SHAPES["flux"]
 

@@ -46,10 +46,8 @@ class Config:
         return next((n for n in (1, 2) if held <= n * most), 4)
 
     def meta(self) -> dict:
-        meta = dict(
-            BLOCK_M=self.block_m, BLOCK_N=self.block_n, BLOCK_K=self.block_k, GROUP_M=self.group_m,
-            num_warps=self.warps, num_stages=self.stages,
-        )  # fmt: skip
+        """How the JIT is to compile; the tile itself is in the launch's Product."""
+        meta = dict(num_warps=self.warps, num_stages=self.stages)
         return meta if self.max_registers is None else meta | dict(maxnreg=self.max_registers)
 
 

@@ -13,8 +13,8 @@ from d2m_kernels.backends.triton.act_bwd import LEAST_BLOCK_N, Activations, acti
 from d2m_kernels.backends.triton.combine import combine_into
 from d2m_kernels.backends.triton.down import Shared, down_shared
 from d2m_kernels.backends.triton.grouped_gemm import Operands, grouped_matmul
-from d2m_kernels.backends.triton.launch import neuron_columns, neuron_rows
-from d2m_kernels.backends.triton.weight_grads import Sums, bias_grad, weight_grad
+from d2m_kernels.backends.triton.operands import neuron_columns, neuron_rows
+from d2m_kernels.backends.triton.weight_grads import bias_grad, sums, weight_grad
 from d2m_kernels.contract import FFNGrads, FFNInputs
 from d2m_kernels.eager import finish_block
 
@@ -65,10 +65,8 @@ def ffn_streams_fwd(streams, shared: int, activation: str, scale: float, save: b
             Shared(h_shared, w2, y_TD, s.offsets, y2_ND, s.inverse.view(T, K), s.weights, s.b2,
                    adaln_BD=adaln, residual_TD=residual)
         )  # fmt: skip
-    grouped_matmul(
-        "up_gated" if gated else "up", ups, N=H, K=D, gather_div=max(K, 1), bias_at=shared,
-        bias_step=H, activation=activation,
-    )  # fmt: skip
+    stage = "up_gated" if gated else "up"
+    grouped_matmul(stage, ups, N=H, K=D, gather_div=max(K, 1), activation=activation)
     grouped_matmul("down", downs, N=D, K=H)
     finish("down_combine", lasts, shared, scale=scale)
     return [(last.out, *z) for last, z in zip(lasts, saved, strict=True)]
@@ -184,18 +182,18 @@ def _weights(all_of, shared, H, gated, frozen, K):
     """dW1 = dz^T x, dW2 = dy^T h and the biases' column sums, each over its group's rows."""
     sizes = dict(shared=shared, H=H, frozen=frozen)
     for half, (w, b) in enumerate([("up", "b_up"), ("gate", "b_gate")][: 1 + gated]):
-        sums = [
-            Sums(getattr(g, w), p.dz_shared, p.dz_routed, s.x, s.offsets, s.order)
+        wanted = [
+            sums(getattr(g, w), p.dz_shared, p.dz_routed, s.x, s.offsets, s.order)
             for p, s, g in all_of
             if getattr(g, w) is not None
         ]
-        weight_grad(sums, half=half, top_k=K, **sizes)
+        weight_grad(wanted, half=half, top_k=K, **sizes)
         for p, s, g in all_of:
             if getattr(g, b) is not None:
                 bias_grad(getattr(g, b), p.dz_shared, p.dz_routed, s.offsets, half=half, **sizes)
-    sums = [
-        Sums(g.w2.T, p.h_shared, p.h_routed, p.dy, s.offsets, s.order)
+    wanted = [
+        sums(g.w2.T, p.h_shared, p.h_routed, p.dy, s.offsets, s.order)
         for p, s, g in all_of
         if g.w2 is not None
     ]
-    weight_grad(sums, half=0, top_k=K, **sizes)
+    weight_grad(wanted, half=0, top_k=K, **sizes)
