@@ -71,16 +71,18 @@ def _down_bwd_tiles(start, s, w_desc, T, N, K, S, E, corners, top_k, scale, shar
     BLOCK_N: tl.constexpr = P.N
     PARTS: tl.constexpr = P.PARTS
     SHARED: tl.constexpr = s.z_shared is not None
-    spans = _row_tiles(s.offsets, T, 0, N, S, E, BLOCK_E, P)
+    shared = 0
+    if SHARED:
+        shared = tl.cdiv(T, BLOCK_M) * tl.cdiv(S, BLOCK_N)
+    spans = _row_tiles(s.offsets, 0, N, E, shared, BLOCK_E, P)
     for tile in tl.range(start, spans.total, tl.num_programs(0)):
-        g = _group_of(tile, spans, N, S, corners, SHARED)
-        routed = g.number > 0
+        g = _group_of(tile, spans, T, N, S, corners, SHARED)
         tiles_m = tl.cdiv(g.end - g.first, BLOCK_M)
         m, n = _grouped(g.local, tiles_m, tl.cdiv(g.width, BLOCK_N), P.GROUP_M)
         n0 = n * BLOCK_N
         r = g.first + m * BLOCK_M + tl.arange(0, BLOCK_M)
         source = tl.minimum(r, g.end - 1)
-        gathered = source < tl.where(routed, g.end, 0)
+        gathered = source < tl.where(g.routed, g.end, 0)
         slot = tl.load(s.order + source, mask=gathered, other=0)
         weight = tl.load(s.weights + slot, mask=gathered, other=1.0)
         factor = tl.where(gathered, scale * weight, 1.0)
@@ -94,12 +96,12 @@ def _down_bwd_tiles(start, s, w_desc, T, N, K, S, E, corners, top_k, scale, shar
         dz = s.dz
         h = s.h
         if SHARED:
-            z = tl.where(routed, s.z, s.z_shared)
+            z = tl.where(g.routed, s.z, s.z_shared)
             if s.dz is not None:
-                dz = tl.where(routed, s.dz, s.dz_shared)
+                dz = tl.where(g.routed, s.dz, s.dz_shared)
             if s.h_shared is not None:  # else the shared neurons are frozen: no h of theirs
-                h = tl.where(routed, s.h, s.h_shared)
-        h_width = tl.where(routed, N, shared_h_width)
+                h = tl.where(g.routed, s.h, s.h_shared)
+        h_width = tl.where(g.routed, N, shared_h_width)
         pieces = _parts(acc, PARTS)
         sums = tl.zeros((BLOCK_M,), dtype=tl.float32)
         for i in tl.static_range(PARTS):
@@ -108,7 +110,7 @@ def _down_bwd_tiles(start, s, w_desc, T, N, K, S, E, corners, top_k, scale, shar
                                    BLOCK_N // PARTS, P)  # fmt: skip
         if s.partial is not None:
             ptrs = s.partial + slot.to(tl.int64) * s.stride_ps + n
-            tl.store(ptrs, scale * sums, mask=r < tl.where(routed, g.end, 0))
+            tl.store(ptrs, scale * sums, mask=r < tl.where(g.routed, g.end, 0))
     return _next_start(start, spans.total)
 
 
@@ -152,8 +154,7 @@ class Activations:
             self.z_routed, self.z_shared, self.dz_routed, self.dz_shared, self.h_routed,
             self.h_shared, *rows_of(self.partial),
         )  # fmt: skip
-        T = 0 if self.z_shared is None else self.dy.shape[0]
-        return dict(s=s, T=T, w_desc=self.w2.describe(config, widest, D, True))
+        return dict(s=s, T=self.dy.shape[0], w_desc=self.w2.describe(config, widest, D, True))
 
 
 def activations(

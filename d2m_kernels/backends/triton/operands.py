@@ -83,19 +83,19 @@ class Right(NamedTuple):
 
 
 class Spans(NamedTuple):
-    """Rows first .. end and tiles start .. stop of every group, a lane each."""
+    """The shared expert's tiles; a lane an expert: its first row, the next one's first tile."""
 
+    shared: Any
     first: Any
-    end: Any
-    start: Any
     stop: Any
     total: Any
 
 
 class Group(NamedTuple):
-    """The group that owns a tile: 0 the shared expert, 1 .. E the experts, E + 1 the tail."""
+    """The group that owns a tile: the shared expert, or expert e; E is the tail that none owns."""
 
-    number: Any
+    routed: Any
+    expert: Any
     first: Any  # its rows
     end: Any
     width: Any  # its outputs

@@ -134,53 +134,51 @@ def _next_start(start, total):
 
 
 @triton.jit
-def _group_rows(offsets_ptr, T, M, E, BLOCK_E: tl.constexpr):
-    """A lane a group: its number, first row and end row. Lane 0 is the shared expert, which takes
-    all T tokens, 1 .. E are the experts, E + 1 is the tail offsets[E] .. M that no expert owns."""
-    lane = tl.arange(0, BLOCK_E)
-    first = tl.load(offsets_ptr + lane - 1, mask=(lane > 0) & (lane <= E + 1), other=0)
-    end = tl.load(offsets_ptr + lane, mask=(lane > 0) & (lane <= E), other=0)
-    end = tl.where(lane == 0, T, tl.where(lane == E + 1, tl.maximum(M, first), end))
-    return lane, first, end
+def _expert_rows(offsets_ptr, M, E, BLOCK_E: tl.constexpr):
+    """A lane an expert: its number, first row and end row; lane E is the tail offsets[E] .. M."""
+    e = tl.arange(0, BLOCK_E)
+    first = tl.load(offsets_ptr + e, mask=e <= E, other=0)
+    end = tl.load(offsets_ptr + e + 1, mask=e < E, other=0)
+    end = tl.where(e == E, tl.maximum(M, first), end)
+    return e, tl.where(e == E + 1, M, first), end
 
 
 @triton.jit
-def _spans(first, end, tiles):
-    stop = tl.cumsum(tiles, 0)
-    return Spans(first, end, stop - tiles, stop, tl.sum(tiles, 0))
+def _row_tiles(offsets_ptr, M, N, E, shared, BLOCK_E: tl.constexpr, P: tl.constexpr):
+    """Spans of groups tiled by their rows, N wide, after the shared expert's `shared` tiles."""
+    e, first, end = _expert_rows(offsets_ptr, M, E, BLOCK_E)
+    tiles = tl.where(e <= E, (end - first + P.M - 1) // P.M * tl.cdiv(N, P.N), 0)
+    return Spans(shared, first, tl.cumsum(tiles, 0), shared + tl.sum(tiles, 0))
 
 
 @triton.jit
-def _row_tiles(offsets_ptr, T, M, N, S, E, BLOCK_E: tl.constexpr, P: tl.constexpr):
-    """The groups' rows, tiled: N outputs wide, the shared expert's S."""
-    lane, first, end = _group_rows(offsets_ptr, T, M, E, BLOCK_E)
-    across = tl.where(lane == 0, tl.cdiv(S, P.N), tl.cdiv(N, P.N))
-    return _spans(first, end, (end - first + P.M - 1) // P.M * across)
-
-
-@triton.jit
-def _group_of(tile, spans, N, S, corners, SHARED: tl.constexpr):
+def _group_of(tile, spans, T, N, S, corners, SHARED: tl.constexpr):
     """The group that owns a tile: its rows, its width and its weights' corners.
 
     The spans stay in registers for a program's whole life, so that this is four reductions over
     their lanes and no memory access.
     """
-    number = tl.sum((spans.stop <= tile).to(tl.int32), 0)
-    here = tl.arange(0, spans.stop.shape[0]) == number
-    first = tl.sum(tl.where(here, spans.first, 0), 0)
-    end = tl.sum(tl.where(here, spans.end, 0), 0)
-    local = tile - tl.sum(tl.where(here, spans.start, 0), 0)
+    local = tile - spans.shared
+    before = spans.stop <= local
+    expert = tl.sum(before.to(tl.int32), 0)
+    local -= tl.max(tl.where(before, spans.stop, 0), 0)
+    e = tl.arange(0, spans.stop.shape[0])
+    first = tl.sum(tl.where(e == expert, spans.first, 0), 0)
+    end = tl.sum(tl.where(e == expert + 1, spans.first, 0), 0)
     width = N
-    row = corners.row + (number - 1) * corners.row_step
-    col = corners.col + (number - 1) * corners.col_step
-    bias = corners.bias + (number - 1) * corners.bias_step
+    row = corners.row + expert * corners.row_step
+    col = corners.col + expert * corners.col_step
+    bias = corners.bias + expert * corners.bias_step
+    routed = tile >= spans.shared
     if SHARED:
-        routed = number > 0
+        local = tl.where(routed, local, tile)
+        first = tl.where(routed, first, 0)
+        end = tl.where(routed, end, T)
         width = tl.where(routed, N, S)
         row = tl.where(routed, row, 0)
         col = tl.where(routed, col, 0)
         bias = tl.where(routed, bias, 0)
-    return Group(number, first, end, width, row, col, bias, local)
+    return Group(routed, expert, first, end, width, row, col, bias, local)
 
 
 # ---------------------------------------------------------------------------------------- K loops

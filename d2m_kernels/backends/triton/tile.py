@@ -29,7 +29,7 @@ def _grouped_gemm_tile(s, d, g, r0, n0, K, depth, GATHER_DIV: tl.constexpr, P: t
     source = tl.minimum(r, g.end - 1)  # rows past the group repeat its last, unstored
     if s.rows is not None:
         if s.out_shared is not None:  # the shared expert's rows are x's own
-            named = source < tl.where(g.number > 0, g.end, 0)
+            named = source < tl.where(g.routed, g.end, 0)
             slot = tl.load(s.rows + source, mask=named, other=0)
             source = tl.where(named, slot // GATHER_DIV, source)
         else:
@@ -57,9 +57,9 @@ def _grouped_gemm_tile(s, d, g, r0, n0, K, depth, GATHER_DIV: tl.constexpr, P: t
     out = s.out
     z = s.z
     if s.out_shared is not None:
-        out = tl.where(g.number > 0, s.out, s.out_shared)
+        out = tl.where(g.routed, s.out, s.out_shared)
         if s.z is not None:
-            z = tl.where(g.number > 0, s.z, s.z_shared)
+            z = tl.where(g.routed, s.z, s.z_shared)
     bias_width = tl.where(depth > 0, g.width, 0)
     pieces = _parts(acc, PARTS)
     gates = pieces

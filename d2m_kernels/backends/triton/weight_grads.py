@@ -11,24 +11,23 @@ import triton.language as tl
 
 from d2m_kernels.backends.triton import configs
 from d2m_kernels.backends.triton.launch import launch, numbered, power_of_two, product
-from d2m_kernels.backends.triton.operands import Corners, Sums, rows_of
+from d2m_kernels.backends.triton.operands import Corners, Spans, Sums, rows_of
 from d2m_kernels.backends.triton.pieces import (  # fmt: skip
     _dot,
+    _expert_rows,
     _group_of,
-    _group_rows,
     _next_start,
     _parts,
     _rounded,
-    _spans,
 )
 
 
 @triton.jit
-def _neuron_tiles(offsets_ptr, T, S, H, E, across, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
-    """The groups' neurons, tiled: S of the shared expert, H of each other, `across` tiles a row."""
-    lane, first, end = _group_rows(offsets_ptr, T, 0, E, BLOCK_E)
-    neurons = tl.where(lane == 0, S, tl.where(lane <= E, H, 0))
-    return _spans(first, end, (neurons + BLOCK - 1) // BLOCK * across)
+def _neuron_tiles(offsets_ptr, H, E, across, shared, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Spans of groups tiled by their neurons: H of an expert, `across` tiles in a row of them."""
+    e, first, _ = _expert_rows(offsets_ptr, 0, E, BLOCK_E)
+    tiles = tl.where(e < E, tl.cdiv(H, BLOCK) * across, 0)
+    return Spans(shared, first, tl.cumsum(tiles, 0), shared + tl.sum(tiles, 0))
 
 
 @triton.jit
@@ -52,15 +51,14 @@ def _weight_bwd_tiles(start, s, T, D, S, H, E, frozen, half, top_k, BLOCK_E: tl.
     PARTS: tl.constexpr = P.PARTS
     SHARED: tl.constexpr = s.left_shared is not None
     tiles_d = tl.cdiv(D, BLOCK_N)
-    computed = 0  # shared neurons; those before `frozen` are not
-    if SHARED:
-        computed = tl.maximum(S - frozen, 0)
-    spans = _neuron_tiles(s.offsets, T, computed, H, E, tiles_d, BLOCK_M, BLOCK_E)
+    shared = 0
+    if SHARED:  # neurons before `frozen` are not even computed
+        shared = tl.cdiv(tl.maximum(S - frozen, 0), BLOCK_M) * tiles_d
+    spans = _neuron_tiles(s.offsets, H, E, tiles_d, shared, BLOCK_M, BLOCK_E)
     for tile in tl.range(start, spans.total, tl.num_programs(0)):
-        g = _group_of(tile, spans, H, S, Corners(S, 0, H, 0, 0, 0), SHARED)
-        routed = g.number > 0
+        g = _group_of(tile, spans, T, H, S, Corners(S, 0, H, 0, 0, 0), SHARED)
         d0 = (g.local % tiles_d) * BLOCK_N
-        skip = tl.where(routed, 0, frozen)
+        skip = tl.where(g.routed, 0, frozen)
         offs_m = skip + g.local // tiles_d * BLOCK_M + tl.arange(0, BLOCK_M)
         offs_d = d0 + tl.arange(0, BLOCK_N)
         offs_k = tl.arange(0, BLOCK_K)
@@ -68,18 +66,18 @@ def _weight_bwd_tiles(start, s, T, D, S, H, E, frozen, half, top_k, BLOCK_E: tl.
         left = s.left
         stride_l = s.stride_lr
         if SHARED:
-            left = tl.where(routed, left, s.left_shared)
-            stride_l = tl.where(routed, stride_l, s.stride_ls)
+            left = tl.where(g.routed, left, s.left_shared)
+            stride_l = tl.where(g.routed, stride_l, s.stride_ls)
         column = half * g.width + offs_m
         # The tokens of the next step are fetched a step ahead: a load that waits for another load
         # would not be pipelined as deep as the rest.
-        gathered = tl.where(routed, g.end, 0)
+        gathered = tl.where(g.routed, g.end, 0)
         slot = tl.load(s.order + g.first + offs_k, mask=g.first + offs_k < gathered, other=0)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k0 in tl.range(g.first, g.end, BLOCK_K):
             k = k0 + offs_k
             k_ok = k < g.end
-            token = tl.where(routed, slot // top_k, k)
+            token = tl.where(g.routed, slot // top_k, k)
             ahead = k + BLOCK_K
             slot = tl.load(s.order + ahead, mask=ahead < gathered, other=0)
             ptrs = left + (k.to(tl.int64) * stride_l)[:, None] + column[None, :]
@@ -118,11 +116,11 @@ def _bias_bwd_kernel(
 ):  # fmt: skip
     """out[neuron] = sum over its group's rows of left[r, neuron]."""
     SHARED: tl.constexpr = left_shared_ptr is not None
-    computed = 0
+    shared = 0
     if SHARED:
-        computed = S
-    spans = _neuron_tiles(offsets_ptr, T, computed, H, E, 1, BLOCK_C, BLOCK_E)
-    g = _group_of(tl.program_id(0), spans, H, S, Corners(S, 0, H, 0, 0, 0), SHARED)
+        shared = tl.cdiv(S, BLOCK_C)
+    spans = _neuron_tiles(offsets_ptr, H, E, 1, shared, BLOCK_C, BLOCK_E)
+    g = _group_of(tl.program_id(0), spans, T, H, S, Corners(S, 0, H, 0, 0, 0), SHARED)
     offs_c = g.local * BLOCK_C + tl.arange(0, BLOCK_C)
     c_ok = offs_c < g.width
     last = g.row + tl.minimum((g.local + 1) * BLOCK_C, g.width)
@@ -130,8 +128,8 @@ def _bias_bwd_kernel(
     left = left_ptr
     stride_l = stride_lr
     if SHARED:
-        left = tl.where(g.number > 0, left_ptr, left_shared_ptr)
-        stride_l = tl.where(g.number > 0, stride_lr, stride_ls)
+        left = tl.where(g.routed, left_ptr, left_shared_ptr)
+        stride_l = tl.where(g.routed, stride_lr, stride_ls)
     acc = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     for r0 in tl.range(g.first, end, BLOCK_R):
         r = r0 + tl.arange(0, BLOCK_R)
