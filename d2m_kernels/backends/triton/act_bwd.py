@@ -5,15 +5,12 @@ slots. h = act(z) is recomputed and y2 is never wanted: dweight = scale * rowsum
 Two streams, each with weights and a routing of its own, go in one launch.
 """
 
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
 
 from d2m_kernels.backends.triton import configs
 from d2m_kernels.backends.triton.launch import launch, numbered, power_of_two, product
-from d2m_kernels.backends.triton.operands import Left, Right, Saved, Weights, rows_of
+from d2m_kernels.backends.triton.operands import Left, Right, Saved, neuron_columns
 from d2m_kernels.backends.triton.pieces import (  # fmt: skip
     _act,
     _act_grad,
@@ -131,51 +128,27 @@ def _down_bwd_kernel(
                         shared_h_width, BLOCK_E, P)  # fmt: skip
 
 
-@dataclass
-class Activations:
-    """One stream's tensors of the launch; without z_shared the shared expert takes no part."""
-
-    dy: torch.Tensor  # [T, D]
-    w2: Weights
-    weights_TK: torch.Tensor
-    offsets: torch.Tensor
-    order_N: torch.Tensor
-    z_shared: torch.Tensor | None
-    z_routed: torch.Tensor
-    dz_shared: torch.Tensor | None
-    dz_routed: torch.Tensor | None
-    h_shared: torch.Tensor | None
-    h_routed: torch.Tensor | None
-    partial: torch.Tensor | None  # [N, column tiles] fp32
-
-    def arguments(self, config, widest: int, D: int) -> dict:
-        s = Saved(
-            *rows_of(self.dy), self.order_N, self.offsets, self.weights_TK, *self.w2[:2],
-            self.z_routed, self.z_shared, self.dz_routed, self.dz_shared, self.h_routed,
-            self.h_shared, *rows_of(self.partial),
-        )  # fmt: skip
-        return dict(s=s, T=self.dy.shape[0], w_desc=self.w2.describe(config, widest, D, True))
-
-
-def activations(
-    streams: list[Activations], *, shared, shared_h_width, H, activation, gated, scale
-) -> None:
-    """Launches the kernel for one or two streams."""
+def activations(streams: list[Saved], *, shared, shared_h_width, H, activation, gated, scale):
+    """Launches the kernel for one or two streams; no z_shared: the shared expert takes no part."""
     if not streams:
         return
     large = max(streams, key=lambda s: s.dy.shape[0])  # its sizes choose the tile
     (T, D), E = large.dy.shape, large.offsets.shape[0] - 1
 
+    def one(s, config):
+        w_desc = neuron_columns(s.w, shared, H).describe(config, D, True)
+        return dict(s=s, T=s.dy.shape[0], w_desc=w_desc)
+
     def arguments(config):
-        return numbered([s.arguments(config, max(shared, H), D) for s in streams]) | dict(
-            N=H, K=D, S=shared, E=E, corners=large.w2.corners, scale=float(scale),
-            top_k=max(large.weights_TK.shape[1], 1), shared_h_width=shared_h_width,
-            BLOCK_E=power_of_two(E + 2),
+        return numbered([one(s, config) for s in streams]) | dict(
+            N=H, K=D, S=shared, E=E, corners=neuron_columns(large.w, shared, H).corners,
+            scale=float(scale), top_k=max(large.weights.shape[1], 1),
+            shared_h_width=shared_h_width, BLOCK_E=power_of_two(E + 2),
             P=product(config, large.dy.dtype, (H, shared), D, 16 if gated else 32, True,
                       activation, gated),
         )  # fmt: skip
 
-    routed = (large.order_N.shape[0] / E, H)
+    routed = (large.order.shape[0] / E, H)
     rows, width = (T, shared) if large.z_shared is not None else routed
     config = configs.select("act_bwd", large.dy, rows, width, (H, D, shared))
     launch(_down_bwd_kernel, "act_bwd", config, large.dy.device, arguments)

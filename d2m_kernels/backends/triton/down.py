@@ -112,7 +112,7 @@ class Shared:
     adaln_BD: torch.Tensor | None = None
     residual_TD: torch.Tensor | None = None
 
-    def arguments(self, config, D: int, S: int, trans: bool) -> dict:
+    def arguments(self, config, S: int, trans: bool) -> dict:
         T, w, gate, adaln = self.out.shape[0], self.weights, self.gate or NO_WEIGHTS, self.adaln_BD
         s = End(
             *rows_of(self.h), *w[:2], *gate[:2], *rows_of(self.y2), self.inverse_TK,
@@ -121,7 +121,7 @@ class Shared:
         )  # fmt: skip
         return dict(
             s=s, T=T, h_desc=rows_descriptor(config, self.h, S),
-            w_desc=w.describe(config, D, S, trans), gate_desc=gate.describe(config, D, S, trans),
+            w_desc=w.describe(config, S, trans), gate_desc=gate.describe(config, S, trans),
         )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def down_shared(stage, streams: list[Shared], *, S: int, scale=1.0, trans=False)
     plain = all(s.adaln_BD is None and s.residual_TD is None for s in streams)
 
     def arguments(config):
-        return numbered([s.arguments(config, D, S, trans) for s in streams]) | dict(
+        return numbered([s.arguments(config, S, trans) for s in streams]) | dict(
             D=D, S=S, E=large.offsets.shape[0] - 1,
             top_k=0 if large.inverse_TK is None else large.inverse_TK.shape[1], scale=float(scale),
             P=product(config, large.h.dtype, (D,), S, 32 if plain else 16, trans,

@@ -103,7 +103,7 @@ class Operands:
         T, S = self.shared
         return self.out.numel() + T * S
 
-    def arguments(self, config, N: int, K: int, trans: bool) -> dict:
+    def arguments(self, config, K: int, trans: bool) -> dict:
         w, gate = self.weights, self.gate or NO_WEIGHTS
         consecutive = self.gather is None and self.out_shared is None
         s = Stream(
@@ -113,7 +113,7 @@ class Operands:
         return dict(
             s=s, T=self.shared[0], M=self.out.shape[0],
             x_desc=rows_descriptor(config, self.x, K) if consecutive else None,
-            w_desc=w.describe(config, N, K, trans), gate_desc=gate.describe(config, N, K, trans),
+            w_desc=w.describe(config, K, trans), gate_desc=gate.describe(config, K, trans),
         )  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def grouped_matmul(
     gated = large.gate is not None and not dual
 
     def arguments(config):
-        return numbered([s.arguments(config, N, K, trans) for s in streams]) | dict(
+        return numbered([s.arguments(config, K, trans) for s in streams]) | dict(
             N=N, K=K, S=S, E=E, corners=large.weights.corners, GATHER_DIV=gather_div,
             BLOCK_E=power_of_two(E + 2),
             P=product(config, x.dtype, (N, S), K, 32, trans, activation, gated, dual),

@@ -1,10 +1,9 @@
 """What kernels are given, in bundles: a name is written once, not in every call on its way down.
 
 Shapes: T tokens, M rows in expert order, D model, N outputs and K inputs of an expert, S shared
-neurons, H neurons of an expert, E experts. The first part is what kernels read, the second where
-its weights and TMA descriptors come from.
+neurons, F = S + E*H neurons, E experts. First what kernels read, then where it comes from.
 
-A NamedTuple of pointers, strides and sizes is one argument to the JIT, and None in it an absent
+A named tuple of pointers, strides and sizes is one argument to the JIT, and None in it an absent
 tensor. Triton 3.6 to 3.9 agree as long as
 - TMA descriptors are arguments of their own, bundled inside the kernel: before 3.8 the launcher
   does not look for them in a tuple;
@@ -15,23 +14,54 @@ tensor. Triton 3.6 to 3.9 agree as long as
 - strings and extents of a constexpr bundle are read into annotated locals first.
 """
 
-from typing import Any, NamedTuple
+from collections import namedtuple
+from typing import NamedTuple
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from d2m_kernels.backends.triton.configs import Config
 
+# ------------------------------------- a stream's operands, as its kernel's docstring names them
 
-class Corners(NamedTuple):
-    """Where expert 0's weights and bias start, and the steps to the next; the shared one's: 0."""
+# out [M, N] and out_shared [T, S] from x; `rows` gathers x's
+Stream = namedtuple(
+    "Stream", "x stride_xt rows offsets w stride_wn gate stride_gn bias bias_gate out z "
+    "out_shared z_shared",
+)  # fmt: skip
+# out [T, D] from the routed rows y2 [M, D] in expert order; `inverse` finds a token's
+Routed = namedtuple("Routed", "y2 stride_yn inverse weights offsets")
+# out [T, D] from h [T, S or 2S], the routed rows and what ends a block
+End = namedtuple(
+    "End", "h stride_ht w stride_wn gate stride_gn y2 stride_yn inverse weights offsets bias "
+    "adaln stride_ab tokens_per_sample residual stride_rt out",
+)  # fmt: skip
+# dz and h, each [M, H] and for the shared expert [T, S], from dy [T, D] and z; partial [M, tiles]
+Saved = namedtuple(
+    "Saved", "dy stride_dt order offsets weights w stride_wn z z_shared dz dz_shared h h_shared "
+    "partial stride_ps",
+)  # fmt: skip
+# out [F, D] of any strides = left^T right, group by group
+Sums = namedtuple(
+    "Sums", "left stride_lr left_shared stride_ls right stride_rt order offsets out stride_on "
+    "stride_od",
+)  # fmt: skip
 
-    row: Any = 0
-    col: Any = 0
-    row_step: Any = 0
-    col_step: Any = 0
-    bias: Any = 0
-    bias_step: Any = 0
+# ------------------------------------------------------------------------------ a tile's operands
+
+# TMA descriptors, or None, of a product's operands
+Descriptors = namedtuple("Descriptors", "a w gate")
+# rows of the left operand: these ones, or by TMA those from row0 on
+Left = namedtuple("Left", "ptr stride desc rows row0")
+# a group's weights from its corner (row, col) on: the columns n0 .. of its width
+Right = namedtuple("Right", "ptr stride desc row col n0 width")
+# the shared expert's tiles; a lane an expert: its first row, the next one's first tile; all tiles
+Spans = namedtuple("Spans", "shared first stop total")
+# what owns a tile: the shared expert, or if `routed` expert e, where E is the tail that none owns;
+# its rows first .. end, outputs and corners, and the tile's number within it
+Group = namedtuple("Group", "routed expert first end width row col bias local")
+# where expert 0's weights and bias start, and the steps to the next; the shared expert's: 0
+Corners = namedtuple("Corners", "row col row_step col_step bias bias_step")
 
 
 class Product(NamedTuple):
@@ -52,148 +82,7 @@ class Product(NamedTuple):
     DUAL: bool  # A[:, :K] W + A[:, K:] G
 
 
-class Descriptors(NamedTuple):
-    """TMA descriptors, or None, of a product's operands."""
-
-    a: Any
-    w: Any
-    gate: Any = None
-
-
-class Left(NamedTuple):
-    """Rows of the left operand that a tile multiplies: named ones, or by TMA those from row0 on."""
-
-    ptr: Any
-    stride: Any
-    desc: Any
-    rows: Any
-    row0: Any
-
-
-class Right(NamedTuple):
-    """Weights of a group, from its corner (row, col) on: columns n0 .. of its width."""
-
-    ptr: Any
-    stride: Any
-    desc: Any
-    row: Any
-    col: Any
-    n0: Any
-    width: Any
-
-
-class Spans(NamedTuple):
-    """The shared expert's tiles; a lane an expert: its first row, the next one's first tile."""
-
-    shared: Any
-    first: Any
-    stop: Any
-    total: Any
-
-
-class Group(NamedTuple):
-    """The group that owns a tile: the shared expert, or expert e; E is the tail that none owns."""
-
-    routed: Any
-    expert: Any
-    first: Any  # its rows
-    end: Any
-    width: Any  # its outputs
-    row: Any  # its corners
-    col: Any
-    bias: Any
-    local: Any  # the tile's number within it
-
-
-class Stream(NamedTuple):
-    """`grouped_gemm`: one stream's out [M, N] and out_shared [T, S] from its x and weights."""
-
-    x: Any
-    stride_xt: Any
-    rows: Any
-    offsets: Any
-    w: Any
-    stride_wn: Any
-    gate: Any
-    stride_gn: Any
-    bias: Any
-    bias_gate: Any
-    out: Any
-    z: Any
-    out_shared: Any
-    z_shared: Any
-
-
-class Routed(NamedTuple):
-    """`combine`: the routed rows y2 [M, D] in expert order, and which of them a token adds up."""
-
-    y2: Any
-    stride_yn: Any
-    inverse: Any
-    weights: Any
-    offsets: Any
-
-
-class End(NamedTuple):
-    """`down`: one stream's out [T, D] from its h [T, S or 2S], its routed rows and its block."""
-
-    h: Any
-    stride_ht: Any
-    w: Any
-    stride_wn: Any
-    gate: Any
-    stride_gn: Any
-    y2: Any
-    stride_yn: Any
-    inverse: Any
-    weights: Any
-    offsets: Any
-    bias: Any
-    adaln: Any
-    stride_ab: Any
-    tokens_per_sample: Any
-    residual: Any
-    stride_rt: Any
-    out: Any
-
-
-class Saved(NamedTuple):
-    """`act_bwd`: one stream's dz and h from its dy [T, D] and its pre-activations z."""
-
-    dy: Any
-    stride_dt: Any
-    order: Any
-    offsets: Any
-    weights: Any
-    w: Any
-    stride_wn: Any
-    z: Any
-    z_shared: Any
-    dz: Any
-    dz_shared: Any
-    h: Any
-    h_shared: Any
-    partial: Any
-    stride_ps: Any
-
-
-class Sums(NamedTuple):
-    """`wgrad`: one stream's out [F, D] = left^T right, group by group; out of any strides."""
-
-    left: Any
-    stride_lr: Any
-    left_shared: Any
-    stride_ls: Any
-    right: Any
-    stride_rt: Any
-    order: Any
-    offsets: Any
-    out: Any
-    stride_on: Any
-    stride_od: Any
-
-
-# ------------------------------------------------------------------------- made on the host
+# --------------------------------------------------------------------------------- on the host
 
 
 def rows_of(t: torch.Tensor | None) -> tuple:
@@ -229,7 +118,7 @@ class Weights(NamedTuple):
     cols: int
     corners: Corners
 
-    def describe(self, config: Config, N: int, K: int, trans: bool):
+    def describe(self, config: Config, K: int, trans: bool):
         """Its descriptor, where TMA can serve: each expert's first column 16-byte aligned, and no
         K tile reaching past the group into other numbers."""
         t, c = self.matrix, self.corners
@@ -242,7 +131,7 @@ class Weights(NamedTuple):
         return descriptor(t, self.rows, self.cols, self.stride, block)
 
 
-NO_WEIGHTS = Weights(None, 0, 0, 0, Corners())
+NO_WEIGHTS = Weights(None, 0, 0, 0, None)
 
 
 def stacked(w_ENK: torch.Tensor, bias_step: int = 0) -> Weights:
@@ -262,4 +151,4 @@ def neuron_rows(up_FD: torch.Tensor, shared: int, per_expert: int) -> Weights:
 
 def neuron_columns(w2_DF: torch.Tensor, shared: int, per_expert: int) -> Weights:
     """Columns shared + e * per_expert .. of w2 belong to expert e."""
-    return Weights(*rows_of(w2_DF), *w2_DF.shape, Corners(0, shared, 0, per_expert))
+    return Weights(*rows_of(w2_DF), *w2_DF.shape, Corners(0, shared, 0, per_expert, 0, 0))
