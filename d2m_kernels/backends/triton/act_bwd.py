@@ -68,10 +68,7 @@ def _down_bwd_tiles(start, s, w_desc, T, N, K, S, E, corners, top_k, scale, shar
     BLOCK_N: tl.constexpr = P.N
     PARTS: tl.constexpr = P.PARTS
     SHARED: tl.constexpr = s.z_shared is not None
-    shared = 0
-    if SHARED:
-        shared = tl.cdiv(T, BLOCK_M) * tl.cdiv(S, BLOCK_N)
-    spans = _row_tiles(s.offsets, 0, N, E, shared, BLOCK_E, P)
+    spans = _row_tiles(s.offsets, T, 0, N, S, E, SHARED, BLOCK_E, P)
     for tile in tl.range(start, spans.total, tl.num_programs(0)):
         g = _group_of(tile, spans, T, N, S, corners, SHARED)
         tiles_m = tl.cdiv(g.end - g.first, BLOCK_M)

@@ -34,10 +34,7 @@ def _grouped_gemm_tiles(start, s, d, T, M, N, K, S, E, corners, GATHER_DIV: tl.c
     SHARED: tl.constexpr = s.out_shared is not None
     HALF: tl.constexpr = P.M // 2
     WHOLE: tl.constexpr = P.M
-    shared = 0
-    if SHARED:
-        shared = tl.cdiv(T, P.M) * tl.cdiv(S, P.N)
-    spans = _row_tiles(s.offsets, M, N, E, shared, BLOCK_E, P)
+    spans = _row_tiles(s.offsets, T, M, N, S, E, SHARED, BLOCK_E, P)
     for tile in tl.range(start, spans.total, tl.num_programs(0)):
         g = _group_of(tile, spans, T, N, S, corners, SHARED)
         depth = tl.where(g.expert == E, 0, K)  # the tail has no product: it is stored as zero

@@ -144,8 +144,12 @@ def _expert_rows(offsets_ptr, M, E, BLOCK_E: tl.constexpr):
 
 
 @triton.jit
-def _row_tiles(offsets_ptr, M, N, E, shared, BLOCK_E: tl.constexpr, P: tl.constexpr):
-    """Spans of groups tiled by their rows, N wide, after the shared expert's `shared` tiles."""
+def _row_tiles(offsets_ptr, T, M, N, S, E, SHARED: tl.constexpr, BLOCK_E: tl.constexpr,
+               P: tl.constexpr):  # fmt: skip
+    """Spans of groups tiled by their rows: N outputs wide, the SHARED expert's T rows S wide."""
+    shared = 0
+    if SHARED:
+        shared = tl.cdiv(T, P.M) * tl.cdiv(S, P.N)
     e, first, end = _expert_rows(offsets_ptr, M, E, BLOCK_E)
     tiles = tl.where(e <= E, (end - first + P.M - 1) // P.M * tl.cdiv(N, P.N), 0)
     return Spans(shared, first, tl.cumsum(tiles, 0), shared + tl.sum(tiles, 0))
