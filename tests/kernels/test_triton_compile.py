@@ -7,11 +7,18 @@ and as many programs on an SM as the grid counts on. The table of registers and 
 to $D2M_ARTIFACTS/triton_resources.md, or into pytest's temporary folder.
 
 The compiling happens in worker processes (this file run as a script), so that nothing of it leaks
-into other tests; Triton's own cache makes a second run quick.
+into other tests; Triton's own cache makes a second run quick. It is done with the installed Triton
+and with every other one that D2M_TRITON_PATHS names: folders, separated as in PATH, each filled by
+
+    pip install --no-deps --target FOLDER triton==3.6.0
+
+Two Tritons allocate registers differently, so the oldest supported one ought to be among them.
 """
 
+import importlib
 import json
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -23,6 +30,8 @@ import pytest
 ARCHS = (90, 80)
 SHARED_LIMIT = {90: 227 * 1024, 80: 163 * 1024}
 REGISTERS = 65536
+MOST_PARAMETERS = 30
+OTHERS_OF_TRITON = [f for f in os.environ.get("D2M_TRITON_PATHS", "").split(os.pathsep) if f]
 GEMMS = ("_grouped_gemm_fwd", "_down_fwd", "_down_bwd", "_weight_bwd")
 OTHERS = ("_route_fwd", "_count_fwd", "_permute_fwd", "_combine_fwd", "_bias_bwd")
 # (T, D, F, shared, E, K): FLUX.1-MoE-L's FFN, and a DiT-XL/2 whose experts no tile divides; as many
@@ -148,7 +157,7 @@ def block_end(tokens=()):
     import torch
 
     from d2m_kernels.backends.triton.down import Shared, down_shared
-    from d2m_kernels.backends.triton.launch import neuron_columns
+    from d2m_kernels.backends.triton.operands import neuron_columns
 
     T, D, F, S, E, K = SHAPES["flux"]
 
@@ -242,11 +251,22 @@ _GEMM_NAMES = tuple(f"{name}_kernel" for name in GEMMS)
 # --------------------------------------------------------------------------------------- the tests
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
+def other_tritons():
+    """The parameters of `rows` beside the installed Triton."""
+    if OTHERS_OF_TRITON:
+        return [pytest.param(folder, id=Path(folder).name) for folder in OTHERS_OF_TRITON]
+    reason = "D2M_TRITON_PATHS names no folder with another Triton"
+    return [pytest.param(None, id="others", marks=pytest.mark.skip(reason=reason))]
+
+
+@pytest.fixture(scope="module", params=[pytest.param(None, id="installed"), *other_tritons()])
+def rows(request, tmp_path_factory):
     pytest.importorskip("triton")
+    folder = request.param
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    if folder is not None:
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, env.get("PYTHONPATH"))))
     workers = [
         subprocess.Popen(
             [sys.executable, __file__, str(arch)], env=env, stdout=subprocess.PIPE,
@@ -258,12 +278,14 @@ def rows(tmp_path_factory):
     for worker in workers:
         out, err = worker.communicate()
         assert worker.returncode == 0, err[-4000:]
-        found += json.loads(out.splitlines()[-1])
-    folder = Path(os.environ.get("D2M_ARTIFACTS") or tmp_path_factory.mktemp("triton"))
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "triton_resources.md"
+        module, version, compiled = json.loads(out.splitlines()[-1])
+        assert folder is None or Path(folder).resolve() in Path(module).resolve().parents, module
+        found += compiled
+    artifacts = Path(os.environ.get("D2M_ARTIFACTS") or tmp_path_factory.mktemp("triton"))
+    artifacts.mkdir(parents=True, exist_ok=True)
+    path = artifacts / f"triton_resources{'' if folder is None else '_' + version}.md"
     path.write_text(as_table(found))
-    print(f"\nregisters and shared memory of {len(found)} kernels: {path}")
+    print(f"\nTriton {version}: registers and shared memory of {len(found)} kernels: {path}")
     return found
 
 
@@ -281,6 +303,17 @@ def as_table(found) -> str:
 
 def described(found):
     return "\n" + as_table(found)
+
+
+def test_no_function_takes_more_parameters_than_a_reader_can():
+    """Kernels and what they call: operands travel in bundles (operands.py)."""
+    jit = pytest.importorskip("triton.runtime.jit")
+    package = importlib.import_module("d2m_kernels.backends.triton")
+    names = [m.name for m in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")]
+    found = [f for n in names for f in vars(importlib.import_module(n)).values()]
+    counts = {f.__name__: len(f.arg_names) for f in found if isinstance(f, jit.JITFunction)}
+    assert {f"{name}_kernel" for name in (*GEMMS, *OTHERS)} <= counts.keys()
+    assert max(counts.values()) <= MOST_PARAMETERS, counts
 
 
 @pytest.mark.slow
@@ -366,4 +399,6 @@ def test_the_grid_counts_on_programs_that_fit(rows):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    print(json.dumps(compile_all(int(sys.argv[1]))))
+    import triton
+
+    print(json.dumps((triton.__file__, triton.__version__, compile_all(int(sys.argv[1])))))

@@ -43,7 +43,7 @@ if INTERPRETED:
     from d2m_kernels.backends import triton as triton_backend
     from d2m_kernels.backends.triton import configs
     from d2m_kernels.backends.triton.down import Shared, down_shared
-    from d2m_kernels.backends.triton.launch import neuron_columns
+    from d2m_kernels.backends.triton.operands import neuron_columns
     from d2m_kernels.contract import FFNAttrs, FFNGrads, FFNInputs
     from d2m_kernels.eager import modulate
 
@@ -736,16 +736,16 @@ def test_a_tile_that_does_not_fit_falls_back(monkeypatch):
 
     class Kernel:
         def __getitem__(self, grid):
-            def run(**meta):
-                used.append(meta["BLOCK_N"])
-                if meta["BLOCK_N"] > 64:
+            def run(columns, **meta):
+                used.append(columns)
+                if columns > 64:
                     raise OutOfResources(250_000, 232_448, "shared memory")
 
             return run
 
     big = configs.by_name()[TMA]
     with pytest.warns(RuntimeWarning, match="does not fit here"):
-        launch.launch(Kernel(), "up", big, torch.device("cpu"), lambda c: {})
+        launch.launch(Kernel(), "up", big, torch.device("cpu"), lambda c: dict(columns=c.block_n))
     assert used == [128, 64]
 
 

@@ -9,21 +9,21 @@ import triton
 import triton.language as tl
 
 from d2m_kernels.backends.triton.launch import power_of_two
+from d2m_kernels.backends.triton.operands import Routed, rows_of
 from d2m_kernels.backends.triton.pieces import _rounded
 
 
 @triton.jit
-def _add_routed(acc, y_ptr, inverse_ptr, weights_ptr, t, t_ok, offs_d, d_ok, live, D, stride_yn,
-                scale, top_k):  # fmt: skip
+def _add_routed(acc, s, live, t, t_ok, offs_d, d_ok, top_k, scale):
     """acc[t] += scale * sum_j weights[t, j] * y[inverse[t*K + j]] over the rows below `live`."""
     for j in tl.range(0, top_k):
         slot = t * top_k + j
-        row = tl.load(inverse_ptr + slot, mask=t_ok, other=2147483647)
+        row = tl.load(s.inverse + slot, mask=t_ok, other=2147483647)
         here = row < live
         factor = tl.full(t.shape, 1.0, tl.float32) * scale
-        if weights_ptr is not None:
-            factor = tl.load(weights_ptr + slot, mask=here, other=0.0) * scale
-        ptrs = y_ptr + (row.to(tl.int64) * stride_yn)[:, None] + offs_d[None, :]
+        if s.weights is not None:
+            factor = tl.load(s.weights + slot, mask=here, other=0.0) * scale
+        ptrs = s.y2 + (row.to(tl.int64) * s.stride_yn)[:, None] + offs_d[None, :]
         y = tl.load(ptrs, mask=here[:, None] & d_ok[None, :], other=0.0).to(tl.float32)
         # A row that is not there adds nothing, though its factor be NaN.
         acc += tl.where(here, factor, 0.0)[:, None] * y
@@ -32,9 +32,8 @@ def _add_routed(acc, y_ptr, inverse_ptr, weights_ptr, t, t_ok, offs_d, d_ok, liv
 
 @triton.jit(do_not_specialize=["T"])
 def _combine_fwd_kernel(
-    y_ptr, inverse_ptr, weights_ptr, offsets_ptr, base_ptr, bias_ptr, out_ptr,
-    T, D, E, top_k, scale, stride_yn, stride_bt,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    s, base_ptr, stride_bt, bias_ptr, out_ptr, T, D, E, top_k, scale, BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out[t] = base[t] + bias + scale * sum_j weights[t, j] * y[inverse[t*K + j]]."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -42,10 +41,9 @@ def _combine_fwd_kernel(
     t_ok = t < T
     d_ok = offs_d < D
     mask = t_ok[:, None] & d_ok[None, :]
-    live = tl.load(offsets_ptr + E)
+    live = tl.load(s.offsets + E)
     acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
-    acc = _add_routed(acc, y_ptr, inverse_ptr, weights_ptr, t, t_ok, offs_d, d_ok, live, D,
-                      stride_yn, scale, top_k)  # fmt: skip
+    acc = _add_routed(acc, s, live, t, t_ok, offs_d, d_ok, top_k, scale)
     if base_ptr is not None:
         ptrs = base_ptr + (t.to(tl.int64) * stride_bt)[:, None] + offs_d[None, :]
         acc += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -70,7 +68,6 @@ def combine_into(out, y_ND, inverse_TK, weights_TK, offsets, base_TD=None, bias_
     BLOCK_D = min(power_of_two(D, 16), 1024)
     BLOCK_T = max(1, 4096 // BLOCK_D) if T > 1 else 1
     _combine_fwd_kernel[(triton.cdiv(T, BLOCK_T), triton.cdiv(D, BLOCK_D))](
-        y_ND, inverse_TK, weights_TK, offsets, base_TD, bias_D, out, T, D, offsets.shape[0] - 1,
-        top_k, float(scale), y_ND.stride(0), 0 if base_TD is None else base_TD.stride(0),
-        BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=4,
+        Routed(*rows_of(y_ND), inverse_TK, weights_TK, offsets), *rows_of(base_TD), bias_D, out, T,
+        D, offsets.shape[0] - 1, top_k, float(scale), BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=4,
     )  # fmt: skip

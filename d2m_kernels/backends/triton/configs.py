@@ -46,10 +46,8 @@ class Config:
         return next((n for n in (1, 2) if held <= n * most), 4)
 
     def meta(self) -> dict:
-        meta = dict(
-            BLOCK_M=self.block_m, BLOCK_N=self.block_n, BLOCK_K=self.block_k, GROUP_M=self.group_m,
-            num_warps=self.warps, num_stages=self.stages,
-        )  # fmt: skip
+        """How the JIT is to compile; the tile itself is in the launch's Product."""
+        meta = dict(num_warps=self.warps, num_stages=self.stages)
         return meta if self.max_registers is None else meta | dict(maxnreg=self.max_registers)
 
 
@@ -90,21 +88,20 @@ def _halved(*rules: Rule) -> tuple[Rule, ...]:
 # sm_90. 128x256 over 8 warps needs 9.3 TB/s of L2 at 790 TFLOP/s, 128x128 needs 12.3: the wide tile
 # where K is long, two programs of the narrow one on an SM where K is 768 and the epilogue weighs.
 # The epilogue of "act_bwd" holds dA', z and act'(z) at once: 187 to 255 registers, one program.
-# Two programs of 8 warps have 128 registers a thread; "down_combine" of two streams would take 144.
+# Two programs of 8 warps have 128 registers a thread; left to itself ptxas takes up to 144 of them.
 _WIDE = Config(128, 256, 64, warps=8, stages=3, tma=True)
 _NARROW = Config(128, 128, 64, warps=8, stages=4, tma=True)
-_PAIR = Config(128, 128, 64, warps=8, stages=3, per_sm=2, tma=True)
-_PAIR_END = replace(_PAIR, max_registers=128)
+_PAIR = Config(128, 128, 64, warps=8, stages=3, per_sm=2, tma=True, max_registers=128)
 _SHORT = Config(64, 128, 64, warps=4, stages=4, per_sm=2, tma=True)
 _SHORT_GATED = Config(64, 64, 64, warps=4, stages=4, per_sm=2, tma=True)
 _SM90 = {
     "up": _halved(Rule(_SHORT, max_rows=128), Rule(_NARROW, max_width=128), Rule(_WIDE)),
     "up_gated": _halved(Rule(_SHORT_GATED, max_rows=128), Rule(_NARROW)),
     "down": _halved(Rule(_SHORT, max_rows=128), Rule(_PAIR)),
-    "down_combine": (Rule(_SHORT, max_rows=512), Rule(_PAIR_END)),
+    "down_combine": (Rule(_SHORT, max_rows=512), Rule(_PAIR)),
     "act_bwd": (Rule(_SHORT, max_rows=128), Rule(_NARROW)),
     "dx": _halved(Rule(_SHORT, max_rows=128), Rule(_PAIR)),
-    "dx_combine": (Rule(_SHORT, max_rows=512), Rule(_PAIR_END)),
+    "dx_combine": (Rule(_SHORT, max_rows=512), Rule(_PAIR)),
     "wgrad": (Rule(Config(128, 256, 64, warps=8, stages=3)),),
 }
 

@@ -15,114 +15,85 @@ import triton.language as tl
 
 from d2m_kernels.backends.triton import configs
 from d2m_kernels.backends.triton.combine import _add_routed
-from d2m_kernels.backends.triton.launch import Weights, launch, numbered, rows_descriptor
-from d2m_kernels.backends.triton.pieces import (
-    _grouped,
-    _matmul,
-    _next_start,
-    _parts,
-    _rounded,
-    even,
-    precision,
+from d2m_kernels.backends.triton.launch import launch, numbered, product
+from d2m_kernels.backends.triton.operands import (
+    NO_WEIGHTS,
+    Descriptors,
+    End,
+    Left,
+    Right,
+    Weights,
+    rows_descriptor,
+    rows_of,
 )
+from d2m_kernels.backends.triton.pieces import _grouped, _matmul, _next_start, _parts, _rounded
 
 
 @triton.jit
-def _add_and_store(
-    acc, y2_ptr, inverse_ptr, weights_ptr, bias_ptr, adaln_ptr, residual_ptr, out_ptr, t, T, n0, D,
-    live, top_k, scale, stride_yn, stride_ab, stride_rt, tokens_per_sample, WIDTH: tl.constexpr,
-):  # fmt: skip
+def _add_and_store(acc, s, live, t, T, n0, D, top_k, scale, WIDTH: tl.constexpr):
     """out[t] = residual[t] + adaln[sample of t] * (acc + bias + the routed rows of t)."""
     offs_n = n0 + tl.arange(0, WIDTH)
     t_ok = t < T
     n_ok = offs_n < D
     mask = t_ok[:, None] & n_ok[None, :]
     t_long = t.to(tl.int64)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
-    if y2_ptr is not None:
-        acc = _add_routed(acc, y2_ptr, inverse_ptr, weights_ptr, t, t_ok, offs_n, n_ok, live, D,
-                          stride_yn, scale, top_k)  # fmt: skip
-    if adaln_ptr is not None:
-        sample = t_long // tokens_per_sample
-        ptrs = adaln_ptr + (sample * stride_ab)[:, None] + offs_n[None, :]
+    if s.bias is not None:
+        acc += tl.load(s.bias + offs_n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
+    if s.y2 is not None:
+        acc = _add_routed(acc, s, live, t, t_ok, offs_n, n_ok, top_k, scale)
+    if s.adaln is not None:
+        sample = t_long // s.tokens_per_sample
+        ptrs = s.adaln + (sample * s.stride_ab)[:, None] + offs_n[None, :]
         acc *= tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-    if residual_ptr is not None:
-        ptrs = residual_ptr + (t_long * stride_rt)[:, None] + offs_n[None, :]
+    if s.residual is not None:
+        ptrs = s.residual + (t_long * s.stride_rt)[:, None] + offs_n[None, :]
         acc += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-    out_ptrs = out_ptr + (t_long * D)[:, None] + offs_n[None, :]
-    tl.store(out_ptrs, _rounded(acc, out_ptr.dtype.element_ty), mask=mask)
+    out_ptrs = s.out + (t_long * D)[:, None] + offs_n[None, :]
+    tl.store(out_ptrs, _rounded(acc, s.out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _down_tiles(
-    start, h_ptr, h_desc, w_ptr, w_desc, gate_ptr, gate_desc, y2_ptr, inverse_ptr, weights_ptr,
-    offsets_ptr, bias_ptr, adaln_ptr, residual_ptr, out_ptr, T, D, S, E, top_k, scale, stride_ht,
-    stride_wn, stride_gn, stride_yn, stride_ab, stride_rt, tokens_per_sample,
-    PRECISION: tl.constexpr, DUAL: tl.constexpr, TRANS_W: tl.constexpr, EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
+def _down_tiles(start, s, d, T, D, S, E, top_k, scale, P: tl.constexpr):
     """This program's tiles of one stream, from tile `start` on; returns the next stream's start."""
-    tiles_m = tl.cdiv(T, BLOCK_M)
-    tiles_n = tl.cdiv(D, BLOCK_N)
+    M: tl.constexpr = P.M
+    N: tl.constexpr = P.N
+    PARTS: tl.constexpr = P.PARTS
+    tiles_m = tl.cdiv(T, M)
+    tiles_n = tl.cdiv(D, N)
     live = 0
-    if y2_ptr is not None:
-        live = tl.load(offsets_ptr + E)
+    if s.y2 is not None:
+        live = tl.load(s.offsets + E)
     for tile in tl.range(start, tiles_m * tiles_n, tl.num_programs(0)):
-        m, n = _grouped(tile, tiles_m, tiles_n, GROUP_M)
-        t = m * BLOCK_M + tl.arange(0, BLOCK_M)
-        n0 = n * BLOCK_N
-        source = tl.minimum(t, T - 1)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        acc = _matmul(acc, h_ptr, h_desc, source, m * BLOCK_M, stride_ht, 0, w_ptr, w_desc, 0, 0,
-                      stride_wn, n0, D, S, PRECISION, TRANS_W, EVEN_N, EVEN_K, BLOCK_N,
-                      BLOCK_K)  # fmt: skip
-        if DUAL:
-            acc = _matmul(acc, h_ptr, h_desc, source, m * BLOCK_M, stride_ht, S, gate_ptr,
-                          gate_desc, 0, 0, stride_gn, n0, D, S, PRECISION, TRANS_W, EVEN_N, EVEN_K,
-                          BLOCK_N, BLOCK_K)  # fmt: skip
+        m, n = _grouped(tile, tiles_m, tiles_n, P.GROUP_M)
+        n0 = n * N
+        t = m * M + tl.arange(0, M)
+        h = Left(s.h, s.stride_ht, d.a, tl.minimum(t, T - 1), m * M)
+        w = Right(s.w, s.stride_wn, d.w, 0, 0, n0, D)
+        acc = _matmul(tl.zeros((M, N), dtype=tl.float32), h, 0, w, S, S, P)
+        if P.DUAL:
+            gate = Right(s.gate, s.stride_gn, d.gate, 0, 0, n0, D)
+            acc = _matmul(acc, h, S, gate, S, S, P)
         pieces = _parts(acc, PARTS)
         for i in tl.static_range(PARTS):
-            _add_and_store(pieces[i], y2_ptr, inverse_ptr, weights_ptr, bias_ptr, adaln_ptr,
-                           residual_ptr, out_ptr, t, T, n0 + i * (BLOCK_N // PARTS), D, live, top_k,
-                           scale, stride_yn, stride_ab, stride_rt, tokens_per_sample,
-                           BLOCK_N // PARTS)  # fmt: skip
+            _add_and_store(pieces[i], s, live, t, T, n0 + i * (N // PARTS), D, top_k, scale,
+                           N // PARTS)  # fmt: skip
     return _next_start(start, tiles_m * tiles_n)
 
 
 @triton.jit(do_not_specialize=["T", "T_2"])
 def _down_fwd_kernel(
-    h_ptr, h_desc, w_ptr, w_desc, gate_ptr, gate_desc, y2_ptr, inverse_ptr, weights_ptr,
-    offsets_ptr, bias_ptr, adaln_ptr, residual_ptr, out_ptr, T, stride_ht, stride_wn, stride_gn,
-    stride_yn, stride_ab, stride_rt, tokens_per_sample,
-    h_ptr_2, h_desc_2, w_ptr_2, w_desc_2, gate_ptr_2, gate_desc_2, y2_ptr_2, inverse_ptr_2,
-    weights_ptr_2, offsets_ptr_2, bias_ptr_2, adaln_ptr_2, residual_ptr_2, out_ptr_2, T_2,
-    stride_ht_2, stride_wn_2, stride_gn_2, stride_yn_2, stride_ab_2, stride_rt_2,
-    tokens_per_sample_2,
-    D, S, E, top_k, scale,
-    PRECISION: tl.constexpr, DUAL: tl.constexpr, TRANS_W: tl.constexpr, EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, PARTS: tl.constexpr,
+    s, T, h_desc, w_desc, gate_desc, s_2, T_2, h_desc_2, w_desc_2, gate_desc_2,
+    D, S, E, top_k, scale, PAIR: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """out = h[:, :S] W (+ h[:, S:] G when DUAL) + bias + scale * sum_j weights[:, j] * y2[...].
 
-    A second stream (h_ptr_2 given) continues the list of tiles where the first one ends.
+    A PAIR's second stream continues the list of tiles where the first one ends.
     """
-    start = _down_tiles(
-        tl.program_id(0), h_ptr, h_desc, w_ptr, w_desc, gate_ptr, gate_desc, y2_ptr, inverse_ptr,
-        weights_ptr, offsets_ptr, bias_ptr, adaln_ptr, residual_ptr, out_ptr, T, D, S, E, top_k,
-        scale, stride_ht, stride_wn, stride_gn, stride_yn, stride_ab, stride_rt, tokens_per_sample,
-        PRECISION, DUAL, TRANS_W, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, PARTS,
-    )  # fmt: skip
-    if h_ptr_2 is not None:
-        _down_tiles(
-            start, h_ptr_2, h_desc_2, w_ptr_2, w_desc_2, gate_ptr_2, gate_desc_2, y2_ptr_2,
-            inverse_ptr_2, weights_ptr_2, offsets_ptr_2, bias_ptr_2, adaln_ptr_2, residual_ptr_2,
-            out_ptr_2, T_2, D, S, E, top_k, scale, stride_ht_2, stride_wn_2, stride_gn_2,
-            stride_yn_2, stride_ab_2, stride_rt_2, tokens_per_sample_2, PRECISION, DUAL, TRANS_W,
-            EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, PARTS,
-        )  # fmt: skip
+    start = _down_tiles(tl.program_id(0), s, Descriptors(h_desc, w_desc, gate_desc), T, D, S, E,
+                        top_k, scale, P)  # fmt: skip
+    if PAIR:
+        _down_tiles(start, s_2, Descriptors(h_desc_2, w_desc_2, gate_desc_2), T_2, D, S, E, top_k,
+                    scale, P)  # fmt: skip
 
 
 @dataclass
@@ -141,20 +112,16 @@ class Shared:
     adaln_BD: torch.Tensor | None = None
     residual_TD: torch.Tensor | None = None
 
-    def arguments(self, config, D: int, S: int, trans: bool) -> dict:
-        describe = lambda w: None if w is None else w.describe(config, D, S, trans)  # noqa: E731
-        step = lambda t: 0 if t is None else t.stride(0)  # noqa: E731
-        T, gate, adaln = self.out.shape[0], self.gate, self.adaln_BD
+    def arguments(self, config, S: int, trans: bool) -> dict:
+        T, w, gate, adaln = self.out.shape[0], self.weights, self.gate or NO_WEIGHTS, self.adaln_BD
+        s = End(
+            *rows_of(self.h), *w[:2], *gate[:2], *rows_of(self.y2), self.inverse_TK,
+            self.weights_TK, self.offsets, self.bias, *rows_of(adaln),
+            1 if adaln is None else T // adaln.shape[0], *rows_of(self.residual_TD), self.out,
+        )  # fmt: skip
         return dict(
-            h_ptr=self.h, h_desc=rows_descriptor(config, self.h, S), w_ptr=self.weights.matrix,
-            w_desc=describe(self.weights), gate_ptr=None if gate is None else gate.matrix,
-            gate_desc=describe(gate), y2_ptr=self.y2, inverse_ptr=self.inverse_TK,
-            weights_ptr=self.weights_TK, offsets_ptr=self.offsets, bias_ptr=self.bias,
-            adaln_ptr=adaln, residual_ptr=self.residual_TD, out_ptr=self.out, T=T,
-            stride_ht=self.h.stride(0), stride_wn=self.weights.stride,
-            stride_gn=0 if gate is None else gate.stride, stride_yn=step(self.y2),
-            stride_ab=step(adaln), stride_rt=step(self.residual_TD),
-            tokens_per_sample=1 if adaln is None else T // adaln.shape[0],
+            s=s, T=T, h_desc=rows_descriptor(config, self.h, S),
+            w_desc=w.describe(config, S, trans), gate_desc=gate.describe(config, S, trans),
         )  # fmt: skip
 
 
@@ -168,12 +135,11 @@ def down_shared(stage, streams: list[Shared], *, S: int, scale=1.0, trans=False)
     plain = all(s.adaln_BD is None and s.residual_TD is None for s in streams)
 
     def arguments(config):
-        return numbered([s.arguments(config, D, S, trans) for s in streams]) | dict(
+        return numbered([s.arguments(config, S, trans) for s in streams]) | dict(
             D=D, S=S, E=large.offsets.shape[0] - 1,
             top_k=0 if large.inverse_TK is None else large.inverse_TK.shape[1], scale=float(scale),
-            PRECISION=precision(large.h.dtype), DUAL=large.gate is not None, TRANS_W=trans,
-            EVEN_N=even(D, config.block_n), EVEN_K=even(S, config.block_k),
-            PARTS=config.parts(32 if plain else 16),
+            P=product(config, large.h.dtype, (D,), S, 32 if plain else 16, trans,
+                      dual=large.gate is not None),
         )  # fmt: skip
 
     config = configs.select(stage, large.h, T, D, (D, S))

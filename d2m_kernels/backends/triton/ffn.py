@@ -10,12 +10,12 @@ three launches.
 import torch
 import triton
 
-from d2m_kernels.backends.triton.act_bwd import LEAST_BLOCK_N, Activations, activations
+from d2m_kernels.backends.triton.act_bwd import LEAST_BLOCK_N, activations
 from d2m_kernels.backends.triton.combine import combine_into
 from d2m_kernels.backends.triton.down import Shared, down_shared
 from d2m_kernels.backends.triton.grouped_gemm import Operands, grouped_matmul
-from d2m_kernels.backends.triton.launch import neuron_columns, neuron_rows
-from d2m_kernels.backends.triton.weight_grads import Sums, bias_grad, weight_grad
+from d2m_kernels.backends.triton.operands import Saved, neuron_columns, neuron_rows, rows_of
+from d2m_kernels.backends.triton.weight_grads import bias_grad, sums, weight_grad
 from d2m_kernels.contract import FFNAttrs, FFNInputs
 from d2m_kernels.eager import finish_block
 
@@ -56,10 +56,8 @@ def ffn_fwd(streams, attrs: FFNAttrs, ends):
             Shared(h_shared, w2, y_TD, s.offsets, y2_ND, s.inverse.view(T, K), s.weights, s.b2,
                    adaln_BD=adaln, residual_TD=residual)
         )  # fmt: skip
-    grouped_matmul(
-        "up_gated" if gated else "up", ups, N=H, K=D, gather_div=max(K, 1), bias_at=shared,
-        bias_step=H, activation=activation,
-    )  # fmt: skip
+    stage = "up_gated" if gated else "up"
+    grouped_matmul(stage, ups, N=H, K=D, gather_div=max(K, 1), activation=activation)
     grouped_matmul("down", downs, N=D, K=H)
     finish("down_combine", lasts, shared, scale=scale)
     return [(last.out, *z) for last, z in zip(lasts, saved, strict=True)]
@@ -110,7 +108,7 @@ def ffn_bwd(dys, streams, zs, attrs: FFNAttrs, grads) -> None:
             g.b2.copy_(dy.sum(0, dtype=torch.float32))
 
 
-def _buffers(dy, s: FFNInputs, z_shared, z_routed, shared, H, gated, frozen, grads) -> Activations:
+def _buffers(dy, s: FFNInputs, z_shared, z_routed, shared, H, gated, frozen, grads) -> Saved:
     """What the first launch reads and writes for the gradients wanted of one stream."""
     (T, D), N = s.x.shape, s.order.shape[0]
     need_w1 = any(g is not None for g in (grads.up, grads.gate, grads.b_up, grads.b_gate))
@@ -122,19 +120,19 @@ def _buffers(dy, s: FFNInputs, z_shared, z_routed, shared, H, gated, frozen, gra
     if grads.weights is not None:
         tiles = triton.cdiv(H, LEAST_BLOCK_N)
         partial = new(N, tiles, dtype=torch.float32).zero_()  # masked slots stay zero
-    return Activations(
-        dy if dy.stride(-1) == 1 or D == 1 else dy.contiguous(),
-        neuron_columns(s.w2, shared, H), s.weights, s.offsets, s.order,
-        z_shared if with_shared else None, z_routed,
+    dy = dy if dy.stride(-1) == 1 or D == 1 else dy.contiguous()
+    return Saved(
+        *rows_of(dy), s.order, s.offsets, s.weights, *rows_of(s.w2), z_routed,
+        z_shared if with_shared else None, dz=new(z_routed.shape) if need_dz else None,
         dz_shared=new(z_shared.shape) if need_dz and with_shared else None,
-        dz_routed=new(z_routed.shape) if need_dz else None,
+        h=new(N, H) if need_h else None,
         h_shared=new(T, shared) if need_h and shared > frozen else None,
-        h_routed=new(N, H) if need_h else None, partial=partial,
+        partial=partial, stride_ps=0 if partial is None else partial.stride(0),
     )  # fmt: skip
 
 
-def _wanted(p: Activations, s: FFNInputs, H: int) -> bool:
-    anything = p.dz_routed is not None or p.h_routed is not None or p.partial is not None
+def _wanted(p: Saved, s: FFNInputs, H: int) -> bool:
+    anything = p.dz is not None or p.h is not None or p.partial is not None
     return anything and s.x.shape[0] > 0 and (p.z_shared is not None or s.order.shape[0] * H > 0)
 
 
@@ -146,7 +144,7 @@ def _inputs(wanted, shared, H, gated):
         up, gate = neuron_rows(s.up, shared, H), neuron_rows(s.gate, shared, H) if gated else None
         dx_ND = s.x.new_empty(N, D) if N and H else None
         if dx_ND is not None:
-            routed.append(Operands(p.dz_routed, s.offsets, up, dx_ND, gate))
+            routed.append(Operands(p.dz, s.offsets, up, dx_ND, gate))
         dz = p.dz_shared if shared else s.x.new_empty(T, 0)
         inverse_TK = s.inverse.view(s.weights.shape)
         ends.append(Shared(dz, up, g.x, s.offsets, dx_ND, inverse_TK, gate=gate))
@@ -161,18 +159,18 @@ def _weights(all_of, shared, H, gated, frozen, K):
     """dW1 = dz^T x, dW2 = dy^T h and the biases' column sums, each over its group's rows."""
     sizes = dict(shared=shared, H=H, frozen=frozen)
     for half, (w, b) in enumerate([("up", "b_up"), ("gate", "b_gate")][: 1 + gated]):
-        sums = [
-            Sums(getattr(g, w), p.dz_shared, p.dz_routed, s.x, s.offsets, s.order)
+        wanted = [
+            sums(getattr(g, w), p.dz_shared, p.dz, s.x, s.offsets, s.order)
             for p, s, g in all_of
             if getattr(g, w) is not None
         ]
-        weight_grad(sums, half=half, top_k=K, **sizes)
+        weight_grad(wanted, half=half, top_k=K, **sizes)
         for p, s, g in all_of:
             if getattr(g, b) is not None:
-                bias_grad(getattr(g, b), p.dz_shared, p.dz_routed, s.offsets, half=half, **sizes)
-    sums = [
-        Sums(g.w2.T, p.h_shared, p.h_routed, p.dy, s.offsets, s.order)
+                bias_grad(getattr(g, b), p.dz_shared, p.dz, s.offsets, half=half, **sizes)
+    wanted = [
+        sums(g.w2.T, p.h_shared, p.h, p.dy, s.offsets, s.order)
         for p, s, g in all_of
         if g.w2 is not None
     ]
-    weight_grad(sums, half=0, top_k=K, **sizes)
+    weight_grad(wanted, half=0, top_k=K, **sizes)

@@ -8,8 +8,8 @@ import torch
 
 from d2m_kernels.activations import pointwise, pointwise_backward
 from d2m_kernels.backends.triton.grouped_gemm import Operands, grouped_gemm, grouped_matmul
-from d2m_kernels.backends.triton.launch import stacked
-from d2m_kernels.backends.triton.weight_grads import Sums, bias_grad, weight_grad
+from d2m_kernels.backends.triton.operands import stacked
+from d2m_kernels.backends.triton.weight_grads import bias_grad, sums, weight_grad
 
 
 def grouped_gemm_bwd(
@@ -42,8 +42,8 @@ def grouped_gemm_bwd(
         dw = x.new_empty(E * N, K) if need else None
         db = x.new_empty(E * N) if need_b else None
         if need:
-            sums = Sums(dw, None, dz, x, offsets, rows)
-            weight_grad([sums], half=half, top_k=1, **sizes)
+            operands = sums(dw, None, dz, x, offsets, rows)
+            weight_grad([operands], half=half, top_k=1, **sizes)
         if need_b:
             bias_grad(db, None, dz, offsets, half=half, **sizes)
         return None if dw is None else dw.view(E, N, K), None if db is None else db.view(E, N)

@@ -1,7 +1,8 @@
 """Pieces that several kernels share: products, activations, the tile map, the K loops.
 
-Shapes: T tokens, D model, F hidden, E experts, N = T*K slots; BLOCK_* are tile edges. All of it is
-inlined into the kernels; nothing here is launched by itself.
+Shapes: T tokens, M rows in expert order, N outputs and K inputs of an expert, S shared neurons, E
+experts; a Product P says how large a tile is. All of it is inlined into the kernels; nothing here
+is launched by itself.
 """
 
 import os
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 
 from d2m_kernels.activations import GATED
+from d2m_kernels.backends.triton.operands import Group, Spans
 
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
@@ -132,82 +134,96 @@ def _next_start(start, total):
 
 
 @triton.jit
-def _expert_spans(offsets_ptr, E, M, tiles_n, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Vectors over e: first row, end row, end of its tiles. Lane E is the tail offsets[E] .. M.
-
-    Kept in registers for a program's whole life, so that finding a tile's expert is three
-    reductions over BLOCK_E lanes and no memory access.
-    """
+def _expert_rows(offsets_ptr, M, E, BLOCK_E: tl.constexpr):
+    """A lane an expert: its number, first row and end row; lane E is the tail offsets[E] .. M."""
     e = tl.arange(0, BLOCK_E)
-    lo = tl.load(offsets_ptr + e, mask=e <= E, other=0)
-    hi = tl.load(offsets_ptr + e + 1, mask=e < E, other=0)
-    hi = tl.where(e == E, tl.maximum(M, lo), hi)
-    tiles = tl.where(e <= E, (hi - lo + BLOCK_M - 1) // BLOCK_M * tiles_n, 0)
-    return e, lo, hi, tiles, tl.cumsum(tiles, 0)
+    first = tl.load(offsets_ptr + e, mask=e <= E, other=0)
+    end = tl.load(offsets_ptr + e + 1, mask=e < E, other=0)
+    end = tl.where(e == E, tl.maximum(M, first), end)
+    return e, tl.where(e == E + 1, M, first), end
 
 
 @triton.jit
-def _expert_of(tile, e, lo, hi, tiles, ends):
-    """(expert, first row, end row, tile's number within the expert)."""
-    expert = tl.sum((ends <= tile).to(tl.int32), 0)
-    here = e == expert
-    row_lo = tl.sum(tl.where(here, lo, 0), 0)
-    row_hi = tl.sum(tl.where(here, hi, 0), 0)
-    local = tile - tl.sum(tl.where(here, ends - tiles, 0), 0)
-    return expert, row_lo, row_hi, local
+def _row_tiles(offsets_ptr, T, M, N, S, E, SHARED: tl.constexpr, BLOCK_E: tl.constexpr,
+               P: tl.constexpr):  # fmt: skip
+    """Spans of groups tiled by their rows: N outputs wide, the SHARED expert's T rows S wide."""
+    shared = 0
+    if SHARED:
+        shared = tl.cdiv(T, P.M) * tl.cdiv(S, P.N)
+    e, first, end = _expert_rows(offsets_ptr, M, E, BLOCK_E)
+    tiles = tl.where(e <= E, (end - first + P.M - 1) // P.M * tl.cdiv(N, P.N), 0)
+    return Spans(shared, first, tl.cumsum(tiles, 0), shared + tl.sum(tiles, 0))
+
+
+@triton.jit
+def _group_of(tile, spans, T, N, S, corners, SHARED: tl.constexpr):
+    """The group that owns a tile: its rows, its width and its weights' corners.
+
+    The spans stay in registers for a program's whole life, so that this is four reductions over
+    their lanes and no memory access.
+    """
+    local = tile - spans.shared
+    before = spans.stop <= local
+    expert = tl.sum(before.to(tl.int32), 0)
+    local -= tl.max(tl.where(before, spans.stop, 0), 0)
+    e = tl.arange(0, spans.stop.shape[0])
+    first = tl.sum(tl.where(e == expert, spans.first, 0), 0)
+    end = tl.sum(tl.where(e == expert + 1, spans.first, 0), 0)
+    width = N
+    row = corners.row + expert * corners.row_step
+    col = corners.col + expert * corners.col_step
+    bias = corners.bias + expert * corners.bias_step
+    routed = tile >= spans.shared
+    if SHARED:
+        local = tl.where(routed, local, tile)
+        first = tl.where(routed, first, 0)
+        end = tl.where(routed, end, T)
+        width = tl.where(routed, N, S)
+        row = tl.where(routed, row, 0)
+        col = tl.where(routed, col, 0)
+        bias = tl.where(routed, bias, 0)
+    return Group(routed, expert, first, end, width, row, col, bias, local)
 
 
 # ---------------------------------------------------------------------------------------- K loops
 
 
 @triton.jit
-def _load_a(a_ptr, a_desc, rows, row0, stride_at, col, K, k0, EVEN_K: tl.constexpr,
-            BLOCK_K: tl.constexpr):  # fmt: skip
-    """A tile [BLOCK_M, BLOCK_K] at columns col + k0: by TMA from row0 on, else of these rows."""
-    if a_desc is not None:
-        return a_desc.load([row0, col + k0])
-    offs_k = k0 + tl.arange(0, BLOCK_K)
-    ptrs = a_ptr + (rows.to(tl.int64) * stride_at)[:, None] + (col + offs_k)[None, :]
-    if EVEN_K:
+def _load_a(a, col, K, k0, P: tl.constexpr):
+    """A tile [P.M, P.K] at columns col + k0."""
+    if a.desc is not None:
+        return a.desc.load([a.row0, col + k0])
+    offs_k = k0 + tl.arange(0, P.K)
+    ptrs = a.ptr + (a.rows.to(tl.int64) * a.stride)[:, None] + (col + offs_k)[None, :]
+    if P.EVEN_K:
         return tl.load(ptrs)
     return tl.load(ptrs, mask=(offs_k < K)[None, :], other=0.0)
 
 
 @triton.jit
-def _load_w(w_ptr, w_desc, w_row, w_col, stride_wn, n0, N, K, k0, TRANS_W: tl.constexpr,
-            EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_N: tl.constexpr,
-            BLOCK_K: tl.constexpr):  # fmt: skip
-    """W tile as [BLOCK_K, BLOCK_N]: W is [N, K] in memory, or [K, N] when TRANS_W.
-
-    Its corner lies at (w_row, w_col) of the matrix w_ptr points to, whatever group owns it.
-    """
-    if w_desc is not None:
-        if TRANS_W:
-            return w_desc.load([w_row + k0, w_col + n0])
+def _load_w(w, K, k0, P: tl.constexpr):
+    """W tile as [P.K, P.N]."""
+    if w.desc is not None:
+        if P.TRANS_W:
+            return w.desc.load([w.row + k0, w.col + w.n0])
         else:
-            return w_desc.load([w_row + n0, w_col + k0]).T
-    offs_k = k0 + tl.arange(0, BLOCK_K)
-    offs_n = n0 + tl.arange(0, BLOCK_N)
-    if TRANS_W:
-        ptrs = w_ptr + ((w_row + offs_k).to(tl.int64) * stride_wn)[:, None] + (w_col + offs_n)
+            return w.desc.load([w.row + w.n0, w.col + k0]).T
+    offs_k = k0 + tl.arange(0, P.K)
+    offs_n = w.n0 + tl.arange(0, P.N)
+    if P.TRANS_W:
+        ptrs = w.ptr + ((w.row + offs_k).to(tl.int64) * w.stride)[:, None] + (w.col + offs_n)
     else:
-        ptrs = w_ptr + ((w_row + offs_n).to(tl.int64) * stride_wn)[None, :] + (
-            w_col + offs_k
-        )[:, None]  # fmt: skip
-    if EVEN_N and EVEN_K:
+        rows = (w.row + offs_n).to(tl.int64) * w.stride
+        ptrs = w.ptr + rows[None, :] + (w.col + offs_k)[:, None]
+    if P.EVEN_N and P.EVEN_K:
         return tl.load(ptrs)
-    return tl.load(ptrs, mask=(offs_k < K)[:, None] & (offs_n < N)[None, :], other=0.0)
+    return tl.load(ptrs, mask=(offs_k < K)[:, None] & (offs_n < w.width)[None, :], other=0.0)
 
 
 @triton.jit
-def _matmul(acc, a_ptr, a_desc, rows, row0, stride_at, a_col, w_ptr, w_desc, w_row, w_col,
-            stride_wn, n0, N, K, PRECISION: tl.constexpr, TRANS_W: tl.constexpr,
-            EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_N: tl.constexpr,
-            BLOCK_K: tl.constexpr):  # fmt: skip
-    """acc += A W over K."""
-    for k0 in tl.range(0, K, BLOCK_K):
-        a = _load_a(a_ptr, a_desc, rows, row0, stride_at, a_col, K, k0, EVEN_K, BLOCK_K)
-        w = _load_w(w_ptr, w_desc, w_row, w_col, stride_wn, n0, N, K, k0, TRANS_W, EVEN_N, EVEN_K,
-                    BLOCK_N, BLOCK_K)  # fmt: skip
-        acc = _dot(a, w, acc, PRECISION)
+def _matmul(acc, a, col, w, K, depth, P: tl.constexpr):
+    """acc += A[:, col:] W over the first `depth` of K."""
+    PRECISION: tl.constexpr = P.PRECISION
+    for k0 in tl.range(0, depth, P.K):
+        acc = _dot(_load_a(a, col, K, k0, P), _load_w(w, K, k0, P), acc, PRECISION)
     return acc

@@ -6,6 +6,7 @@ Shapes: T tokens, M rows in expert order, N outputs and K inputs of an expert, S
 import triton
 import triton.language as tl
 
+from d2m_kernels.backends.triton.operands import Left, Right
 from d2m_kernels.backends.triton.pieces import (  # fmt: skip
     _act,
     _dot,
@@ -18,83 +19,83 @@ from d2m_kernels.backends.triton.pieces import (  # fmt: skip
 
 
 @triton.jit
-def _grouped_gemm_tile(
-    x_ptr, x_desc, rows_ptr, out_shared_ptr, w_ptr, w_desc, gate_ptr, gate_desc, bias_ptr,
-    bias_gate_ptr, out_ptr, z_ptr, r0, row_hi, n0, width, gathered, row, col, bias_off, k_end, K,
-    stride_xt, stride_wn, stride_gn,
-    ACT: tl.constexpr, PRECISION: tl.constexpr, GATHER_DIV: tl.constexpr, GATED: tl.constexpr,
-    DUAL: tl.constexpr, TRANS_W: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """One tile: rows r0 .. of a group that ends at row_hi, columns n0 .. of its width."""
+def _grouped_gemm_tile(s, d, g, r0, n0, K, depth, GATHER_DIV: tl.constexpr, P: tl.constexpr,
+                       BLOCK_M: tl.constexpr):  # fmt: skip
+    """Rows r0 .. of group g, columns n0 .. of its width; the sum goes over `depth` of K."""
+    N: tl.constexpr = P.N
+    PRECISION: tl.constexpr = P.PRECISION
+    PARTS: tl.constexpr = P.PARTS
     r = r0 + tl.arange(0, BLOCK_M)
-    source = tl.minimum(r, row_hi - 1)  # rows past the group repeat its last, unstored
-    if rows_ptr is not None:
-        if out_shared_ptr is not None:  # the shared expert's rows are x's own
-            named = source < gathered
-            slot = tl.load(rows_ptr + source, mask=named, other=0)
+    source = tl.minimum(r, g.end - 1)  # rows past the group repeat its last, unstored
+    if s.rows is not None:
+        if s.out_shared is not None:  # the shared expert's rows are x's own
+            named = source < tl.where(g.routed, g.end, 0)
+            slot = tl.load(s.rows + source, mask=named, other=0)
             source = tl.where(named, slot // GATHER_DIV, source)
         else:
-            source = tl.load(rows_ptr + source) // GATHER_DIV
+            source = tl.load(s.rows + source) // GATHER_DIV
 
     # -- the products
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    if GATED:
-        acc_gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for k0 in tl.range(0, k_end, BLOCK_K):
-            a = _load_a(x_ptr, x_desc, source, r0, stride_xt, 0, K, k0, EVEN_K, BLOCK_K)
-            w = _load_w(w_ptr, w_desc, row, col, stride_wn, n0, width, K, k0, TRANS_W,
-                        EVEN_N, EVEN_K, BLOCK_N, BLOCK_K)  # fmt: skip
-            g = _load_w(gate_ptr, gate_desc, row, col, stride_gn, n0, width, K, k0, TRANS_W,
-                        EVEN_N, EVEN_K, BLOCK_N, BLOCK_K)  # fmt: skip
-            acc = _dot(a, w, acc, PRECISION)
-            acc_gate = _dot(a, g, acc_gate, PRECISION)
+    a = Left(s.x, s.stride_xt, d.a, source, r0)
+    w = Right(s.w, s.stride_wn, d.w, g.row, g.col, n0, g.width)
+    gate = Right(s.gate, s.stride_gn, d.gate, g.row, g.col, n0, g.width)
+    acc = tl.zeros((BLOCK_M, N), dtype=tl.float32)
+    if P.GATED:
+        acc_gate = tl.zeros((BLOCK_M, N), dtype=tl.float32)
+        for k0 in tl.range(0, depth, P.K):
+            a_tile = _load_a(a, 0, K, k0, P)
+            w_tile = _load_w(w, K, k0, P)
+            gate_tile = _load_w(gate, K, k0, P)
+            acc = _dot(a_tile, w_tile, acc, PRECISION)
+            acc_gate = _dot(a_tile, gate_tile, acc_gate, PRECISION)
     else:
-        acc = _matmul(acc, x_ptr, x_desc, source, r0, stride_xt, 0, w_ptr, w_desc, row, col,
-                      stride_wn, n0, width, k_end, PRECISION, TRANS_W, EVEN_N, EVEN_K,
-                      BLOCK_N, BLOCK_K)  # fmt: skip
-        if DUAL:
-            acc = _matmul(acc, x_ptr, x_desc, source, r0, stride_xt, K, gate_ptr, gate_desc,
-                          row, col, stride_gn, n0, width, k_end, PRECISION, TRANS_W, EVEN_N,
-                          EVEN_K, BLOCK_N, BLOCK_K)  # fmt: skip
+        acc = _matmul(acc, a, 0, w, K, depth, P)
+        if P.DUAL:
+            acc = _matmul(acc, a, K, gate, K, depth, P)
 
     # -- bias, pre-activation, activation: in parts: the whole tile overflows the registers
-    bias_width = tl.where(k_end > 0, width, 0)
+    out = s.out
+    z = s.z
+    if s.out_shared is not None:
+        out = tl.where(g.routed, s.out, s.out_shared)
+        if s.z is not None:
+            z = tl.where(g.routed, s.z, s.z_shared)
+    bias_width = tl.where(depth > 0, g.width, 0)
     pieces = _parts(acc, PARTS)
     gates = pieces
-    if GATED:
+    if P.GATED:
         gates = _parts(acc_gate, PARTS)
     for i in tl.static_range(PARTS):
-        _finish(pieces[i], gates[i], out_ptr, z_ptr, bias_ptr, bias_gate_ptr, bias_off, r,
-                row_hi, n0 + i * (BLOCK_N // PARTS), width, bias_width, ACT, GATED,
-                BLOCK_N // PARTS)  # fmt: skip
+        _finish(pieces[i], gates[i], s, g, out, z, r, n0 + i * (N // PARTS), bias_width,
+                N // PARTS, P)  # fmt: skip
 
 
 @triton.jit
-def _finish(acc, acc_gate, out_ptr, z_ptr, bias_ptr, bias_gate_ptr, bias_off, r, row_hi, n0, width,
-            bias_width, ACT: tl.constexpr, GATED: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+def _finish(acc, acc_gate, s, g, out_ptr, z_ptr, r, n0, bias_width, WIDTH: tl.constexpr,
+            P: tl.constexpr):  # fmt: skip
     """Epilogue of columns n0 .. n0 + WIDTH: stores z (where wanted) and the activated output."""
+    ACT: tl.constexpr = P.ACT
     offs_n = n0 + tl.arange(0, WIDTH)
-    mask = (r < row_hi)[:, None] & (offs_n < width)[None, :]
+    mask = (r < g.end)[:, None] & (offs_n < g.width)[None, :]
     r_long = r.to(tl.int64)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + bias_off + offs_n, mask=offs_n < bias_width, other=0.0)
+    if s.bias is not None:
+        bias = tl.load(s.bias + g.bias + offs_n, mask=offs_n < bias_width, other=0.0)
         acc += bias.to(tl.float32)[None, :]
-    if bias_gate_ptr is not None:
-        bias = tl.load(bias_gate_ptr + bias_off + offs_n, mask=offs_n < bias_width, other=0.0)
+    if s.bias_gate is not None:
+        bias = tl.load(s.bias_gate + g.bias + offs_n, mask=offs_n < bias_width, other=0.0)
         acc_gate += bias.to(tl.float32)[None, :]
     if z_ptr is not None:
         dtype = z_ptr.dtype.element_ty
-        if GATED:
-            z_ptrs = z_ptr + (r_long * (2 * width))[:, None] + offs_n[None, :]
+        if P.GATED:
+            z_ptrs = z_ptr + (r_long * (2 * g.width))[:, None] + offs_n[None, :]
             tl.store(z_ptrs, _rounded(acc, dtype), mask=mask)
-            tl.store(z_ptrs + width, _rounded(acc_gate, dtype), mask=mask)
+            tl.store(z_ptrs + g.width, _rounded(acc_gate, dtype), mask=mask)
         else:
-            z_ptrs = z_ptr + (r_long * width)[:, None] + offs_n[None, :]
+            z_ptrs = z_ptr + (r_long * g.width)[:, None] + offs_n[None, :]
             tl.store(z_ptrs, _rounded(acc, dtype), mask=mask)
-    if GATED:
+    if P.GATED:
         acc = acc * _act(acc_gate, ACT)
     else:
         acc = _act(acc, ACT)
-    out_ptrs = out_ptr + (r_long * width)[:, None] + offs_n[None, :]
+    out_ptrs = out_ptr + (r_long * g.width)[:, None] + offs_n[None, :]
     tl.store(out_ptrs, _rounded(acc, out_ptr.dtype.element_ty), mask=mask)
