@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2m_models.config import named_blocks
+
 
 @dataclass(frozen=True)
 class AdaLNBasis:
@@ -126,11 +128,9 @@ def _directions_from_gram(centred_nD: Tensor, dim: int) -> Tensor:
 def adaln_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The AdaLN Linears of a FLUX model by name: norm1, norm1_context, norm and norm_out."""
     found = {}
-    for i, block in enumerate(model.transformer_blocks):
-        found[f"transformer_blocks.{i}.norm1.linear"] = block.norm1.linear
-        found[f"transformer_blocks.{i}.norm1_context.linear"] = block.norm1_context.linear
-    for i, block in enumerate(model.single_transformer_blocks):
-        found[f"single_transformer_blocks.{i}.norm.linear"] = block.norm.linear
+    for name, block in named_blocks(model).items():
+        for norm in ("norm",) if name.startswith("single") else ("norm1", "norm1_context"):
+            found[f"{name}.{norm}.linear"] = getattr(block, norm).linear
     found["norm_out.linear"] = model.norm_out.linear
     return found
 

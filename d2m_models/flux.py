@@ -27,13 +27,17 @@ from d2m_models.blocks import (
     add_residual,
     narrow_adaln,
 )
-from d2m_models.config import FluxMoEConfig
+from d2m_models.config import KINDS, FluxMoEConfig
 from d2m_models.lora import DenseLoRAMixin, keep_state_in_dense_order
 from d2m_models.mob import MixtureOfBlocks, check_cache
 from d2m_models.output import FluxMoEAux, FluxMoEOutput
 from d2m_models.topk import set_top_k
 
-KINDS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
+# constructor arguments that the dense class has too, but for the depth
+DENSE_ARGUMENTS = (
+    "patch_size", "in_channels", "out_channels", "attention_head_dim", "num_attention_heads",
+    "joint_attention_dim", "pooled_projection_dim", "guidance_embeds", "axes_dims_rope",
+)  # fmt: skip
 
 for _block in (FluxMoETransformerBlock, FluxMoESingleTransformerBlock):
     TransformerBlockRegistry.register(
@@ -96,19 +100,8 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
             num_single_layers=num_single_layers,
         )
         # FLUX's own embedders and output head, without its blocks; the depth is registered again.
-        super().__init__(
-            patch_size=patch_size,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            num_layers=0,
-            num_single_layers=0,
-            attention_head_dim=attention_head_dim,
-            num_attention_heads=num_attention_heads,
-            joint_attention_dim=joint_attention_dim,
-            pooled_projection_dim=pooled_projection_dim,
-            guidance_embeds=guidance_embeds,
-            axes_dims_rope=axes_dims_rope,
-        )
+        own = {name: self.config[name] for name in DENSE_ARGUMENTS}
+        super().__init__(num_layers=0, num_single_layers=0, **own)
         self.register_to_config(num_layers=num_layers, num_single_layers=num_single_layers)
         self.d2m_config = structure
         dim, widths = self.inner_dim, dict(ff_dims or {})
@@ -139,16 +132,12 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
             narrow_adaln(self.norm_out, adaln_dim)
         if structure.mob is not None:
             mob = structure.mob
-            self.mob_routers = nn.ModuleDict(
-                {
-                    f"{kind}_groups": nn.ModuleList(
-                        MixtureOfBlocks(dim, len(group), mob.active, mob.alpha, mob.select)
-                        for group in getattr(mob, f"{kind}_groups")
-                    )
-                    for kind in KINDS
-                }
-            )
-
+            self.mob_routers = nn.ModuleDict()
+            for groups in (f"{kind}_groups" for kind in KINDS):
+                self.mob_routers[groups] = nn.ModuleList(
+                    MixtureOfBlocks(dim, len(group), mob.active, mob.alpha, mob.select)
+                    for group in getattr(mob, groups)
+                )
         keep_state_in_dense_order(self)
 
     def set_top_k(self, top_k) -> None:

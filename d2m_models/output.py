@@ -13,7 +13,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from d2m_kernels import Routing
-from d2m_models.config import FluxMoEConfig, group_names
+from d2m_models.config import FluxMoEConfig, group_names, named_blocks
 from d2m_models.mob import MoBRouting
 
 Features = dict[str, tuple[Tensor, Tensor]]
@@ -56,17 +56,15 @@ def block_features(model: nn.Module, config: FluxMoEConfig | None = None) -> Ite
     aliases = {} if config is None else {n[-1]: g for g, n in group_names(config).items()}
     features: Features = {}
     handles = []
-    for prefix in ("transformer_blocks", "single_transformer_blocks"):
-        for i, block in enumerate(getattr(model, prefix)):
-            name = f"{prefix}.{i}"
+    for name, block in named_blocks(model).items():
 
-            def record(_module, _args, output, name=name):
-                text, image = output[0], output[1]
-                features[name] = (image, text)
-                if name in aliases:
-                    features[aliases[name]] = (image, text)
+        def record(_module, _args, output, name=name):
+            text, image = output[0], output[1]
+            features[name] = (image, text)
+            if name in aliases:
+                features[aliases[name]] = (image, text)
 
-            handles.append(block.register_forward_hook(record))
+        handles.append(block.register_forward_hook(record))
     try:
         yield features
     finally:

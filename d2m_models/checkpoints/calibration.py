@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from d2m_models.adaln import AdaLNBasis, sample_conditioning
-from d2m_models.checkpoints.reading import DenseReader
-from d2m_models.checkpoints.tensor_files import StoredTensor, TensorSpec, read_header, write_file
-from d2m_models.conversion.flux import ffn_width
+from d2m_models.checkpoints.tasks import DenseReader
+from d2m_models.checkpoints.tensor_files import TensorSpec, read_header, write_file
+from d2m_models.conversion.flux import ffn_widths
+from d2m_models.files import write_atomic
 from d2m_models.partition import check_order
 from d2m_models.topk import moe_layers
 
@@ -47,8 +48,9 @@ def load_orders(orders, student: nn.Module) -> dict[str, Tensor]:
         path = Path(orders).expanduser()
         if not path.is_file():
             raise ValueError(f"the neuron order file {path} does not exist")
-        orders = {name: tensor.read() for name, tensor in read_header(path)[0].items()}
-    known = {name: ffn_width(student, name) for name in moe_layers(student)}
+        orders = {name: tensor.read() for name, tensor in read_header(path).items()}
+    widths = ffn_widths(student)
+    known = {name: widths[name] for name in moe_layers(student)}
     missing = [name for name in known if name not in orders]
     if missing:
         raise ValueError(f"neuron_order lacks {missing[:3]} ({len(missing)} of {len(known)} FFNs)")
@@ -64,7 +66,7 @@ def load_calibration(samples, dim: int) -> Tensor | None:
         path = Path(samples).expanduser()
         if not path.is_file():
             raise ValueError(f"the calibration file {path} does not exist")
-        found = read_header(path)[0]
+        found = read_header(path)
         if "temb" not in found:
             raise ValueError(f"{path} has no tensor 'temb' [n, D={dim}], but {sorted(found)[:3]}")
         temb_nD = found["temb"].read()
@@ -98,13 +100,12 @@ def adaln_basis(
         }  # fmt: skip
         tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
         specs = [TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()]
-        write_file(path, specs, tensors.values())
+        write_atomic(path, lambda tmp: write_file(tmp, specs, tensors.values()))
     return read_basis(path)
 
 
 def read_basis(path: Path) -> tuple[AdaLNBasis, Tensor]:
     """The basis a conversion used, and the samples its errors were measured on."""
-    found: dict[str, StoredTensor] = read_header(path)[0]
-    stored = {name: tensor.read() for name, tensor in found.items()}
+    stored = {name: tensor.read() for name, tensor in read_header(path).items()}
     basis = AdaLNBasis(stored["mean"], stored["directions"], float(stored["explained"]))
     return basis, stored["samples"]

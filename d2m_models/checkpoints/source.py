@@ -34,10 +34,6 @@ class Source:
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
     def place(self, name: str) -> tuple[str, int]:
         """Where a tensor lies; sorting by it makes reads sequential."""
         return str(self.tensors[name].path), self.tensors[name].begin
@@ -75,7 +71,7 @@ def open_source(path: str | Path, subfolder: str | None = None, variant: str | N
         raise ValueError(f"{config_path} is no valid JSON: {error}") from None
     tensors: dict[str, StoredTensor] = {}
     for file in _find_files(folder, variant):
-        tensors.update(read_header(file)[0])
+        tensors.update(read_header(file))
     return Source(folder, config, tensors)
 
 
@@ -147,7 +143,7 @@ def _find_files(folder: Path, variant: str | None) -> list[Path]:
 
 def _refuse_single_files(files: list[Path]) -> None:
     for file in files:
-        keys = read_header(file)[0]
+        keys = read_header(file)
         if any("double_blocks." in key for key in keys):
             raise ValueError(
                 f"{file} is a single-file checkpoint in Black Forest Labs' format; "

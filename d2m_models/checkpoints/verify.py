@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,15 +15,20 @@ from torch import Tensor
 
 from d2m_models.adaln import adaln_linears
 from d2m_models.checkpoints.calibration import BASIS, read_basis
-from d2m_models.checkpoints.jobs import Task, made_tensors, progress_bar
 from d2m_models.checkpoints.lora_file import read_lora
-from d2m_models.checkpoints.reading import DenseReader, permutations
 from d2m_models.checkpoints.restore import DENSE_ADALN
 from d2m_models.checkpoints.source import (
     check_dense_source,
     check_dtypes,
     check_moe_source,
     open_source,
+)
+from d2m_models.checkpoints.tasks import (
+    DenseReader,
+    Task,
+    made_tensors,
+    permutations,
+    progress_bar,
 )
 from d2m_models.checkpoints.tensor_files import TensorSpec, read_header
 from d2m_models.partition import check_order, inverse_order
@@ -88,7 +94,7 @@ def verify_checkpoint(
     narrow = set(adaln_linears(model)) if model.d2m_config.adaln_dim is not None else set()
     same, pairs = [], dict(moe_source.tensors)
     side = moe_source.folder / DENSE_ADALN
-    kept = read_header(side)[0] if narrow and side.is_file() else {}
+    kept = read_header(side) if narrow and side.is_file() else {}
     for name in sorted(dense_source.tensors, key=dense_source.place):
         compressed = name.rpartition(".")[0] in narrow
         stored = kept.get(name) if compressed else pairs.pop(name, None)
@@ -110,7 +116,7 @@ def verify_checkpoint(
         return []
 
     tasks = [
-        Task((reader.spec(name),), (dense_source.tensors[name], stored), _bound(compare, name))
+        Task((reader.spec(name),), (dense_source.tensors[name], stored), partial(compare, name))
         for name, stored in same
     ]
     if narrow:
@@ -125,10 +131,6 @@ def verify_checkpoint(
         compressed=2 * len(narrow) + 2 * bool(narrow),
         nbytes=sum(stored.nbytes for _, stored in same),
     )
-
-
-def _bound(function, name):
-    return lambda tensors: function(name, tensors)
 
 
 def _check_spec(found: TensorSpec, expected: TensorSpec) -> None:
@@ -173,7 +175,7 @@ def _narrow_tasks(reader: DenseReader, target, narrow: set[str]) -> Iterator[Tas
     for linear in sorted(narrow):
         names = (f"{linear}.weight", f"{linear}.bias")
         sources = [reader.source.tensors[n] for n in names] + [target.tensors[n] for n in names]
-        yield Task(tuple(reader.spec(n) for n in names), tuple(sources), _bound(compare, linear))
+        yield Task(tuple(reader.spec(n) for n in names), tuple(sources), partial(compare, linear))
 
 
 def _check_close(name: str, found: Tensor, expected: Tensor) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-KINDS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
+from d2m_models.config import KINDS
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from d2m_models.blocks import BlockContext
 from d2m_models.checkpoints.source import check_dtypes, open_source
-from d2m_models.config import group_names
-from d2m_models.flux import KINDS, FluxMoETransformer2DModel
+from d2m_models.config import KINDS, group_names, named_blocks
+from d2m_models.flux import FluxMoETransformer2DModel
 from d2m_models.output import block_features
 from d2m_models.topk import set_top_k
 
@@ -95,21 +95,13 @@ def _recorded_inputs(teacher: nn.Module):
     """block name -> (image, text, temb, rotary) of the next forward."""
     seen: dict[str, tuple] = {}
     handles = []
-    for kind in KINDS.values():
-        for i, block in enumerate(getattr(teacher, kind)):
+    keys = ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb")
+    for name, block in named_blocks(teacher).items():
 
-            def record(_module, _args, kwargs, name=f"{kind}.{i}"):
-                seen[name] = tuple(
-                    kwargs[key]
-                    for key in (
-                        "hidden_states",
-                        "encoder_hidden_states",
-                        "temb",
-                        "image_rotary_emb",
-                    )
-                )
+        def record(_module, _args, kwargs, name=name):
+            seen[name] = tuple(kwargs[key] for key in keys)
 
-            handles.append(block.register_forward_pre_hook(record, with_kwargs=True))
+        handles.append(block.register_forward_pre_hook(record, with_kwargs=True))
     try:
         yield seen
     finally:
