@@ -14,6 +14,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 
+class Refused(ValueError):
+    """What is there is not to be written over, or somebody else is writing it."""
+
+
 def temporary(path: Path) -> Path:
     """Where this process writes what is to become `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -80,11 +84,9 @@ def write_json(path: Path, data: object) -> None:
 
 
 def check_new(path: Path) -> None:
-    """Raises ValueError unless the folder is absent or empty."""
+    """Refuses a folder that is neither absent nor empty."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(
-            f"{path} already exists and is not empty; choose another folder or remove it"
-        )
+        raise Refused(f"{path} already exists and is not empty; choose another folder or remove it")
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
@@ -105,10 +107,7 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
 
 @contextmanager
 def locked(folder: Path, who: str = "run") -> Iterator[None]:
-    """Keeps a second run out of the folder, and clears away what a killed one has left there.
-
-    Raises ValueError if the folder is taken.
-    """
+    """Keeps a second run out of the folder, and clears away what a killed one has left there."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -118,6 +117,6 @@ def locked(folder: Path, who: str = "run") -> Iterator[None]:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"another {who} is writing {folder}; wait for it") from None
+            raise Refused(f"another {who} is writing {folder}; wait for it") from None
         clear_temporary(folder)
         yield

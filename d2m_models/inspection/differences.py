@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2m_models.blocks import BlockContext
+from d2m_models.checkpoints.load import load_model
 from d2m_models.checkpoints.source import check_dtypes, open_source
 from d2m_models.config import KINDS, group_names, named_blocks
 from d2m_models.flux import FluxMoETransformer2DModel
@@ -147,15 +148,12 @@ def diff_checkpoints(
     from safetensors.torch import load_file
 
     models = []
-    for cls, path in ((FluxTransformer2DModel, teacher), (FluxMoETransformer2DModel, student)):
+    for path in (teacher, student):
         if not Path(path).expanduser().is_dir():
             raise ValueError(f"{path} does not exist; expected the folder of a saved model")
-        dtype = check_dtypes(open_source(path), None)
-        try:
-            model = cls.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
-            models.append(model.eval())
-        except Exception as error:  # diffusers and safetensors raise many kinds
-            raise ValueError(f"cannot load {path}: {' '.join(str(error).split())}") from error
+        models.append(load_model(path, check_dtypes(open_source(path), None)))
+    if not isinstance(models[1], FluxMoETransformer2DModel):
+        raise ValueError(f"{student} holds a dense model; expected a converted one")
     if top_k is not None:
         set_top_k(models[1], top_k)
     if inputs is None:

@@ -27,11 +27,9 @@ class Log:
             ckpt.write_text(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, entry: dict[str, Any]) -> None:
-        try:
+        with ckpt.user_errors(f"write {self.path}"):
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
-        except OSError as err:
-            raise UserError(f"cannot write {self.path}: {err.strerror or err}") from err
 
 
 def read_log(path: Path | str) -> list[dict[str, Any]]:
@@ -62,9 +60,8 @@ class Trackers:
                 import wandb
             except ImportError as err:
                 raise _missing("wandb") from err
-            name = ckpt.fingerprint(
-                str(folder.resolve())
-            )  # a resumed run goes on in the same curve
+            # a resumed run goes on in the same curve
+            name = ckpt.fingerprint(str(folder.resolve()))
             self.run = wandb.init(dir=str(folder), name=label, id=name, resume="allow")
 
     def write(self, step: int, entry: Mapping[str, Any]) -> None:

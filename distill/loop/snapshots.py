@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2m_models.files import clear_temporary, publish
 from distill import files as ckpt
 from distill.errors import CheckpointError, UserError
 from distill.loop.parallel import World
@@ -71,21 +72,10 @@ def load(path: Path, tensors: Mapping[str, Tensor], world: World) -> None:
     try:
         reader = HuggingFaceStorageReader(str(path / "tensors"))
         have = reader.read_metadata().state_dict_metadata
-        missing, unknown = sorted(set(tensors) - set(have)), sorted(set(have) - set(tensors))
-        wrong = [
-            f"{name}: {tuple(have[name].size)} for {tuple(tensor.shape)}"
-            for name, tensor in tensors.items()
-            if name in have and have[name].size != tensor.shape
-        ]
-        if missing or unknown or wrong:
-            raise CheckpointError(
-                f"checkpoint {path} does not fit this model: missing {missing[:3]}, "
-                f"unknown {unknown[:3]}, wrong shapes {wrong[:3]}"
-            )
+        found = {name: entry.size for name, entry in have.items()}
+        ckpt.check_fit({name: t.shape for name, t in tensors.items()}, found, path)
         _quiet()
         dcp.load(dict(tensors), storage_reader=reader, no_dist=world.size == 1)
-    except CheckpointError:
-        raise
     except (SafetensorError, OSError, dcp.api.CheckpointException) as err:
         raise CheckpointError(
             f"checkpoint {path} is damaged ({' '.join(str(err).split())[:300]}); {_instead(path)}"
@@ -111,8 +101,7 @@ class Snapshots:
         alone = wait or world.size == 1
         self.group = None if alone else torch.distributed.new_group(backend="gloo")
         if world.main:  # what a killed process left half-written
-            for path in folder.glob(".*.tmp"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            clear_temporary(folder)
         world.barrier()
 
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -193,21 +182,17 @@ class Snapshots:
         self.world.barrier()  # every rank has written
         tmp, path = self.folder / f".step-{step:07d}.tmp", self.folder / f"step-{step:07d}"
 
-        def publish() -> None:
+        def rename() -> None:
             if not self.world.main:
                 return
-            for file in sorted(tmp.rglob("*")):
-                _flush(file)
-            _flush(tmp)
             if path.exists():  # a run that was put back before this step
                 remove(path)
-            os.replace(tmp, path)
-            _flush(self.folder)
+            publish(tmp, path)
             ckpt.write_text(self.folder / "latest", f"{path.name}\n")
             for old in complete(self.folder)[: -self.keep]:
                 remove(old)
 
-        self._together(step, publish)
+        self._together(step, rename)
 
     def clear(self) -> None:
         """Remove all checkpoints: the run is finished and its result is kept elsewhere."""
@@ -250,14 +235,6 @@ def _quiet() -> None:
     thread of an asynchronous save.
     """
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-
-
-def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _reason(err: BaseException) -> str:
