@@ -14,12 +14,12 @@ import torch
 # our class through this module and accepts it only if the module has ModelMixin.
 from diffusers import FluxTransformer2DModel, ModelMixin  # noqa: F401
 from diffusers.configuration_utils import register_to_config
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
+from d2m_models import private
 from d2m_models.blocks import (
     BlockContext,
     FluxMoESingleTransformerBlock,
@@ -39,13 +39,7 @@ DENSE_ARGUMENTS = (
     "joint_attention_dim", "pooled_projection_dim", "guidance_embeds", "axes_dims_rope",
 )  # fmt: skip
 
-for _block in (FluxMoETransformerBlock, FluxMoESingleTransformerBlock):
-    TransformerBlockRegistry.register(
-        _block,
-        TransformerBlockMetadata(
-            return_hidden_states_index=1, return_encoder_hidden_states_index=0
-        ),
-    )
+private.register_blocks(FluxMoETransformerBlock, FluxMoESingleTransformerBlock)
 
 
 class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
@@ -171,7 +165,7 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
         """
         if output_aux and self.is_cache_enabled:
             raise ValueError("output_aux=True needs every block to run; call disable_cache() first")
-        if output_aux and self._token_group() is not None:
+        if output_aux and private.token_group(self) is not None:
             raise ValueError("output_aux=True does not work under context parallelism")
         x = self.x_embedder(hidden_states)
         temb = self._embed_conditioning(x.dtype, timestep, guidance, pooled_projections)
@@ -228,7 +222,7 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
                 temb,
                 run=partial(self._run_place, name, index, context, x.shape[0], aux),
                 after=lambda place, x, first=index: after(first + place, x),
-                group=self._token_group(),
+                group=private.token_group(self),
                 touch=partial(self._touch_place, name, index, context)
                 if isinstance(blocks[index], FSDPModule)
                 else None,
@@ -256,7 +250,8 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
         block = getattr(self, kind)[int(index)]
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             saved: dict[str, Any] = {}
-            out = self._gradient_checkpointing_func(
+            out = private.checkpoint(
+                self,
                 block,
                 x,
                 c,
@@ -284,15 +279,10 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
 
     def _own_tokens(self, mask: Tensor | None) -> Tensor | None:
         """This rank's part of a mask [B, X] under context parallelism, as the text is split."""
-        group = self._token_group()
+        group = private.token_group(self)
         if mask is None or group is None:
             return mask
         return mask.chunk(group.size(), dim=1)[group.rank()]
-
-    def _token_group(self):
-        """The process group over which tokens are split, or None."""
-        config = getattr(self._parallel_config, "context_parallel_config", None)
-        return None if config is None else config._flattened_mesh.get_group()
 
     def enable_cache(self, config) -> None:
         """As diffusers'; under MoB only caches that act on the model's ends are allowed."""

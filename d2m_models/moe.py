@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from d2m_kernels import Routing, Stream, moe_ffn, moe_ffn_pair, route
 from d2m_models.config import MoEConfig
-from d2m_models.weights import effective_weight, is_bare, stays_in_place
+from d2m_models.private import is_bare
+from d2m_models.weights import effective_weight, stays_in_place
 
 ROUTER_STD = 0.02  # never zero: ties would send every token to experts 0..K-1
 

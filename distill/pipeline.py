@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from d2m_models.conversion.flux import skeleton
 from distill import files as ckpt
 from distill.configs.sections import DistillConfig
 from distill.configs.training import first_batch, settings
@@ -17,7 +18,7 @@ from distill.errors import CheckpointError, ConfigError
 from distill.loop.parallel import World, shard_model, start_world, stop_world
 from distill.sampling import Previews
 from distill.stages import VERSION, run_stage
-from distill.students import group_blocks, make_student, measure, student_skeleton
+from distill.students import group_blocks, make_student, measure
 from distill.teacher import load_teacher, modulation_inputs
 
 
@@ -132,7 +133,7 @@ def start_student(
     is to hold a shard need not hold teacher and student whole. The others get a skeleton.
     """
     if not world.main:
-        model = student_skeleton(teacher, replace(structure, mob=None))
+        model = skeleton(teacher, replace(structure, mob=None))
     else:
         seed = config.seed
         how = measure(teacher, source, config.student, seed)

@@ -149,7 +149,7 @@ class Snapshots:
             work()
         except (UserError, OSError) as err:
             failure = err
-        if same_everywhere(self.world, failure is not None):
+        if any(self.world.anywhere(failure is not None)):
             reason = failure or UserError("another process could not write its part")
             raise self._failed(step, reason) from failure
 
@@ -245,16 +245,3 @@ def _reason(err: BaseException) -> str:
     if isinstance(err, OSError) and err.strerror:
         return err.strerror
     return " ".join(str(err).split())[:300]
-
-
-def anywhere(world: World, *values: bool) -> list[bool]:
-    """For each value whether it is true on any rank."""
-    if world.size == 1:
-        return list(values)
-    flags = torch.tensor([float(value) for value in values], device=world.device)
-    return [count > 0 for count in world.sum(flags).tolist()]
-
-
-def same_everywhere(world: World, value: bool) -> bool:
-    """True if it is on any rank."""
-    return anywhere(world, value)[0]

@@ -35,12 +35,11 @@ from distill.loop.optimizer import (
 )
 from distill.loop.parallel import World, full_tensors
 from distill.loop.progress import Report, read_log
-from distill.loop.step import backward, dump_batch, fill_gradients, sped_up
-
-__all__ = ["FrozenSlice", "learning_rate", "make_optimizer", "read_log", "train"]
+from distill.loop.step import backward, dump_batch, sped_up
 
 Objective = Callable[[int], dict[str, Tensor]]
 Preview = Callable[[nn.Module, int], None]
+RESULT = "model.safetensors"
 
 
 def train(
@@ -75,9 +74,9 @@ def train(
     """
     world = world or World(device=next(model.parameters()).device)
     folder = ckpt.make_folder(folder)
-    model_path, log_path = folder / "model.safetensors", folder / "log.jsonl"
-    if model_path.exists():
-        _finished(model, model_path, run_id, accept_changed, world)
+    path, log_path = folder / RESULT, folder / "log.jsonl"
+    if path.exists():
+        load_result(model, folder, run_id, accept_changed, world)
         return read_log(log_path)
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not params:
@@ -90,15 +89,20 @@ def train(
     model.zero_grad(set_to_none=True)
     result = dict(full_tensors(model.state_dict(), world))
     if world.main:
-        ckpt.save_tensors(model_path, result, {"run": run_id, "step": loop.step})
+        ckpt.save_tensors(path, result, {"run": run_id, "step": loop.step})
     loop.snapshots.clear()
     return read_log(log_path)
 
 
-def _finished(
-    model: nn.Module, path: Path, run_id: str, accept_changed: bool, world: World
+def load_result(
+    model: nn.Module,
+    folder: Path | str,
+    run_id: str,
+    accept_changed: bool = False,
+    world: World | None = None,
 ) -> None:
-    """Check whose result it is, on every rank; alone, load it."""
+    """Check whose result is in the folder, on every rank of the world; alone, load it."""
+    world, path = world or World(), Path(folder) / RESULT
     meta = ckpt.load_meta(path)
     _check_run(meta, run_id, path, accept_changed)
     if world.main and meta.get("run") != run_id:  # accepted: the next start is not to be refused
@@ -183,9 +187,7 @@ class _Loop:
                     bar.update(config.batch_size)
                     if self.step % config.log_every == 0 or self.step == config.steps:
                         bar.set_postfix(report.write())
-                    stopping, writing = snapshots.anywhere(
-                        self.world, bool(stop), self.snapshots.writing()
-                    )
+                    stopping, writing = self.world.anywhere(bool(stop), self.snapshots.writing())
                     if not writing:  # on no rank: what was written becomes a checkpoint
                         self.snapshots.settle()
                     drawing = config.preview_every and self.step % config.preview_every == 0
@@ -209,11 +211,15 @@ class _Loop:
         self.optimizer.zero_grad(set_to_none=True)
         parts, loads = backward(self.objective, step, config, self.world)
         params = list(self.params.values())
-        fill_gradients(params)
+        for p in params:
+            # None of a MoB block that no sample has chosen; sharded it is zero, as some rank may
+            # have. AdamW moves what has a zero gradient and passes over what has none.
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
         parts["grad_norm"] = gradient_norm(params)
         self.step += 1
         good = bool(torch.isfinite(parts["loss"] + parts["grad_norm"]))
-        if snapshots.same_everywhere(self.world, not good):
+        if any(self.world.anywhere(not good)):
             self._skip(step, parts)
             return
         self.bad = 0

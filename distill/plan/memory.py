@@ -15,12 +15,13 @@ from typing import Any
 
 from torch import nn
 
+from d2m_models.config import group_names, named_blocks
+from d2m_models.conversion.flux import skeleton
 from distill.configs.sections import DistillConfig, StageConfig
 from distill.data.digits import Digits
 from distill.errors import ConfigError
-from distill.loop.optimizer import FrozenSlice
-from distill.loop.parallel import blocks
 from distill.plan.skeleton import activations, teacher_skeleton
+from distill.stages import prepare_stage
 
 FP32 = 4
 # T5-XXL's encoder and CLIP-L's text model in bf16, on every GPU; counted from their configurations
@@ -90,11 +91,8 @@ def plan_stage(
     text_encoders: int = 0,
 ) -> StagePlan:
     """What a stage needs of each of `gpus` GPUs, over `shard` of which parameters are sharded."""
-    from d2m_models.config import group_names
-    from distill.stages import prepare_stage
-
     train = stage.train
-    _: list[FrozenSlice] = prepare_stage(
+    prepare_stage(
         student, stage.stage, freeze_shared=stage.freeze_shared, train_isolated=stage.train_isolated
     )
     if train.batch_size % gpus:
@@ -109,7 +107,8 @@ def plan_stage(
     kept, inside = activations(
         teacher, student, stage, features, at_once, image_tokens, text_tokens
     )
-    gradients = [_bytes([p for p in b.parameters() if p.requires_grad]) for b in blocks(student)]
+    blocks = named_blocks(student).values()
+    gradients = [_bytes([p for p in b.parameters() if p.requires_grad]) for b in blocks]
     whole = _bytes(trained)
     gathered = 0
     if shard > 1:
@@ -158,7 +157,7 @@ def _backward_peak(
 
 def _gathered(model: nn.Module) -> int:
     """Whole parameters that FSDP holds at once: those of no block, and two blocks."""
-    each = sorted(_bytes(list(b.parameters())) for b in blocks(model))
+    each = sorted(_bytes(list(b.parameters())) for b in named_blocks(model).values())
     return _bytes(model.parameters()) - sum(each) + sum(each[-2:])
 
 
@@ -191,7 +190,6 @@ def plan(config: DistillConfig, gpus: int | None = None, size: int = 1024) -> li
     from dataclasses import replace
 
     from distill.pipeline import student_structure
-    from distill.students import student_skeleton
 
     parallel = config.parallel
     gpus = gpus or (parallel.shard or 1) * parallel.replicate
@@ -207,7 +205,7 @@ def plan(config: DistillConfig, gpus: int | None = None, size: int = 1024) -> li
     plans = []
     for stage in config.stages:
         now = structure if stage.stage == "mob" else replace(structure, mob=None)
-        student = student_skeleton(teacher, now)
+        student = skeleton(teacher, now)
         sizes = {
             "image_tokens": image,
             "text_tokens": text,
