@@ -36,14 +36,6 @@ def unpack(tokens: Tensor, rows: int) -> Tensor:
     return x.reshape(B, C // 4, 2 * rows, 2 * (S // rows))
 
 
-def image_ids(rows: int, columns: int) -> Tensor:
-    """img_ids [S, 3] = (0, row, column) of every token, as FLUX's rotary embedding takes them."""
-    ids = torch.zeros(rows, columns, 3)
-    ids[..., 1] = torch.arange(rows)[:, None]
-    ids[..., 2] = torch.arange(columns)[None]
-    return ids.reshape(rows * columns, 3)
-
-
 def _part(model: str, *names: str) -> tuple[str, ...]:
     """Checks that a local FLUX folder has the sub-folders; hub names are taken as they are."""
     path = Path(model).expanduser()
