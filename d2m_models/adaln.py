@@ -36,9 +36,7 @@ class AdaLNBasis:
             temb_nD: n samples of the time-text embedding, before silu.
             dim: A, 1..D. Where A exceeds the rank of the samples, orthonormal directions fill up.
         """
-        if not isinstance(temb_nD, Tensor) or temb_nD.ndim != 2 or temb_nD.shape[0] < 2:
-            found = tuple(temb_nD.shape) if isinstance(temb_nD, Tensor) else type(temb_nD).__name__
-            raise ValueError(f"adaln_calibration must be temb samples [n >= 2, D], got {found}")
+        check_samples(temb_nD)
         if not 1 <= dim <= temb_nD.shape[1]:
             raise ValueError(
                 f"adaln_dim must be in 1..{temb_nD.shape[1]} (the model width), got {dim}"
@@ -91,6 +89,14 @@ class AdaLNBasis:
     def relative_error(self, temb_nD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> float:
         """||compressed - exact|| / ||exact|| of one AdaLN Linear's output over the samples."""
         return self.compress_measured(weight_ND, bias_N, temb_nD)[2]
+
+
+def check_samples(temb_nD: Tensor, dim: int | None = None) -> None:
+    """Raises unless these are samples [n >= 2, D] of temb, of a model of width `dim` if given."""
+    found = tuple(temb_nD.shape) if isinstance(temb_nD, Tensor) else type(temb_nD).__name__
+    if isinstance(found, str) or len(found) != 2 or found[0] < 2 or dim not in (None, found[1]):
+        width = "D" if dim is None else f"D={dim}"
+        raise ValueError(f"adaln_calibration must be temb samples [n >= 2, {width}], got {found}")
 
 
 def _products(weight_ND: Tensor, *rows_kD: Tensor) -> list[Tensor]:

@@ -5,6 +5,7 @@ Shapes: B samples, I image tokens, X text tokens, D width, A AdaLN input.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -84,15 +85,7 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
         adaln_dim: int | None = None,
         ff_dims: dict[str, int] | None = None,
     ):
-        structure = FluxMoEConfig(
-            moe=moe,
-            dense_double_blocks=tuple(dense_double_blocks),
-            dense_single_blocks=tuple(dense_single_blocks),
-            mob=mob,
-            adaln_dim=adaln_dim,
-            num_layers=num_layers,
-            num_single_layers=num_single_layers,
-        )
+        structure = FluxMoEConfig(**{f.name: self.config[f.name] for f in fields(FluxMoEConfig)})
         # FLUX's own embedders and output head, without its blocks; the depth is registered again.
         own = {name: self.config[name] for name in DENSE_ARGUMENTS}
         super().__init__(num_layers=0, num_single_layers=0, **own)

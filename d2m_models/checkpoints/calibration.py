@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from d2m_models.adaln import AdaLNBasis, sample_conditioning
+from d2m_models.adaln import AdaLNBasis, check_samples, sample_conditioning
 from d2m_models.checkpoints.tasks import DenseReader
 from d2m_models.checkpoints.tensor_files import TensorSpec, read_header, write_file
 from d2m_models.conversion.flux import ffn_widths
@@ -70,8 +70,8 @@ def load_calibration(samples, dim: int) -> Tensor | None:
         if "temb" not in found:
             raise ValueError(f"{path} has no tensor 'temb' [n, D={dim}], but {sorted(found)[:3]}")
         temb_nD = found["temb"].read()
-    if temb_nD is not None and (temb_nD.ndim != 2 or temb_nD.shape[1] != dim):
-        raise ValueError(f"adaln_calibration must be [n, D={dim}], got {tuple(temb_nD.shape)}")
+    if temb_nD is not None:
+        check_samples(temb_nD, dim)
     return temb_nD
 
 

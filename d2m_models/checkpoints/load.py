@@ -29,6 +29,11 @@ def load_model(path: Path | str, dtype: torch.dtype | None = None) -> nn.Module:
     return _load(FluxMoETransformer2DModel, path, Path(path), what, torch_dtype=dtype).eval()
 
 
+def may_be_hub_name(path: Path | str) -> bool:
+    """Whether "owner/name" can be meant, where there is no such folder."""
+    return not str(path).startswith((".", "/", "~")) and str(path).count("/") == 1
+
+
 def load_flux(
     path: Path | str, subfolder: str | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
@@ -39,10 +44,7 @@ def load_flux(
     if subfolder is None and (local / "model_index.json").is_file():
         subfolder = "transformer"
     folder = local / subfolder if subfolder else local
-    looks_local = (
-        local.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1
-    )
-    if looks_local and not (folder / "config.json").is_file():
+    if (local.exists() or not may_be_hub_name(path)) and not (folder / "config.json").is_file():
         state = "has no config.json" if folder.is_dir() else "does not exist"
         raise ValueError(f"{folder} {state}; expected the folder of a saved FluxTransformer2DModel")
     what = f"a FLUX transformer from {folder}"
@@ -51,14 +53,18 @@ def load_flux(
 
 def _load(kind: Any, path: Path | str, folder: Path, what: str, **options: Any) -> nn.Module:
     """`kind.from_pretrained(path)`, whose weights are in `folder` if it is a local one."""
-    files = sorted(f.name for f in folder.glob("diffusion_pytorch_model*"))
-    if any(".bin" in f for f in files) and not any(".safetensors" in f for f in files):
-        # a pickle may hold any code
-        raise ValueError(
-            f"{folder} holds pickles ({files[0]}); only safetensors are read: load it with "
-            "diffusers where you trust it, and save it again"
-        )
+    refuse_pickles(folder)
     try:
         return kind.from_pretrained(path, use_safetensors=True, **options)
     except Exception as err:  # diffusers, safetensors and the hub client raise many kinds
         raise ValueError(f"cannot load {what}: {' '.join(str(err).split())}") from err
+
+
+def refuse_pickles(folder: Path) -> None:
+    """An error that says so where a folder's weights are in a pickle, which may hold any code."""
+    files = sorted(f.name for f in folder.glob("diffusion_pytorch_model*"))
+    if any(".bin" in f for f in files) and not any(".safetensors" in f for f in files):
+        raise ValueError(
+            f"{folder} holds pickles ({files[0]}); only safetensors are read: load it with "
+            "diffusers where you trust it, and save it again"
+        )

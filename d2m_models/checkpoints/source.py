@@ -16,14 +16,11 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 
+from d2m_models.checkpoints.load import may_be_hub_name, refuse_pickles
 from d2m_models.checkpoints.tensor_files import StoredTensor, read_header
 from d2m_models.flux import FluxMoETransformer2DModel
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_HOW_TO_SAVE = (
-    "load it with diffusers.FluxTransformer2DModel.from_single_file({path!r}, "
-    "torch_dtype=torch.bfloat16), save that with .save_pretrained(FOLDER), and convert FOLDER"
-)
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ def _find_folder(path: str | Path, subfolder: str | None, variant: str | None) -
             _refuse_single_files([local])
         raise ValueError(f"{local} is a file; expected the folder of a saved FLUX transformer")
     if not local.is_dir():
-        if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
+        if not may_be_hub_name(path):
             raise ValueError(f"{path} does not exist")
         local = _download(str(path), subfolder, variant)
     if subfolder is None and (local / "model_index.json").is_file():
@@ -132,11 +129,7 @@ def _find_files(folder: Path, variant: str | None) -> list[Path]:
         return [whole]
     others = sorted(file.name for file in folder.glob("diffusion_pytorch_model*"))
     _refuse_single_files(sorted(folder.glob("*.safetensors")))
-    if any(name.endswith(".bin") for name in others):
-        raise ValueError(
-            f"{folder} holds pickles ({others[0]}); only safetensors are read: load it with "
-            f"diffusers and save it again"
-        )
+    refuse_pickles(folder)
     hint = f"; there are {others}, see --variant" if others else ""
     raise ValueError(f"{folder} has neither {whole.name} nor {index.name}{hint}")
 
@@ -146,8 +139,10 @@ def _refuse_single_files(files: list[Path]) -> None:
         keys = read_header(file)
         if any("double_blocks." in key for key in keys):
             raise ValueError(
-                f"{file} is a single-file checkpoint in Black Forest Labs' format; "
-                + _HOW_TO_SAVE.format(path=str(file))
+                f"{file} is a single-file checkpoint in Black Forest Labs' format; load it with "
+                f"diffusers.FluxTransformer2DModel.from_single_file({str(file)!r}, "
+                "torch_dtype=torch.bfloat16), save that with .save_pretrained(FOLDER), and convert "
+                "FOLDER"
             )
 
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from d2m_models.adaln import AdaLNBasis, adaln_linears, sample_conditioning
+from d2m_models.adaln import AdaLNBasis, adaln_linears, check_samples, sample_conditioning
 from d2m_models.config import FluxMoEConfig, MoEConfig, named_blocks
 from d2m_models.flux import DENSE_ARGUMENTS, FluxMoETransformer2DModel
 from d2m_models.moe import ROUTER_STD
@@ -198,10 +198,7 @@ def _compress_adaln(dense, width: int, temb_nD, state: dict[str, Tensor]) -> dic
     if temb_nD is None:
         logger.warning("no adaln_calibration: AdaLN is compressed from random pooled embeddings")
         temb_nD = sample_conditioning(dense)
-    dim = dense.inner_dim
-    if not isinstance(temb_nD, Tensor) or temb_nD.ndim != 2 or temb_nD.shape[1] != dim:
-        found = tuple(temb_nD.shape) if isinstance(temb_nD, Tensor) else type(temb_nD).__name__
-        raise ValueError(f"adaln_calibration must be temb samples [n, D={dim}], got {found}")
+    check_samples(temb_nD, dense.inner_dim)
     basis = AdaLNBasis.from_samples(temb_nD, width)
     report = {}
     for name, linear in adaln_linears(dense).items():

@@ -8,10 +8,10 @@ multiply-add; attention is 4 S^2 D a block (the convention of `torch.utils.flop_
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
-from d2m_models.config import FluxMoEConfig, MoEConfig
+from d2m_models.config import KINDS, FluxMoEConfig, MoEConfig
 from d2m_models.presets import find_preset
 
 _TIME_CHANNELS = 256  # width of FLUX's sinusoidal timestep features
@@ -28,21 +28,12 @@ class Part:
     attention_flops: float = 0
 
     def __add__(self, other: Part) -> Part:
-        return Part(*(a + b for a, b in zip(self.values(), other.values(), strict=True)))
+        return Part(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def times(self, factor: float) -> Part:
         """All but the parameters held, times the share of forwards that run this part."""
-        total, *rest = self.values()
+        total, *rest = astuple(self)
         return Part(total, *(factor * value for value in rest))
-
-    def values(self) -> tuple:
-        return (
-            self.total,
-            self.activated,
-            self.activated_paper,
-            self.flops,
-            self.attention_flops,
-        )
 
 
 @dataclass(frozen=True)
@@ -147,7 +138,6 @@ def _resolve(source: Any) -> tuple[FluxMoEConfig, _Architecture]:
         num_layers=given.num_layers,
         num_single_layers=given.num_single_layers,
     )
-    layers = {n: m for n, m in source.named_modules() if getattr(m, "num_experts", 0)}
     sizes = _Architecture(
         dim=given.num_attention_heads * given.attention_head_dim,
         head_dim=given.attention_head_dim,
@@ -157,7 +147,7 @@ def _resolve(source: Any) -> tuple[FluxMoEConfig, _Architecture]:
         pooled_dim=given.pooled_projection_dim,
         guidance=given.guidance_embeds,
         ff_dims=dict(given.get("ff_dims") or {}),
-        top_k={name: layer.top_k for name, layer in layers.items()},
+        top_k={n: m.top_k for n, m in source.named_modules() if getattr(m, "num_experts", 0)},
     )
     return config, sizes
 
@@ -239,9 +229,8 @@ def _count(config: FluxMoEConfig, sizes: _Architecture, image: int, text: int) -
         parts["ffn"] += _ffn(sizes, moe, name, both).times(part)
     if config.mob is not None:
         for group in config.mob.double_groups + config.mob.single_groups:
-            parts["routers"] += _linear(dim, len(group), 2, bias=False) + _linear(
-                dim, len(group), 0, bias=False
-            )
+            for tokens in (2, 0):  # of two gates; W_y's one product is counted with W_x's
+                parts["routers"] += _linear(dim, len(group), tokens, bias=False)
     return parts
 
 
@@ -249,6 +238,9 @@ def _shares(config: FluxMoEConfig) -> dict[tuple[str, int], float]:
     """Share of forwards in which a grouped block runs, kappa / m."""
     if config.mob is None:
         return {}
-    groups = [("double", g) for g in config.mob.double_groups]
-    groups += [("single", g) for g in config.mob.single_groups]
-    return {(kind, i): config.mob.active / len(group) for kind, group in groups for i in group}
+    return {
+        (kind, i): config.mob.active / len(group)
+        for kind in KINDS
+        for group in getattr(config.mob, f"{kind}_groups")
+        for i in group
+    }

@@ -12,16 +12,17 @@ from d2m_models.conversion.grouping import BlockMSE
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#444444")
 
 
-def new_figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure and its axes, drawn without a display and without touching global state."""
+def new_figure(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]]:
+    """A figure and its panels, drawn without a display and without touching global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    panes = list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
+    for axes in panes:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panes
 
 
 def save(figure: Any, path: str | Path) -> Path:
@@ -44,7 +45,7 @@ def stacked_bars(
     Args:
         rows: model -> module -> value. marks: model -> a published value, drawn as a black line.
     """
-    figure, axes = new_figure(8, 1.2 + 0.45 * len(rows))
+    figure, (axes,) = new_figure(8, 1.2 + 0.45 * len(rows))
     names = list(rows)
     left = [0.0] * len(names)
     for colour, part in zip(COLOURS, next(iter(rows.values())), strict=False):
@@ -65,7 +66,7 @@ def stacked_bars(
 
 def dots(path: str | Path, values: Mapping[str, float], label: str, log: bool = True) -> Path:
     """One point a layer, in the given order; names are "LAYER KIND", one colour a kind."""
-    figure, axes = new_figure(max(6, 0.14 * len(values)), 4)
+    figure, (axes,) = new_figure(max(6, 0.14 * len(values)), 4)
     names = list(values)
     kinds = [name.rpartition(" ")[2] for name in names]
     for colour, kind in zip(COLOURS, dict.fromkeys(kinds), strict=False):
@@ -89,12 +90,7 @@ def lines(
     groups: Sequence[Sequence[int]] = (),
 ) -> Path:
     """Side by side panels of thin lines with their black mean, proposed groups shaded (Fig. 3)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.5 * len(panels), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    figure, all_axes = new_figure(5.5 * len(panels), 3.6, len(panels))
     for axes, (title, series) in zip(all_axes, panels.items(), strict=True):
         for i, (name, values) in enumerate(series.items()):
             axes.plot(values, color=COLOURS[i % len(COLOURS)], lw=0.8, alpha=0.7, label=name)
@@ -105,7 +101,6 @@ def lines(
             axes.axvspan(group[0] - 0.4, group[-1] + 0.4, color="#0072B2", alpha=0.1, lw=0)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("block")
-        axes.spines[["top", "right"]].set_visible(False)
         if len(series) <= 10:
             axes.legend(fontsize=7, frameon=False)
     all_axes[0].set_ylabel(ylabel)
@@ -124,8 +119,6 @@ def draw_block_mse(
     Args:
         groups: shaded. most: lines a panel.
     """
-    from d2m_models.inspection.figures import lines
-
     logs_nL = measured.values[kind].clamp(min=1e-30).log10()
     prompts = {f"sample {i}": logs_nL[i].tolist() for i in range(min(most, len(logs_nL)))}
     order = measured.timesteps.argsort(descending=True)

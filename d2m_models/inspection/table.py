@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from d2m_models.checkpoints.load import may_be_hub_name
 from d2m_models.config import FluxMoEConfig
 from d2m_models.inspection.accounting import Account, account
 from d2m_models.presets import PRESETS
@@ -71,7 +72,7 @@ def _meta_model(path: str) -> Any:
     from d2m_models.flux import FluxMoETransformer2DModel
 
     folder = Path(path).expanduser()
-    if not folder.exists() and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
+    if not folder.exists() and not may_be_hub_name(path):
         names = sorted([*DENSE, *PRESETS])
         raise ValueError(f"{path!r} is neither a folder nor a preset; presets are {names}")
     subfolder = "transformer" if (folder / "model_index.json").is_file() else None

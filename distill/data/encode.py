@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from d2m_models.checkpoints.load import may_be_hub_name
 from distill.errors import CheckpointError, UserError
 
 R = TypeVar("R")
@@ -36,7 +37,7 @@ def unpack(tokens: Tensor, rows: int) -> Tensor:
     return x.reshape(B, C // 4, 2 * rows, 2 * (S // rows))
 
 
-def _part(model: str, *names: str) -> tuple[str, ...]:
+def _check_parts(model: str, *names: str) -> None:
     """Checks that a local FLUX folder has the sub-folders; hub names are taken as they are."""
     path = Path(model).expanduser()
     if path.is_dir():
@@ -46,9 +47,8 @@ def _part(model: str, *names: str) -> tuple[str, ...]:
                 f"{path} has no folder {missing[0]}/; expected FLUX's layout with "
                 f"{', '.join(n + '/' for n in names)}"
             )
-    elif path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+    elif not may_be_hub_name(model):
         raise UserError(f"{model} does not exist; expected a FLUX folder or a hub name")
-    return tuple(names)
 
 
 def _load(kind: Any, model: str, part: str, **options: Any) -> Any:
@@ -98,7 +98,7 @@ class LatentEncoder:
     def __init__(self, model: str, device: str = "cpu", dtype: str = "float32"):
         from diffusers import AutoencoderKL
 
-        _part(model, "vae")
+        _check_parts(model, "vae")
         self.vae = _load(
             AutoencoderKL, model, "vae", torch_dtype=DTYPES[dtype], use_safetensors=True
         )
@@ -157,7 +157,7 @@ class TextEncoder:
             raise UserError(
                 "the text encoders need `transformers`: pip install 'dense2moe[data]'"
             ) from None
-        _part(model, "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        _check_parts(model, "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
         kind, safe = DTYPES[dtype], {"use_safetensors": True}
         self.clip = _load(CLIPTextModel, model, "text_encoder", dtype=kind, **safe)
         self.t5 = _load(T5EncoderModel, model, "text_encoder_2", dtype=kind, **safe)
@@ -198,7 +198,7 @@ def text_sizes(model: str) -> tuple[int, int]:
     """(J, P) of the text encoders from their configurations, without loading them."""
     from transformers import AutoConfig
 
-    _part(model, "text_encoder", "text_encoder_2")
+    _check_parts(model, "text_encoder", "text_encoder_2")
     clip = _load(AutoConfig, model, "text_encoder")
     clip = getattr(clip, "text_config", clip)
     return _load(AutoConfig, model, "text_encoder_2").d_model, clip.hidden_size
