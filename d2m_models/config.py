@@ -221,26 +221,19 @@ class FluxMoEConfig(_PlainData):
         _check_int("FluxMoEConfig", "num_single_layers", self.num_single_layers, 0)
         if self.adaln_dim is not None:
             _check_int("FluxMoEConfig", "adaln_dim", self.adaln_dim, 1)
-        for name, count in (
-            ("dense_double_blocks", self.num_layers),
-            ("dense_single_blocks", self.num_single_layers),
-        ):
+        for kind, count in (("double", self.num_layers), ("single", self.num_single_layers)):
+            name, groups = f"dense_{kind}_blocks", getattr(self.mob, f"{kind}_groups", ())
             blocks = tuple(sorted(set(_check_ints("FluxMoEConfig", name, getattr(self, name)))))
             if blocks and blocks[-1] >= count and self.moe is not None:
                 raise ValueError(
                     f"FluxMoEConfig.{name}={blocks} does not fit a model of {count} such blocks"
                 )
             object.__setattr__(self, name, blocks)
-        if self.mob is not None:
-            for kind, count in (
-                ("double_groups", self.num_layers),
-                ("single_groups", self.num_single_layers),
-            ):
-                last = max((g[-1] for g in getattr(self.mob, kind)), default=-1)
-                if last >= count:
-                    raise ValueError(
-                        f"MoBConfig.{kind} names block {last}, the model has {count} such blocks"
-                    )
+            last = max((group[-1] for group in groups), default=-1)
+            if last >= count:
+                raise ValueError(
+                    f"MoBConfig.{kind}_groups names block {last}, the model has {count} such blocks"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers: what `json.dumps` and a diffusers config take."""

@@ -161,7 +161,8 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
         if output_aux and private.token_group(self) is not None:
             raise ValueError("output_aux=True does not work under context parallelism")
         x = self.x_embedder(hidden_states)
-        temb = self._embed_conditioning(x.dtype, timestep, guidance, pooled_projections)
+        times = [t.to(x.dtype) * 1000 for t in (timestep, guidance) if t is not None]
+        temb = self.time_text_embed(*times, pooled_projections)
         condition = temb
         if self.d2m_config.adaln_dim is not None:
             condition = self.adaln_down(F.silu(temb))
@@ -187,10 +188,6 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
         if not return_dict:
             return (sample, aux) if output_aux else (sample,)
         return FluxMoEOutput(sample=sample, aux=aux)
-
-    def _embed_conditioning(self, dtype, timestep, guidance, pooled_projections) -> Tensor:
-        times = [t.to(dtype) * 1000 for t in (timestep, guidance) if t is not None]
-        return self.time_text_embed(*times, pooled_projections)
 
     def _run_blocks(self, kind, x, c, temb, context, after, aux):
         """All blocks of one kind in order; a group's first block stands for the whole group."""
@@ -243,18 +240,8 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
         block = getattr(self, kind)[int(index)]
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             saved: dict[str, Any] = {}
-            out = private.checkpoint(
-                self,
-                block,
-                x,
-                c,
-                context.condition,
-                context.rotary,
-                context.attention_kwargs,
-                context.token_mask,
-                saved,
-                aux is not None,
-            )
+            own = (context.condition, context.rotary, context.attention_kwargs, context.token_mask)
+            out = private.checkpoint(self, block, x, c, *own, saved, aux is not None)
         else:
             out = block(
                 hidden_states=x,

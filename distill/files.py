@@ -103,17 +103,16 @@ def save_plain(
     write_atomic(path, write)
 
 
-def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_tensors` wrote: (tensors, metadata)."""
-    return _load(Path(path))
-
-
 def load_meta(path: Path | str) -> dict[str, Any]:
     """The metadata alone."""
-    return _load(Path(path), tensors=False)[1]
+    return load_tensors(path, only_meta=True)[1]
 
 
-def _load(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_tensors(
+    path: Path | str, only_meta: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote: (tensors, metadata)."""
+    path = Path(path)
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -121,7 +120,7 @@ def _load(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            names = file.keys() if tensors else ()
+            names = () if only_meta else file.keys()
             found = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as err:
         raise CheckpointError(

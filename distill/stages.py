@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +108,12 @@ def run_stage(
     """
     world = world or World(device=next(model.parameters()).device)
 
-    def prepare(student: nn.Module) -> list[FrozenSlice]:
-        return prepare_stage(
-            student,
-            config.stage,
-            freeze_shared=config.freeze_shared,
-            train_isolated=config.train_isolated,
-        )
-
+    prepare = partial(
+        prepare_stage,
+        stage=config.stage,
+        freeze_shared=config.freeze_shared,
+        train_isolated=config.train_isolated,
+    )
     done = (Path(folder) / RESULT).exists()
     trained, frozen = model, prepare(model)
     if world.size > 1 and not done:
@@ -126,19 +125,9 @@ def run_stage(
     objective = Distillation(
         teacher, trained, source, config.loss, config.train.batch_size, seed, first, features
     )
-    train(
-        trained,
-        objective,
-        config.train,
-        folder,
-        frozen=frozen,
-        progress=progress,
-        world=world,
-        preview=preview,
-        run_id=run_id,
-        label=label,
-        accept_changed=accept_changed,
-    )
+    options = {"progress": progress, "world": world, "preview": preview, "frozen": frozen}
+    options |= {"run_id": run_id, "label": label, "accept_changed": accept_changed}
+    train(trained, objective, config.train, folder, **options)
     if world.size > 1:  # the result, whole, from where rank 0 has put it
         del trained, objective
         world.barrier()

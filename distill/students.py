@@ -22,7 +22,7 @@ from d2m_models import (
     neuron_order_from_importance,
     record_ffns,
 )
-from d2m_models.conversion.flux import ffn_linears, model_arguments, skeleton
+from d2m_models.conversion.flux import ffn_widths, model_arguments, skeleton
 from distill.configs.sections import StudentConfig
 from distill.data.batch import Batch, generator
 from distill.importance import taylor_importance
@@ -105,15 +105,6 @@ def measure(teacher: nn.Module, source: Any, config: StudentConfig, seed: int) -
 # --- students -------------------------------------------------------------------------------
 
 
-def random_scores(teacher: nn.Module, seed: int) -> dict[str, Tensor]:
-    """In the place of eq. (6)'s: then neurons are shared, and dealt to experts, at random."""
-    gen = generator(seed, "weights", 2)
-    return {
-        name: torch.rand(up.out_features, generator=gen)
-        for name, (up, _, _) in ffn_linears(teacher).items()
-    }
-
-
 def neuron_orders(
     teacher: nn.Module,
     structure: Any,
@@ -131,7 +122,10 @@ def neuron_orders(
     moe = structure.moe
     if initialisation == "coactivation":
         return coactivation_orders(records, importance, moe)
-    scores = random_scores(teacher, seed) if initialisation == "random" else importance
+    scores = importance
+    if initialisation == "random":
+        gen, widths = generator(seed, "weights", 2), ffn_widths(teacher)
+        scores = {name: torch.rand(width, generator=gen) for name, width in widths.items()}
     shared, _ = moe.sizes(teacher.inner_dim, 4 * teacher.inner_dim)
     return {
         name: neuron_order_from_importance(score, shared, moe.num_experts)

@@ -78,15 +78,8 @@ def load_teacher(
         def objective(step: int) -> dict[str, Tensor]:
             return {"loss": flow_matching_loss(teacher, digits.batch(seed, step, size).to(device))}
 
-        train(
-            teacher,
-            objective,
-            config.train,
-            folder,
-            run_id=run_id,
-            label="teacher",
-            progress=progress,
-        )
+        options = {"run_id": run_id, "label": "teacher", "progress": progress}
+        train(teacher, objective, config.train, folder, **options)
     return teacher.to(device).eval().requires_grad_(False)
 
 

@@ -75,33 +75,60 @@ def load_calibration(samples, dim: int) -> Tensor | None:
     return temb_nD
 
 
-def adaln_basis(
-    folder: Path,
-    reader: DenseReader,
-    dense: nn.Module,
-    temb_nD: Tensor | None,
-    width: int,
-    seed: int,
-) -> tuple[AdaLNBasis, Tensor]:
-    """The AdaLN basis, kept in a file: a resumed run must go on with the very same."""
-    path = folder / BASIS
-    if not path.is_file():
-        if temb_nD is None:
-            logger.warning("no AdaLN calibration: random pooled embeddings stand in for prompts")
-            embed = dense.time_text_embed.to_empty(device="cpu")
-            for name, parameter in embed.named_parameters():
-                parameter.data = reader.read(f"time_text_embed.{name}").float()
-            temb_nD = sample_conditioning(dense, seed=seed)
-        basis = AdaLNBasis.from_samples(temb_nD, width)
-        chosen_nD = temb_nD[:: max(1, len(temb_nD) // _ERROR_SAMPLES)].float().cpu()
-        tensors = {
-            "mean": basis.mean, "directions": basis.directions, "samples": chosen_nD,
-            "explained": torch.tensor([basis.explained], dtype=torch.float64),
-        }  # fmt: skip
-        tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
-        specs = [TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()]
-        write_atomic(path, lambda tmp: write_file(tmp, specs, tensors.values()))
-    return read_basis(path)
+class AdaLNCompression:
+    """The compression of one conversion's AdaLN.
+
+    Attributes:
+        basis, samples: once `prepare` has fitted them, or read them where the job goes on.
+        errors: AdaLN Linear -> relative error, of those that are compressed.
+    """
+
+    basis: AdaLNBasis
+    samples: Tensor
+
+    def __init__(
+        self, reader: DenseReader, dense: nn.Module, temb_nD: Tensor | None, width: int, seed: int
+    ):
+        self.reader, self.dense, self.temb_nD = reader, dense, temb_nD
+        self.width, self.seed = width, seed
+        self.errors: dict[str, float] = {}
+        self.origin = "random" if temb_nD is None else digest_of({"temb": temb_nD})
+
+    def prepare(self, folder: Path) -> None:
+        """Keeps the basis in a file: a resumed run must go on with the very same."""
+        path = folder / BASIS
+        if not path.is_file():
+            temb_nD = self.temb_nD
+            if temb_nD is None:
+                logger.warning(
+                    "no AdaLN calibration: random pooled embeddings stand in for prompts"
+                )
+                embed = self.dense.time_text_embed.to_empty(device="cpu")
+                for name, parameter in embed.named_parameters():
+                    parameter.data = self.reader.read(f"time_text_embed.{name}").float()
+                temb_nD = sample_conditioning(self.dense, seed=self.seed)
+            basis = AdaLNBasis.from_samples(temb_nD, self.width)
+            chosen_nD = temb_nD[:: max(1, len(temb_nD) // _ERROR_SAMPLES)].float().cpu()
+            tensors = {
+                "mean": basis.mean, "directions": basis.directions, "samples": chosen_nD,
+                "explained": torch.tensor([basis.explained], dtype=torch.float64),
+            }  # fmt: skip
+            tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+            specs = [TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()]
+            write_atomic(path, lambda tmp: write_file(tmp, specs, tensors.values()))
+        self.basis, self.samples = read_basis(path)
+
+    def down_projection(self, _: list[Tensor]) -> list[Tensor]:
+        return [t.to(self.reader.dtype) for t in self.basis.down_projection()]
+
+    def compress(self, linear: str, tensors: list[Tensor]) -> list[Tensor]:
+        weight, bias = map(self.reader.finish, parts(linear), tensors)
+        *made, self.errors[linear] = self.basis.compress_measured(weight, bias, self.samples)
+        return made
+
+
+def parts(linear: str) -> tuple[str, str]:
+    return f"{linear}.weight", f"{linear}.bias"
 
 
 def read_basis(path: Path) -> tuple[AdaLNBasis, Tensor]:

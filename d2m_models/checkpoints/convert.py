@@ -15,10 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from d2m_models.adaln import AdaLNBasis, adaln_linears
-from d2m_models.checkpoints.calibration import adaln_basis, digest_of, load_calibration, load_orders
+from d2m_models.adaln import adaln_linears
+from d2m_models.checkpoints.calibration import (
+    AdaLNCompression,
+    digest_of,
+    load_calibration,
+    load_orders,
+    parts,
+)
 from d2m_models.checkpoints.jobs import Job, run_job
 from d2m_models.checkpoints.lora_file import read_lora
 from d2m_models.checkpoints.restore import DENSE_ADALN
@@ -100,7 +106,7 @@ def convert_checkpoint(
     adaln = None
     if structure.adaln_dim is not None:
         temb_nD = load_calibration(adaln_calibration, dense.inner_dim)
-        adaln = _AdaLN(reader, dense, temb_nD, structure.adaln_dim, seed)
+        adaln = AdaLNCompression(reader, dense, temb_nD, structure.adaln_dim, seed)
 
     files = plan_files(_student_tasks(reader, student, orders, seed, adaln), shard_bytes)
     record = {
@@ -116,7 +122,7 @@ def convert_checkpoint(
     report = {} if adaln is None else adaln.errors
     everything = dict(files)
     if keep_adaln:
-        names = [name for linear in adaln_linears(dense) for name in _parts(linear)]
+        names = [name for linear in adaln_linears(dense) for name in parts(linear)]
         everything[DENSE_ADALN] = [reader.task(name) for name in names]
 
     def finish(folder: Path) -> None:
@@ -126,42 +132,6 @@ def convert_checkpoint(
     prepare = {} if adaln is None else {"prepare": adaln.prepare}
     run_job(Job(everything, record, finish=finish, report=report, **prepare), target, progress)
     return {**record, "adaln_error": report}
-
-
-class _AdaLN:
-    """The compression of a conversion's AdaLN.
-
-    Attributes:
-        basis, samples: once `prepare` has fitted them, or read them where the job goes on.
-        errors: AdaLN Linear -> relative error, of those that are compressed.
-    """
-
-    basis: AdaLNBasis
-    samples: Tensor
-
-    def __init__(
-        self, reader: DenseReader, dense: nn.Module, temb_nD: Tensor | None, width: int, seed: int
-    ):
-        self.reader, self.dense, self.temb_nD = reader, dense, temb_nD
-        self.width, self.seed = width, seed
-        self.errors: dict[str, float] = {}
-
-    @property
-    def origin(self) -> str:
-        return "random" if self.temb_nD is None else digest_of({"temb": self.temb_nD})
-
-    def prepare(self, folder: Path) -> None:
-        self.basis, self.samples = adaln_basis(
-            folder, self.reader, self.dense, self.temb_nD, self.width, self.seed
-        )
-
-    def down_projection(self, _: list[Tensor]) -> list[Tensor]:
-        return [t.to(self.reader.dtype) for t in self.basis.down_projection()]
-
-    def compress(self, linear: str, tensors: list[Tensor]) -> list[Tensor]:
-        weight, bias = map(self.reader.finish, _parts(linear), tensors)
-        *made, self.errors[linear] = self.basis.compress_measured(weight, bias, self.samples)
-        return made
 
 
 def _is_hyper(config: Any) -> bool:
@@ -175,11 +145,9 @@ def default_lora_scale(config: Any, scale: float | None) -> float:
     return 0.125 if _is_hyper(config) else 1.0
 
 
-def _parts(linear: str) -> tuple[str, str]:
-    return f"{linear}.weight", f"{linear}.bias"
-
-
-def _student_tasks(reader, student, orders, seed: int, adaln: _AdaLN | None) -> list[Task]:
+def _student_tasks(
+    reader, student, orders, seed: int, adaln: AdaLNCompression | None
+) -> list[Task]:
     """Every tensor of the student, small new ones first, then in the source's order."""
     ours = {name: tuple(value.shape) for name, value in student.state_dict().items()}
     narrow = set() if adaln is None else set(adaln_linears(student))
@@ -192,25 +160,22 @@ def _student_tasks(reader, student, orders, seed: int, adaln: _AdaLN | None) -> 
     for name, shape in ours.items():
         if name.endswith("neuron_order"):
             order_F = orders.get(name.removesuffix(".neuron_order"), torch.arange(shape[0]))
-            made = partial(_constant, order_F.to(torch.int32))
-            tasks.append(Task(specs(name, dtype=torch.int32), make=made))
+            tasks.append(
+                Task(specs(name, dtype=torch.int32), make=lambda _, o=order_F: [o.to(torch.int32)])
+            )
         elif "router" in name:
             made = partial(_router, name, shape, seed)
             tasks.append(Task(specs(name, dtype=torch.float32), make=made))
     if adaln is not None:
-        tasks.append(Task(specs(*_parts("adaln_down")), make=adaln.down_projection))
+        tasks.append(Task(specs(*parts("adaln_down")), make=adaln.down_projection))
     for name in sorted(reader.source.tensors, key=reader.source.place):
         linear, _, part = name.rpartition(".")
         if linear not in narrow:
             tasks.append(reader.task(name, changes.get(name)))
         elif part == "weight":
-            sources = tuple(reader.source.tensors[n] for n in _parts(linear))
-            tasks.append(Task(specs(*_parts(linear)), sources, partial(adaln.compress, linear)))
+            sources = tuple(reader.source.tensors[n] for n in parts(linear))
+            tasks.append(Task(specs(*parts(linear)), sources, partial(adaln.compress, linear)))
     return tasks
-
-
-def _constant(tensor: Tensor, _: list[Tensor]) -> list[Tensor]:
-    return [tensor]
 
 
 def _router(name: str, shape: tuple[int, ...], seed: int, _: list[Tensor]) -> list[Tensor]:

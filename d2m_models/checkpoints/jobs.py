@@ -41,9 +41,6 @@ class Job:
     finish: Callable[[Path], None] = lambda folder: None
     report: dict[str, Any] = field(default_factory=dict)
 
-    def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
-
 
 def run_job(job: Job, target: Path, progress: bool = True) -> None:
     """Writes all files of the job, or those an earlier run left out, and renames the folder.
@@ -69,7 +66,8 @@ def run_job(job: Job, target: Path, progress: bool = True) -> None:
 
 def _run(job: Job, folder: Path, progress: bool) -> None:
     state_path = folder / "progress.json"
-    state = {"job": job.fingerprint(), "settings": job.settings, "done": {}, "report": {}}
+    digest = hashlib.sha256(json.dumps(job.settings, sort_keys=True).encode()).hexdigest()[:16]
+    state = {"job": digest, "settings": job.settings, "done": {}, "report": {}}
     if state_path.is_file():
         found = json.loads(state_path.read_text(encoding="utf-8"))
         if found["job"] != state["job"]:

@@ -77,16 +77,15 @@ def propose_groups(
     values = torch.as_tensor(mse_L, dtype=torch.float64)
     if values.ndim != 1 or not torch.isfinite(values).all() or (values < 0).any():
         raise ValueError(f"mse must be finite values >= 0, one a block, got {tuple(values.shape)}")
-    for name, value, low in (("count", count, 1), ("size", size, 2), ("first", first, 1)):
+    least = {"count": (count, 1), "size": (size, 2), "first": (first, 1), "last": (last, 1)}
+    for name, (value, low) in least.items():
         if value < low:
             raise ValueError(f"{name} must be at least {low}, got {value}")
-    if last < 1:
-        raise ValueError(f"last must be at least 1, got {last}")
-    blocks = len(values)
-    if first + count * size + last > blocks:
+    blocks, need = len(values), first + count * size + last
+    if need > blocks:
         raise ValueError(
-            f"{count} groups of {size} with {first} + {last} blocks outside need "
-            f"{first + count * size + last} blocks, the model has {blocks}"
+            f"{count} groups of {size} with {first} + {last} blocks outside need {need} blocks, "
+            f"the model has {blocks}"
         )
     logs = values.clamp(min=1e-30).log()
     cost = [float(logs[i : i + size].sum()) for i in range(blocks - size + 1)]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
-from d2m_models.config import KINDS, FluxMoEConfig, MoEConfig
+from d2m_models.config import FluxMoEConfig, MoEConfig, group_names
 from d2m_models.presets import find_preset
 
 _TIME_CHANNELS = 256  # width of FLUX's sinusoidal timestep features
@@ -207,10 +207,12 @@ def _count(config: FluxMoEConfig, sizes: _Architecture, image: int, text: int) -
         down = _linear(dim, narrow, 1)
         parts["adaln"] += Part(down.total, down.activated, 0, down.flops)
     attention = Part(attention_flops=4 * both * both * dim)
-    share = _shares(config)
+    groups = group_names(config).values()
+    # share of forwards in which a grouped block runs, kappa / m
+    share = {name: config.mob.active / len(names) for names in groups for name in names}
     for i in range(config.num_layers):
         moe = None if i in config.dense_double_blocks else config.moe
-        name, part = f"transformer_blocks.{i}", share.get(("double", i), 1.0)
+        part = share.get(name := f"transformer_blocks.{i}", 1.0)
         parts["adaln"] += _linear(narrow, 12 * dim, 1).times(part)
         projections = _linear(dim, 4 * dim, image) + _linear(dim, 4 * dim, text)
         norms = _unlearned_norms(4 * sizes.head_dim)
@@ -221,26 +223,13 @@ def _count(config: FluxMoEConfig, sizes: _Architecture, image: int, text: int) -
         parts["ffn"] += (ffn + context).times(part)
     for i in range(config.num_single_layers):
         moe = None if i in config.dense_single_blocks else config.moe
-        name, part = f"single_transformer_blocks.{i}", share.get(("single", i), 1.0)
+        part = share.get(name := f"single_transformer_blocks.{i}", 1.0)
         parts["adaln"] += _linear(narrow, 3 * dim, 1).times(part)
         projections = _linear(dim, 4 * dim, both)  # q, k, v and the attention part of proj_out
         norms = _unlearned_norms(2 * sizes.head_dim)
         parts["attention"] += (projections + norms + attention).times(part)
         parts["ffn"] += _ffn(sizes, moe, name, both).times(part)
-    if config.mob is not None:
-        for group in config.mob.double_groups + config.mob.single_groups:
-            for tokens in (2, 0):  # of two gates; W_y's one product is counted with W_x's
-                parts["routers"] += _linear(dim, len(group), tokens, bias=False)
+    for names in groups:
+        for tokens in (2, 0):  # of two gates; W_y's one product is counted with W_x's
+            parts["routers"] += _linear(dim, len(names), tokens, bias=False)
     return parts
-
-
-def _shares(config: FluxMoEConfig) -> dict[tuple[str, int], float]:
-    """Share of forwards in which a grouped block runs, kappa / m."""
-    if config.mob is None:
-        return {}
-    return {
-        (kind, i): config.mob.active / len(group)
-        for kind in KINDS
-        for group in getattr(config.mob, f"{kind}_groups")
-        for i in group
-    }

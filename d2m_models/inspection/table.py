@@ -106,8 +106,8 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 def module_table(found: Inspection) -> str:
     """One row a kind of module, then the sum, and the paper's figures if there are some."""
     c = found.counts
-    big, p_unit = _unit(c.total_params, {1e8: "M", 1e5: "K", 0: ""})
-    wide, f_unit = _unit(c.flops, {1e11: "T", 1e8: "G", 0: "M"})
+    big, p_unit = _unit(c.total_params, {"M": 1e8, "K": 1e5, "": 0})
+    wide, f_unit = _unit(c.flops, {"T": 1e11, "G": 1e8, "M": 0})
     columns = ("held", "activated", "paper's count")
     header = ("", *(f"{name} {p_unit}".rstrip() for name in columns))
     header += (f"{f_unit}FLOP", f"{f_unit}FLOP, attn half")
@@ -131,13 +131,10 @@ def module_table(found: Inspection) -> str:
     return _table(rows)
 
 
-_SIZES = {"T": 1e12, "G": 1e9, "M": 1e6, "K": 1e3, "": 1.0}
-
-
-def _unit(value: float, steps: Mapping[float, str]) -> tuple[float, str]:
-    """The divisor and letter for values of this size; steps are ordered from large to small."""
-    letter = next(letter for least, letter in steps.items() if value >= least)
-    return _SIZES[letter], letter
+def _unit(value: float, least: Mapping[str, float]) -> tuple[float, str]:
+    """The divisor and letter for values of this size: the first whose least it reaches."""
+    letter = next(letter for letter, low in least.items() if value >= low)
+    return {"T": 1e12, "G": 1e9, "M": 1e6, "K": 1e3, "": 1.0}[letter], letter
 
 
 def family_table(found: Sequence[Inspection]) -> str:

@@ -6,12 +6,12 @@ C = 4c = 64 channels of a token, L text tokens, J text width, P pooled width.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from d2m_models.checkpoints.load import may_be_hub_name
 from distill.errors import CheckpointError, UserError
 
-R = TypeVar("R")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -75,18 +74,13 @@ def weights_fingerprint(module: nn.Module, settings: Any, head: int | None = Non
     return digest.hexdigest()[:16]
 
 
-def _own_precision(method: Callable[..., R]) -> Callable[..., R]:
-    """Runs a method of an encoder without gradients and outside a surrounding autocast: what it
-    gives must not depend on who asks.
+@contextmanager
+def _own_precision(device: str) -> Iterator[None]:
+    """Without gradients and outside a surrounding autocast: what an encoder gives must not depend
+    on who asks.
     """
-
-    @functools.wraps(method)
-    def run(self: Any, *args: Any, **options: Any) -> R:
-        kind = torch.device(self.device).type
-        with torch.no_grad(), torch.autocast(kind, enabled=False):
-            return method(self, *args, **options)
-
-    return run
+    with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
+        yield
 
 
 class LatentEncoder:
@@ -116,7 +110,6 @@ class LatentEncoder:
         """(rows, columns) of tokens that an image of `bucket` pixels becomes."""
         return bucket[0] // (2 * self.factor), bucket[1] // (2 * self.factor)
 
-    @_own_precision
     def encode(self, images: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
         """uint8 [B, 3, H, W] -> fp32 [B, S, C] on the CPU.
 
@@ -124,7 +117,8 @@ class LatentEncoder:
             generators: one an image to draw z from the posterior with; None for its mode.
         """
         x = images.to(self.device, torch.float32) / 127.5 - 1
-        posterior = self.vae.encode(x.to(self.dtype)).latent_dist
+        with _own_precision(self.device):
+            posterior = self.vae.encode(x.to(self.dtype)).latent_dist
         z = posterior.mean.float()
         if generators is not None:
             shape = z.shape[1:]
@@ -132,13 +126,13 @@ class LatentEncoder:
             z = z + posterior.std.float() * noise.to(z.device)
         return pack((z - self.shift) * self.scale).cpu()
 
-    @_own_precision
     def decode(self, tokens: Tensor, rows: int) -> Tensor:
         """The way back: [B, S, C] of `rows` rows of tokens -> images [B, 3, H, W] in 0..1 on the
         CPU.
         """
         z = unpack(tokens.to(self.device).float(), rows) / self.scale + self.shift
-        x = self.vae.decode(z.to(self.dtype)).sample.float().cpu()
+        with _own_precision(self.device):
+            x = self.vae.decode(z.to(self.dtype)).sample.float().cpu()
         return (x / 2 + 0.5).clamp(0, 1)
 
 
@@ -172,21 +166,19 @@ class TextEncoder:
         parts = [weights_fingerprint(m, {}, 4096) for m in (self.clip, self.t5)]
         self.fingerprint = "-".join(parts)
 
-    @_own_precision
     def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Captions -> (text [B, L, J], pooled [B, P]) on the encoders' device, in their dtype.
 
         Longer captions are cut at L = `length` T5 tokens and CLIP's 77, shorter ones are padded and
         the padding is encoded too, as FLUX was trained (no attention mask).
         """
-        text = [
-            self.t5(self._ids(self.t5_tokenizer, caption, self.length))[0] for caption in captions
-        ]
-        most = self.clip_tokenizer.model_max_length
-        pooled = [
-            self.clip(self._ids(self.clip_tokenizer, caption, most)).pooler_output
-            for caption in captions
-        ]
+        most, text, pooled = self.clip_tokenizer.model_max_length, [], []
+        with _own_precision(self.device):
+            for caption in captions:
+                text.append(self.t5(self._ids(self.t5_tokenizer, caption, self.length))[0])
+                pooled.append(
+                    self.clip(self._ids(self.clip_tokenizer, caption, most)).pooler_output
+                )
         return torch.cat(text), torch.cat(pooled)
 
     def _ids(self, tokenizer: Any, caption: str, length: int) -> Tensor:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from d2m_kernels import Routing
-    from d2m_models import MoBRouting
+from d2m_kernels import Routing
+from d2m_models.mob import MoBRouting
 
 Features = Mapping[str, Sequence[Tensor]]
 

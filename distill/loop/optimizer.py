@@ -72,17 +72,16 @@ def make_optimizer(
 
 def start_state(optimizer: torch.optim.Optimizer) -> None:
     """Make the optimizer's state as it is before the first step, so that it can be loaded into."""
-    saved = [float(group["lr"]) for group in optimizer.param_groups]
-    decays = [group["weight_decay"] for group in optimizer.param_groups]
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for group in optimizer.param_groups:
+    groups = optimizer.param_groups
+    before = [(float(group["lr"]), group["weight_decay"]) for group in groups]
+    for group in groups:
         group["weight_decay"] = 0.0
         set_rate(group, 0.0)
-    for p in params:
-        p.grad = torch.zeros_like(p)
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
     optimizer.step()  # with no gradient, rate or decay nothing moves
     optimizer.zero_grad(set_to_none=True)
-    for group, lr, decay in zip(optimizer.param_groups, saved, decays, strict=True):
+    for group, (lr, decay) in zip(groups, before, strict=True):
         group["weight_decay"] = decay
         set_rate(group, lr)
     for state in optimizer.state.values():
@@ -99,16 +98,13 @@ def optimizer_tensors(
     found: dict[str, Tensor] = {}
     for p, entry in optimizer.state.items():
         for key, value in entry.items():
-            if isinstance(value, Tensor):
-                found |= _plain(f"{names[id(p)]}/{key}", value)
+            name = f"{names[id(p)]}/{key}"
+            if hasattr(value, "__tensor_flatten__") and not hasattr(value, "to_local"):
+                for part in value.__tensor_flatten__()[0]:
+                    found[f"{name}.{part}"] = getattr(value, part)
+            elif isinstance(value, Tensor):
+                found[name] = value
     return found
-
-
-def _plain(name: str, value: Tensor) -> dict[str, Tensor]:
-    if hasattr(value, "to_local") or not hasattr(value, "__tensor_flatten__"):
-        return {name: value}
-    parts, _ = value.__tensor_flatten__()
-    return {f"{name}.{part}": getattr(value, part) for part in parts}
 
 
 def set_rate(group: dict, rate: float) -> None:

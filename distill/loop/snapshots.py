@@ -22,7 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 
 from d2m_models.files import clear_temporary, publish
 from distill import files as ckpt
@@ -30,6 +37,8 @@ from distill.errors import CheckpointError, UserError
 from distill.loop.parallel import World
 
 FORMAT = "dense2moe-2"
+# that one process saves alone is what was asked for; also said by an asynchronous save's thread
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 _NAME = re.compile(r"step-(\d{7,})")
 
 
@@ -65,18 +74,13 @@ def _instead(path: Path) -> str:
 
 def load(path: Path, tensors: Mapping[str, Tensor], world: World) -> None:
     """Fill the given tensors (whole or sharded in any way) in place, and this rank's RNG."""
-    import torch.distributed.checkpoint as dcp
-    from safetensors import SafetensorError
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-
     try:
         reader = HuggingFaceStorageReader(str(path / "tensors"))
         have = reader.read_metadata().state_dict_metadata
         found = {name: entry.size for name, entry in have.items()}
         ckpt.check_fit({name: t.shape for name, t in tensors.items()}, found, path)
-        _quiet()
         dcp.load(dict(tensors), storage_reader=reader, no_dist=world.size == 1)
-    except (SafetensorError, OSError, dcp.api.CheckpointException) as err:
+    except (SafetensorError, OSError, CheckpointException) as err:
         raise CheckpointError(
             f"checkpoint {path} is damaged ({' '.join(str(err).split())[:300]}); {_instead(path)}"
         ) from err
@@ -106,11 +110,7 @@ class Snapshots:
 
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Write a checkpoint; on failure the older ones remain and nothing half-written does."""
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-
         self.settle()
-        _quiet()
         tmp = self.folder / f".step-{step:07d}.tmp"
         writer = HuggingFaceStorageWriter(str(tmp / "tensors"), save_distributed=True)
         state = {name: tensor.detach() for name, tensor in tensors.items()}
@@ -136,7 +136,7 @@ class Snapshots:
                     state, storage_writer=writer, no_dist=alone, process_group=self.group
                 )
                 self.pending = (step, job)
-        except dcp.api.CheckpointException as err:
+        except CheckpointException as err:
             raise self._failed(step, err) from err
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
@@ -159,8 +159,6 @@ class Snapshots:
 
     def settle(self) -> None:
         """Wait for the save under way, if any, and make it a checkpoint."""
-        from torch.distributed.checkpoint.api import CheckpointException
-
         if self.pending is not None:
             (step, job), self.pending = self.pending, None
             try:
@@ -228,13 +226,6 @@ def adopt(folder: Path, run_id: str) -> None:
         with suppress(CheckpointError):  # one that is damaged stays as it is
             meta = {**read_meta(path), "run": run_id}
             ckpt.write_text(path / "state.json", json.dumps(meta))
-
-
-def _quiet() -> None:
-    """No warning that one process saves alone: it is what was asked for, and also comes from the
-    thread of an asynchronous save.
-    """
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def _reason(err: BaseException) -> str:
