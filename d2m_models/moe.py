@@ -38,12 +38,7 @@ class ExpertLayer(nn.Module):
     num_experts = 0  # until add_experts: a FLUX block that stays dense has none
 
     def add_experts(
-        self,
-        dim: int,
-        hidden: int,
-        config: MoEConfig,
-        activation: str,
-        gate_first: bool = False,
+        self, dim: int, hidden: int, config: MoEConfig, activation: str, gate_first: bool = False
     ) -> None:
         """Adds router, neuron order and settings for an FFN of `hidden` neurons."""
         self.shared, self.expert = config.sizes(dim, hidden)

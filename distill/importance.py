@@ -63,8 +63,7 @@ def taylor_importance(
     """
     linears = ffn_linears(model)
     weights = [p for up, down, _ in linears.values() for p in (up.weight, up.bias, down.weight)]
-    weights = [p for p in weights if p is not None]
-    frozen = [p for p in weights if not p.requires_grad]
+    frozen = [p for p in weights if p is not None and not p.requires_grad]
     for p in frozen:
         p.requires_grad_(True)
     scores: dict[str, Tensor] = {}

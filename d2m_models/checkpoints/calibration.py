@@ -18,7 +18,7 @@ from d2m_models.checkpoints.tasks import DenseReader
 from d2m_models.checkpoints.tensor_files import TensorSpec, read_header, write_file
 from d2m_models.conversion.flux import ffn_widths
 from d2m_models.files import write_atomic
-from d2m_models.partition import check_order
+from d2m_models.partition import check_orders
 from d2m_models.topk import moe_layers
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def load_orders(orders, student: nn.Module) -> dict[str, Tensor]:
         raise ValueError(f"neuron_order lacks {missing[:3]} ({len(missing)} of {len(known)} FFNs)")
     if not known:
         raise ValueError("neuron_order is given, but the configuration has no experts")
-    return {n: check_order(orders[n], f, f"neuron_order[{n!r}]") for n, f in known.items()}
+    return check_orders(orders, known)
 
 
 def load_calibration(samples, dim: int) -> Tensor | None:

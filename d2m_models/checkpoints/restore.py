@@ -8,13 +8,7 @@ import torch
 
 from d2m_models.checkpoints.jobs import Job, run_job
 from d2m_models.checkpoints.source import Source, check_dtypes, check_moe_source, open_source
-from d2m_models.checkpoints.tasks import (
-    FILE_BYTES,
-    DenseReader,
-    describe,
-    permutations,
-    plan_files,
-)
+from d2m_models.checkpoints.tasks import FILE_BYTES, DenseReader, describe, permutations, plan_files
 from d2m_models.checkpoints.tensor_files import read_header
 from d2m_models.conversion.flux import dense_skeleton
 from d2m_models.files import check_new

@@ -23,13 +23,7 @@ from d2m_models.checkpoints.source import (
     check_moe_source,
     open_source,
 )
-from d2m_models.checkpoints.tasks import (
-    DenseReader,
-    Task,
-    made_tensors,
-    permutations,
-    progress_bar,
-)
+from d2m_models.checkpoints.tasks import DenseReader, Task, made_tensors, permutations, progress_bar
 from d2m_models.checkpoints.tensor_files import read_header
 from d2m_models.partition import check_order, inverse_order
 from d2m_models.topk import moe_layers

@@ -16,7 +16,7 @@ from d2m_models.adaln import AdaLNBasis, adaln_linears, check_samples, sample_co
 from d2m_models.config import FluxMoEConfig, MoEConfig, named_blocks
 from d2m_models.flux import DENSE_ARGUMENTS, FluxMoETransformer2DModel
 from d2m_models.moe import ROUTER_STD
-from d2m_models.partition import check_order, inverse_order, permute_neurons
+from d2m_models.partition import check_orders, inverse_order, permute_neurons
 from d2m_models.presets import resolve_config
 from d2m_models.topk import moe_layers
 
@@ -186,10 +186,7 @@ def _check_orders(dense, neuron_order) -> dict[str, Tensor]:
     unknown = sorted(set(orders) - set(known))
     if unknown:
         raise ValueError(f"neuron_order names FFNs the model does not have: {unknown}")
-    return {
-        name: check_order(order, known[name], f"neuron_order[{name!r}]")
-        for name, order in orders.items()
-    }
+    return check_orders(orders, known)
 
 
 def _compress_adaln(dense, width: int, temb_nD, state: dict[str, Tensor]) -> dict[str, float]:

@@ -55,11 +55,7 @@ def measure_block_mse(model: nn.Module, batches: Iterable[Mapping[str, Any]]) ->
 
 
 def propose_groups(
-    mse_L: Tensor | Sequence[float],
-    count: int,
-    size: int,
-    first: int = 1,
-    last: int = 1,
+    mse_L: Tensor | Sequence[float], count: int, size: int, first: int = 1, last: int = 1
 ) -> tuple[tuple[int, ...], ...]:
     """The `count` disjoint runs of `size` consecutive blocks with the least sum of log MSE.
 

@@ -12,12 +12,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from d2m_models.conversion.flux import (
-    check_dense_flux,
-    ffn_tensors,
-    ffn_widths,
-    model_arguments,
-)
+from d2m_models.conversion.flux import check_dense_flux, ffn_tensors, ffn_widths, model_arguments
 from d2m_models.flux import FluxMoETransformer2DModel
 
 

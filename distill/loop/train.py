@@ -74,14 +74,11 @@ def train(
     """
     world = world or World(device=next(model.parameters()).device)
     folder = ckpt.make_folder(folder)
-    path, log_path = folder / RESULT, folder / "log.jsonl"
+    path = folder / RESULT
     if path.exists():
         load_result(model, folder, run_id, accept_changed, world)
-        return read_log(log_path)
-    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if not params:
-        raise TrainingError(f"{label}: nothing to train, every parameter is frozen")
-    loop = _Loop(model, params, objective, config, folder, run_id, label, frozen, world)
+        return read_log(folder / "log.jsonl")
+    loop = _Loop(model, objective, config, folder, run_id, label, frozen, world)
     loop.resume(accept_changed)
     with sped_up(model, config):
         loop.run(progress, preview)
@@ -91,7 +88,7 @@ def train(
     if world.main:
         ckpt.save_tensors(path, result, {"run": run_id, "step": loop.step})
     loop.snapshots.clear()
-    return read_log(log_path)
+    return read_log(folder / "log.jsonl")
 
 
 def load_result(
@@ -116,17 +113,19 @@ def load_result(
 class _Loop:
     """State of one run: what a checkpoint holds, and how a step changes it."""
 
-    def __init__(self, model, params, objective, config, folder, run_id, label, frozen, world):
-        self.model, self.params, self.objective, self.config = model, params, objective, config
-        self.folder, self.run_id, self.label, self.frozen = folder, run_id, label, frozen
-        self.world = world
+    def __init__(self, model, objective, config, folder, run_id, label, frozen, world):
+        self.model, self.objective, self.config, self.folder = model, objective, config, folder
+        self.run_id, self.label, self.frozen, self.world = run_id, label, frozen, world
+        self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not self.params:
+            raise TrainingError(f"{label}: nothing to train, every parameter is frozen")
         if world.size > 1 and config.optimizer != "adamw":
             raise ConfigError(
                 f"train.optimizer is {config.optimizer!r}; expected 'adamw' with several "
                 "processes, over which its state is sharded"
             )
         self.optimizer = make_optimizer(model, config, frozen)
-        self.average = Average(params, config.ema)
+        self.average = Average(self.params, config.ema)
         self.snapshots = snapshots.Snapshots(folder, world, config.keep, not config.async_save)
         self.step = 0  # batches done, skipped ones included
         self.skipped = 0  # in all
@@ -145,9 +144,8 @@ class _Loop:
     def save(self) -> None:
         if self.saved != self.step:
             meta = {"run": self.run_id, "skipped": self.skipped, "bad": self.bad}
-            self.snapshots.save(
-                self.step, self.tensors(), {**meta, "interval": self.report.state()}
-            )
+            meta["interval"] = self.report.state()
+            self.snapshots.save(self.step, self.tensors(), meta)
             self.saved = self.step
 
     def resume(self, accept_changed: bool) -> None:

@@ -1,4 +1,4 @@
-"""`d2m prepare`: images and captions to latent shards, resumable to the byte (see prepare_run)."""
+"""`d2m prepare`: images and captions to latent shards, resumable to the byte (see run.py)."""
 
 from __future__ import annotations
 
