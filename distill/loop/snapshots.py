@@ -37,8 +37,6 @@ from distill.errors import CheckpointError, UserError
 from distill.loop.parallel import World
 
 FORMAT = "dense2moe-2"
-# that one process saves alone is what was asked for; also said by an asynchronous save's thread
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 _NAME = re.compile(r"step-(\d{7,})")
 
 
@@ -79,6 +77,7 @@ def load(path: Path, tensors: Mapping[str, Tensor], world: World) -> None:
         have = reader.read_metadata().state_dict_metadata
         found = {name: entry.size for name, entry in have.items()}
         ckpt.check_fit({name: t.shape for name, t in tensors.items()}, found, path)
+        _quiet()
         dcp.load(dict(tensors), storage_reader=reader, no_dist=world.size == 1)
     except (SafetensorError, OSError, CheckpointException) as err:
         raise CheckpointError(
@@ -111,6 +110,7 @@ class Snapshots:
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Write a checkpoint; on failure the older ones remain and nothing half-written does."""
         self.settle()
+        _quiet()
         tmp = self.folder / f".step-{step:07d}.tmp"
         writer = HuggingFaceStorageWriter(str(tmp / "tensors"), save_distributed=True)
         state = {name: tensor.detach() for name, tensor in tensors.items()}
@@ -226,6 +226,11 @@ def adopt(folder: Path, run_id: str) -> None:
         with suppress(CheckpointError):  # one that is damaged stays as it is
             meta = {**read_meta(path), "run": run_id}
             ckpt.write_text(path / "state.json", json.dumps(meta))
+
+
+def _quiet() -> None:
+    """No warning that one process saves alone, which an asynchronous save's thread gives too."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def _reason(err: BaseException) -> str:
