@@ -20,11 +20,12 @@ from tqdm import tqdm
 
 from d2m_models.checkpoints.tensor_files import (
     TensorSpec,
+    file_names,
     pack,
-    shard_names,
     write_file,
     write_index,
 )
+from d2m_models.files import write_atomic
 
 
 def main() -> None:
@@ -55,7 +56,7 @@ def main() -> None:
         raise SystemExit(f"{args.folder} has {free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed")
     generator = torch.Generator().manual_seed(args.seed)
     files = pack(specs, int(args.shard_gb * 1e9))
-    names = shard_names(len(files))
+    names = file_names(len(files))
     with tqdm(total=need, unit="B", unit_scale=True) as bar:
 
         def draw(specs):
@@ -71,9 +72,8 @@ def main() -> None:
                 yield tensor
 
         for name, part in zip(names, files, strict=True):
-            write_file(args.folder / name, part, draw(part))
-    if len(files) > 1:
-        write_index(args.folder, dict(zip(names, files, strict=True)))
+            write_atomic(args.folder / name, lambda tmp, p=part: write_file(tmp, p, draw(p)))
+    write_index(args.folder, dict(zip(names, files, strict=True)))
     config = {"_class_name": "FluxTransformer2DModel", **model.config}
     config = {k: v for k, v in config.items() if k != "_use_default_values"}
     (args.folder / "config.json").write_text(json.dumps(config, indent=2, default=list) + "\n")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2m_kernels.onednn import fast_bf16
+from d2m_models.config import named_blocks
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,7 @@ class AdaLNBasis:
             temb_nD: n samples of the time-text embedding, before silu.
             dim: A, 1..D. Where A exceeds the rank of the samples, orthonormal directions fill up.
         """
-        if not isinstance(temb_nD, Tensor) or temb_nD.ndim != 2 or temb_nD.shape[0] < 2:
-            found = tuple(temb_nD.shape) if isinstance(temb_nD, Tensor) else type(temb_nD).__name__
-            raise ValueError(f"adaln_calibration must be temb samples [n >= 2, D], got {found}")
+        check_samples(temb_nD)
         if not 1 <= dim <= temb_nD.shape[1]:
             raise ValueError(
                 f"adaln_dim must be in 1..{temb_nD.shape[1]} (the model width), got {dim}"
@@ -93,6 +92,14 @@ class AdaLNBasis:
         return self.compress_measured(weight_ND, bias_N, temb_nD)[2]
 
 
+def check_samples(temb_nD: Tensor, dim: int | None = None) -> None:
+    """Raises unless these are samples [n >= 2, D] of temb, of a model of width `dim` if given."""
+    found = tuple(temb_nD.shape) if isinstance(temb_nD, Tensor) else type(temb_nD).__name__
+    if isinstance(found, str) or len(found) != 2 or found[0] < 2 or dim not in (None, found[1]):
+        width = "D" if dim is None else f"D={dim}"
+        raise ValueError(f"adaln_calibration must be temb samples [n >= 2, {width}], got {found}")
+
+
 def _products(weight_ND: Tensor, *rows_kD: Tensor) -> list[Tensor]:
     """weight @ rows^T for each, [N, k]: in fp64, and for half precision weights in fp32.
 
@@ -123,11 +130,9 @@ def _directions_from_gram(centred_nD: Tensor, dim: int) -> Tensor:
 def adaln_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The AdaLN Linears of a FLUX model by name: norm1, norm1_context, norm and norm_out."""
     found = {}
-    for i, block in enumerate(model.transformer_blocks):
-        found[f"transformer_blocks.{i}.norm1.linear"] = block.norm1.linear
-        found[f"transformer_blocks.{i}.norm1_context.linear"] = block.norm1_context.linear
-    for i, block in enumerate(model.single_transformer_blocks):
-        found[f"single_transformer_blocks.{i}.norm.linear"] = block.norm.linear
+    for name, block in named_blocks(model).items():
+        for norm in ("norm",) if name.startswith("single") else ("norm1", "norm1_context"):
+            found[f"{name}.{norm}.linear"] = getattr(block, norm).linear
     found["norm_out.linear"] = model.norm_out.linear
     return found
 

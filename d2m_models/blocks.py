@@ -24,13 +24,12 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 
 from d2m_kernels import Routing, backends
 from d2m_kernels.tensors import autocast_dtype
 from d2m_models.config import MoEConfig
 from d2m_models.moe import ExpertLayer, MoEFeedForward, can_run_together, run_together
-from d2m_models.weights import is_bare
+from d2m_models.private import is_bare
 
 
 def narrow_adaln(norm: nn.Module, width: int) -> None:
@@ -264,12 +263,12 @@ class BlockContext:
 
 def take_rows(tree: Any, rows: Tensor, batch: int) -> Any:
     """The sub-batch `rows` of every tensor in `tree` whose first dimension is the batch."""
-
-    def take(leaf: Any) -> Any:
-        batched = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
-        return leaf[rows] if batched else leaf
-
-    return tree_map(take, tree)
+    if isinstance(tree, dict):
+        return {key: take_rows(value, rows, batch) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)([take_rows(value, rows, batch) for value in tree])
+    batched = isinstance(tree, Tensor) and tree.ndim > 0 and tree.shape[0] == batch
+    return tree[rows] if batched else tree
 
 
 def add_residual(count: int, repeat: bool, samples, index: int, x: Tensor) -> Tensor:

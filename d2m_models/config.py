@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+KINDS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
+
 
 def _check_int(owner: str, name: str, value: Any, low: int, high: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
@@ -37,18 +39,25 @@ def _check_ints(owner: str, name: str, value: Any) -> tuple[int, ...]:
     return tuple(_check_int(owner, f"{name}[{i}]", v, 0) for i, v in enumerate(value))
 
 
-def _from_dict(cls, data: Mapping[str, Any]):
-    if not isinstance(data, Mapping):
-        raise TypeError(f"{cls.__name__} is built from a mapping, got {type(data).__name__}")
-    known = [f.name for f in fields(cls)]
-    unknown = sorted(set(data) - set(known))
-    if unknown:
-        raise ValueError(f"unknown {cls.__name__} keys {unknown}; known keys are {known}")
-    return cls(**data)
+class _PlainData:
+    """The way to plain dicts, lists and numbers and back."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]):
+        if not isinstance(data, Mapping):
+            raise TypeError(f"{cls.__name__} is built from a mapping, got {type(data).__name__}")
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(data) - set(known))
+        if unknown:
+            raise ValueError(f"unknown {cls.__name__} keys {unknown}; known keys are {known}")
+        return cls(**data)
 
 
 @dataclass(frozen=True)
-class MoEConfig:
+class MoEConfig(_PlainData):
     """One MoE layer (eqs. 2-3): `shared_ratio * D` shared neurons and `num_experts` experts.
 
     Args:
@@ -105,13 +114,6 @@ class MoEConfig:
             )
         return shared, expert
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> MoEConfig:
-        return _from_dict(cls, data)
-
 
 def check_top_k(top_k: Any, num_experts: int, name: str = "top_k") -> int | str:
     """`top_k` itself if it is 0..num_experts or "dense"; else an error that names it."""
@@ -125,7 +127,7 @@ def check_top_k(top_k: Any, num_experts: int, name: str = "top_k") -> int | str:
 
 
 @dataclass(frozen=True)
-class MoBConfig:
+class MoBConfig(_PlainData):
     """Groups of consecutive blocks of which every sample runs `active` (eqs. 4-5).
 
     Args:
@@ -185,13 +187,9 @@ class MoBConfig:
             data[kind] = [list(group) for group in data[kind]]
         return data
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> MoBConfig:
-        return _from_dict(cls, data)
-
 
 @dataclass(frozen=True)
-class FluxMoEConfig:
+class FluxMoEConfig(_PlainData):
     """Structure of a FLUX model after conversion.
 
     Args:
@@ -223,42 +221,28 @@ class FluxMoEConfig:
         _check_int("FluxMoEConfig", "num_single_layers", self.num_single_layers, 0)
         if self.adaln_dim is not None:
             _check_int("FluxMoEConfig", "adaln_dim", self.adaln_dim, 1)
-        for name, count in (
-            ("dense_double_blocks", self.num_layers),
-            ("dense_single_blocks", self.num_single_layers),
-        ):
+        for kind, count in (("double", self.num_layers), ("single", self.num_single_layers)):
+            name, groups = f"dense_{kind}_blocks", getattr(self.mob, f"{kind}_groups", ())
             blocks = tuple(sorted(set(_check_ints("FluxMoEConfig", name, getattr(self, name)))))
             if blocks and blocks[-1] >= count and self.moe is not None:
                 raise ValueError(
                     f"FluxMoEConfig.{name}={blocks} does not fit a model of {count} such blocks"
                 )
             object.__setattr__(self, name, blocks)
-        if self.mob is not None:
-            for kind, count in (
-                ("double_groups", self.num_layers),
-                ("single_groups", self.num_single_layers),
-            ):
-                last = max((g[-1] for g in getattr(self.mob, kind)), default=-1)
-                if last >= count:
-                    raise ValueError(
-                        f"MoBConfig.{kind} names block {last}, the model has {count} such blocks"
-                    )
+            last = max((group[-1] for group in groups), default=-1)
+            if last >= count:
+                raise ValueError(
+                    f"MoBConfig.{kind}_groups names block {last}, the model has {count} such blocks"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers: what `json.dumps` and a diffusers config take."""
         return {
-            "moe": None if self.moe is None else self.moe.to_dict(),
+            **asdict(self),
             "dense_double_blocks": list(self.dense_double_blocks),
             "mob": None if self.mob is None else self.mob.to_dict(),
-            "adaln_dim": self.adaln_dim,
-            "num_layers": self.num_layers,
-            "num_single_layers": self.num_single_layers,
             "dense_single_blocks": list(self.dense_single_blocks),
         }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> FluxMoEConfig:
-        return _from_dict(cls, data)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
@@ -268,16 +252,17 @@ class FluxMoEConfig:
         return cls.from_dict(json.loads(text))
 
 
+def named_blocks(model: Any) -> dict[str, Any]:
+    """A FLUX model's blocks by name, in order."""
+    return {f"{kind}.{i}": b for kind in KINDS.values() for i, b in enumerate(getattr(model, kind))}
+
+
 def group_names(config: FluxMoEConfig) -> dict[str, tuple[str, ...]]:
     """Group name ("mob.double.0") -> names of its blocks."""
     if config.mob is None:
         return {}
-    kinds = (
-        ("double", "transformer_blocks", config.mob.double_groups),
-        ("single", "single_transformer_blocks", config.mob.single_groups),
-    )
     return {
         f"mob.{kind}.{g}": tuple(f"{prefix}.{i}" for i in group)
-        for kind, prefix, groups in kinds
-        for g, group in enumerate(groups)
+        for kind, prefix in KINDS.items()
+        for g, group in enumerate(getattr(config.mob, f"{kind}_groups"))
     }

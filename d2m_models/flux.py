@@ -5,6 +5,7 @@ Shapes: B samples, I image tokens, X text tokens, D width, A AdaLN input.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -14,12 +15,12 @@ import torch
 # our class through this module and accepts it only if the module has ModelMixin.
 from diffusers import FluxTransformer2DModel, ModelMixin  # noqa: F401
 from diffusers.configuration_utils import register_to_config
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
+from d2m_models import private
 from d2m_models.blocks import (
     BlockContext,
     FluxMoESingleTransformerBlock,
@@ -27,21 +28,19 @@ from d2m_models.blocks import (
     add_residual,
     narrow_adaln,
 )
-from d2m_models.config import FluxMoEConfig
+from d2m_models.config import KINDS, FluxMoEConfig
 from d2m_models.lora import DenseLoRAMixin, keep_state_in_dense_order
 from d2m_models.mob import MixtureOfBlocks, check_cache
 from d2m_models.output import FluxMoEAux, FluxMoEOutput
 from d2m_models.topk import set_top_k
 
-KINDS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
+# constructor arguments that the dense class has too, but for the depth
+DENSE_ARGUMENTS = (
+    "patch_size", "in_channels", "out_channels", "attention_head_dim", "num_attention_heads",
+    "joint_attention_dim", "pooled_projection_dim", "guidance_embeds", "axes_dims_rope",
+)  # fmt: skip
 
-for _block in (FluxMoETransformerBlock, FluxMoESingleTransformerBlock):
-    TransformerBlockRegistry.register(
-        _block,
-        TransformerBlockMetadata(
-            return_hidden_states_index=1, return_encoder_hidden_states_index=0
-        ),
-    )
+private.register_blocks(FluxMoETransformerBlock, FluxMoESingleTransformerBlock)
 
 
 class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
@@ -86,29 +85,10 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
         adaln_dim: int | None = None,
         ff_dims: dict[str, int] | None = None,
     ):
-        structure = FluxMoEConfig(
-            moe=moe,
-            dense_double_blocks=tuple(dense_double_blocks),
-            dense_single_blocks=tuple(dense_single_blocks),
-            mob=mob,
-            adaln_dim=adaln_dim,
-            num_layers=num_layers,
-            num_single_layers=num_single_layers,
-        )
+        structure = FluxMoEConfig(**{f.name: self.config[f.name] for f in fields(FluxMoEConfig)})
         # FLUX's own embedders and output head, without its blocks; the depth is registered again.
-        super().__init__(
-            patch_size=patch_size,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            num_layers=0,
-            num_single_layers=0,
-            attention_head_dim=attention_head_dim,
-            num_attention_heads=num_attention_heads,
-            joint_attention_dim=joint_attention_dim,
-            pooled_projection_dim=pooled_projection_dim,
-            guidance_embeds=guidance_embeds,
-            axes_dims_rope=axes_dims_rope,
-        )
+        own = {name: self.config[name] for name in DENSE_ARGUMENTS}
+        super().__init__(num_layers=0, num_single_layers=0, **own)
         self.register_to_config(num_layers=num_layers, num_single_layers=num_single_layers)
         self.d2m_config = structure
         dim, widths = self.inner_dim, dict(ff_dims or {})
@@ -139,16 +119,12 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
             narrow_adaln(self.norm_out, adaln_dim)
         if structure.mob is not None:
             mob = structure.mob
-            self.mob_routers = nn.ModuleDict(
-                {
-                    f"{kind}_groups": nn.ModuleList(
-                        MixtureOfBlocks(dim, len(group), mob.active, mob.alpha, mob.select)
-                        for group in getattr(mob, f"{kind}_groups")
-                    )
-                    for kind in KINDS
-                }
-            )
-
+            self.mob_routers = nn.ModuleDict()
+            for groups in (f"{kind}_groups" for kind in KINDS):
+                self.mob_routers[groups] = nn.ModuleList(
+                    MixtureOfBlocks(dim, len(group), mob.active, mob.alpha, mob.select)
+                    for group in getattr(mob, groups)
+                )
         keep_state_in_dense_order(self)
 
     def set_top_k(self, top_k) -> None:
@@ -182,10 +158,11 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
         """
         if output_aux and self.is_cache_enabled:
             raise ValueError("output_aux=True needs every block to run; call disable_cache() first")
-        if output_aux and self._token_group() is not None:
+        if output_aux and private.token_group(self) is not None:
             raise ValueError("output_aux=True does not work under context parallelism")
         x = self.x_embedder(hidden_states)
-        temb = self._embed_conditioning(x.dtype, timestep, guidance, pooled_projections)
+        times = [t.to(x.dtype) * 1000 for t in (timestep, guidance) if t is not None]
+        temb = self.time_text_embed(*times, pooled_projections)
         condition = temb
         if self.d2m_config.adaln_dim is not None:
             condition = self.adaln_down(F.silu(temb))
@@ -212,10 +189,6 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
             return (sample, aux) if output_aux else (sample,)
         return FluxMoEOutput(sample=sample, aux=aux)
 
-    def _embed_conditioning(self, dtype, timestep, guidance, pooled_projections) -> Tensor:
-        times = [t.to(dtype) * 1000 for t in (timestep, guidance) if t is not None]
-        return self.time_text_embed(*times, pooled_projections)
-
     def _run_blocks(self, kind, x, c, temb, context, after, aux):
         """All blocks of one kind in order; a group's first block stands for the whole group."""
         name = KINDS[kind]
@@ -239,7 +212,7 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
                 temb,
                 run=partial(self._run_place, name, index, context, x.shape[0], aux),
                 after=lambda place, x, first=index: after(first + place, x),
-                group=self._token_group(),
+                group=private.token_group(self),
                 touch=partial(self._touch_place, name, index, context)
                 if isinstance(blocks[index], FSDPModule)
                 else None,
@@ -267,17 +240,8 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
         block = getattr(self, kind)[int(index)]
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             saved: dict[str, Any] = {}
-            out = self._gradient_checkpointing_func(
-                block,
-                x,
-                c,
-                context.condition,
-                context.rotary,
-                context.attention_kwargs,
-                context.token_mask,
-                saved,
-                aux is not None,
-            )
+            own = (context.condition, context.rotary, context.attention_kwargs, context.token_mask)
+            out = private.checkpoint(self, block, x, c, *own, saved, aux is not None)
         else:
             out = block(
                 hidden_states=x,
@@ -295,15 +259,10 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
 
     def _own_tokens(self, mask: Tensor | None) -> Tensor | None:
         """This rank's part of a mask [B, X] under context parallelism, as the text is split."""
-        group = self._token_group()
+        group = private.token_group(self)
         if mask is None or group is None:
             return mask
         return mask.chunk(group.size(), dim=1)[group.rank()]
-
-    def _token_group(self):
-        """The process group over which tokens are split, or None."""
-        config = getattr(self._parallel_config, "context_parallel_config", None)
-        return None if config is None else config._flattened_mesh.get_group()
 
     def enable_cache(self, config) -> None:
         """As diffusers'; under MoB only caches that act on the model's ends are allowed."""

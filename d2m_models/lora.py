@@ -76,11 +76,7 @@ class DenseLoRAMixin:
     """Loads LoRA adapters that are in the dense model's neuron order."""
 
     def load_lora_adapter(
-        self,
-        pretrained_model_name_or_path_or_dict,
-        prefix="transformer",
-        hotswap=False,
-        **kwargs,
+        self, pretrained_model_name_or_path_or_dict, prefix="transformer", hotswap=False, **kwargs
     ):
         """As diffusers'; the neurons of a dense FLUX LoRA are put in this model's order."""
         source = pretrained_model_name_or_path_or_dict

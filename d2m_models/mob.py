@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2m_models.config import group_names
+from d2m_models.config import group_names, named_blocks
 from d2m_models.moe import ROUTER_STD
 from d2m_models.weights import effective_weight
 
@@ -152,8 +152,7 @@ def check_cache(model: nn.Module, config: Any) -> None:
             f"{type(config).__name__} counts the calls of every block, which differ between "
             f"the blocks of a MoB group; use FirstBlockCacheConfig, or a model without MoB"
         )
-    kinds = ("transformer_blocks", "single_transformer_blocks")
-    names = [f"{kind}.{i}" for kind in kinds for i in range(len(getattr(model, kind)))]
+    names = list(named_blocks(model))
     grouped = {name for group in group_names(model.d2m_config).values() for name in group}
     ends = [name for name in (names[0], names[-1]) if name in grouped]
     if ends:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from d2m_kernels import Routing, Stream, moe_ffn, moe_ffn_pair, route
 from d2m_models.config import MoEConfig
-from d2m_models.weights import effective_weight, is_bare, stays_in_place
+from d2m_models.private import is_bare
+from d2m_models.weights import effective_weight, stays_in_place
 
 ROUTER_STD = 0.02  # never zero: ties would send every token to experts 0..K-1
 
@@ -37,12 +38,7 @@ class ExpertLayer(nn.Module):
     num_experts = 0  # until add_experts: a FLUX block that stays dense has none
 
     def add_experts(
-        self,
-        dim: int,
-        hidden: int,
-        config: MoEConfig,
-        activation: str,
-        gate_first: bool = False,
+        self, dim: int, hidden: int, config: MoEConfig, activation: str, gate_first: bool = False
     ) -> None:
         """Adds router, neuron order and settings for an FFN of `hidden` neurons."""
         self.shared, self.expert = config.sizes(dim, hidden)

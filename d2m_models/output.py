@@ -5,15 +5,16 @@ Shapes: B samples, I image tokens, X text tokens, D width, m blocks of a group.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from d2m_kernels import Routing
-from d2m_models.config import FluxMoEConfig, group_names
+from d2m_models.config import FluxMoEConfig, group_names, named_blocks
 from d2m_models.mob import MoBRouting
 
 Features = dict[str, tuple[Tensor, Tensor]]
@@ -44,6 +45,24 @@ class FluxMoEOutput(Transformer2DModelOutput):
 
 
 @contextmanager
+def watched(model: nn.Module, see: Callable[[str, dict, tuple], None]) -> Iterator[None]:
+    """Inside, every FLUX block that has run is told: see(name, keyword arguments, output)."""
+
+    def tell(_module, _args, kwargs, output, name):
+        see(name, kwargs, output)
+
+    handles = [
+        block.register_forward_hook(partial(tell, name=name), with_kwargs=True)
+        for name, block in named_blocks(model).items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def block_features(model: nn.Module, config: FluxMoEConfig | None = None) -> Iterator[Features]:
     """Records the block outputs of a (dense) FLUX model under the names `FluxMoEAux.features` uses.
 
@@ -55,20 +74,9 @@ def block_features(model: nn.Module, config: FluxMoEConfig | None = None) -> Ite
     """
     aliases = {} if config is None else {n[-1]: g for g, n in group_names(config).items()}
     features: Features = {}
-    handles = []
-    for prefix in ("transformer_blocks", "single_transformer_blocks"):
-        for i, block in enumerate(getattr(model, prefix)):
-            name = f"{prefix}.{i}"
 
-            def record(_module, _args, output, name=name):
-                text, image = output[0], output[1]
-                features[name] = (image, text)
-                if name in aliases:
-                    features[aliases[name]] = (image, text)
+    def record(name, _kwargs, output):
+        features[name] = features[aliases.get(name, name)] = (output[1], output[0])
 
-            handles.append(block.register_forward_hook(record))
-    try:
+    with watched(model, record):
         yield features
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -9,6 +9,8 @@ An order is a LongTensor[F] that maps new position -> dense neuron; positions ar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -141,6 +143,15 @@ def check_order(order_F: Tensor, hidden: int, name: str = "neuron_order") -> Ten
             f"{order_F.unique().numel()} of them different"
         )
     return order_F
+
+
+def check_orders(orders: Mapping[str, Tensor], widths: Mapping[str, int]) -> dict[str, Tensor]:
+    """Every order by FFN name, checked; widths: F of the FFNs that may have one."""
+    return {
+        name: check_order(orders[name], width, f"neuron_order[{name!r}]")
+        for name, width in widths.items()
+        if name in orders
+    }
 
 
 def inverse_order(order_F: Tensor) -> Tensor:

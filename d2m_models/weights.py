@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-# FakeTensor: shapes without data, for whoever plans or traces a model before it is loaded.
-_ORDINARY = (nn.Parameter, Tensor, FakeTensor)
+from d2m_models.private import fake_kinds, is_hooked
+
+# Fake ones have shapes without data, for whoever plans or traces a model before it is loaded.
+_ORDINARY = (nn.Parameter, Tensor, *fake_kinds())
 
 
 class _StopAtLinear(TorchFunctionMode):
@@ -39,26 +40,7 @@ class _StopAtLinear(TorchFunctionMode):
 
 def is_plain(linear: nn.Module) -> bool:
     """True if nothing hangs on the Linear's forward, so that its `.weight` is the weight."""
-    return (
-        type(linear) is nn.Linear
-        and "forward" not in linear.__dict__
-        and not linear._forward_pre_hooks
-        and not linear._forward_hooks
-        and type(linear.weight) in _ORDINARY
-    )
-
-
-def is_bare(module: nn.Module) -> bool:
-    """True if calling the module does nothing but run its class's forward."""
-    return (
-        "forward" not in module.__dict__
-        and not module._forward_pre_hooks
-        and not module._forward_hooks
-        and not module._backward_pre_hooks
-        and not module._backward_hooks
-        and module._compiled_call_impl is None
-        and not torch.nn.modules.module._has_any_global_hook()
-    )
+    return type(linear) is nn.Linear and not is_hooked(linear) and type(linear.weight) in _ORDINARY
 
 
 def stays_in_place(linear: nn.Module) -> bool:
@@ -120,7 +102,7 @@ def _read(linear: nn.Module, use: Callable) -> Any:
 
 def _read_bitsandbytes(linear: nn.Module, use: Callable) -> Any:
     """int8 and 4-bit Linears, whose kernels multiply the packed weight themselves."""
-    if "forward" in linear.__dict__ or linear._forward_pre_hooks or linear._forward_hooks:
+    if is_hooked(linear):
         raise RuntimeError(_unreadable(linear, "it is both quantized and offloaded"))
     if type(linear).__name__ not in ("Linear8bitLt", "Linear4bit"):
         raise RuntimeError(_unreadable(linear, "this kind is not known"))

@@ -18,25 +18,21 @@ def add_commands(commands: Any) -> None:
     distil.add_argument("--out", help="output folder instead of the configuration's")
     distil.add_argument("--seed", type=int, help="instead of the configuration's")
     distil.add_argument(
-        "--accept-changed-config",
-        action="store_true",
+        "--accept-changed-config", action="store_true",
         help="go on with a run that was begun with other settings",
-    )
+    )  # fmt: skip
     distil.add_argument(
-        "--plan",
-        action="store_true",
+        "--plan", action="store_true",
         help="print memory a GPU, FLOPs a sample and time, and load nothing",
-    )
+    )  # fmt: skip
     distil.add_argument("--gpus", type=int, help="--plan: how many (default: as parallel says)")
     distil.add_argument(
         "--size", type=int, default=1024, help="--plan: images' side (default: %(default)s)"
     )
     distil.add_argument(
-        "--tflops",
-        type=float,
-        default=400,
+        "--tflops", type=float, default=400,
         help="--plan: what a GPU really does, in TFLOP/s (default: %(default)s)",
-    )
+    )  # fmt: skip
     add_device(distil)
     distil.set_defaults(run=run_distill)
 

@@ -1,20 +1,16 @@
-"""Checkpoints: one safetensors file each, either complete or not there at all.
+"""Checkpoints: one safetensors file each, either complete or not there at all (`d2m_models.files`).
 
-A file is written under a temporary name in the same folder, flushed to disk, then renamed over the
-old one: whoever reads sees the old or the new checkpoint, never a mixture. Nothing is ever
-unpickled.
+Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2m_models import files
 from distill.errors import CheckpointError, UserError
 
 FORMAT = "dense2moe-1"
@@ -33,55 +30,40 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+@contextmanager
+def user_errors(what: str) -> Iterator[None]:
+    """What the disk refuses, or `d2m_models.files`, becomes a UserError."""
+    try:
+        yield
+    except OSError as err:
+        raise UserError(f"cannot {what}: {err.strerror or err}") from err
+    except files.Refused as err:
+        raise UserError(str(err)) from err
+
+
 def make_folder(path: Path | str) -> Path:
     """Create a folder (and its parents) and check that files can be written into it."""
     path = Path(path)
-    try:
+    with user_errors(f"write into the folder {path}"):
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
-    except OSError as err:
-        raise UserError(f"cannot write into the folder {path}: {err.strerror or err}") from err
     return path
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable (where folders cannot be opened, the rename alone must do)."""
-    with suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-def _settle(file: Path, mode: int) -> None:
-    """Flush a new file to disk; usual permissions (safetensors makes private files)."""
-    file.chmod(mode & ~_umask())
-    with open(file, "rb+") as handle:
-        os.fsync(handle.fileno())
+@contextmanager
+def locked(folder: Path, who: str) -> Iterator[None]:
+    """See `d2m_models.files.locked`."""
+    with ExitStack() as stack:
+        with user_errors(f"write into the folder {folder}"):
+            stack.enter_context(files.locked(folder, who))
+        yield
 
 
 def write_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
-    """`write(temporary path)`, flush to disk, rename to `path`; on failure nothing remains."""
-    path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(tmp)
-        _settle(tmp, 0o666)
-        os.replace(tmp, path)
-        _sync_folder(path.parent)
-    except OSError as err:
-        raise UserError(f"cannot write {path}: {err.strerror or err}") from err
-    finally:
-        with suppress(OSError):
-            tmp.unlink()
+    """See `d2m_models.files.write_atomic`."""
+    with user_errors(f"write {path}"):
+        files.write_atomic(Path(path), write)
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -91,60 +73,46 @@ def write_text(path: Path | str, text: str) -> None:
 
 def write_folder(path: Path | str, write: Callable[[Path], None]) -> None:
     """`write_atomic` for a folder; `path` must not exist or be empty."""
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(
-            f"{path} already exists and is not empty; choose another folder or remove it"
-        )
-    make_folder(path.parent)
-    tmp = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
-        write(tmp)
-        for file in tmp.rglob("*"):
-            if file.is_file():
-                _settle(file, 0o666)
-        tmp.chmod(0o777 & ~_umask())  # mkdtemp makes private folders
-        if path.exists():
-            path.rmdir()
-        os.replace(tmp, path)
-        _sync_folder(path.parent)
-    except OSError as err:
-        raise UserError(f"cannot write {path}: {err.strerror or err}") from err
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+    with user_errors(f"write {path}"):
+        files.write_folder(Path(path), write)
 
 
 def save_tensors(
     path: Path | str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None
 ) -> None:
     """Write named tensors and JSON-able metadata as one safetensors file, atomically."""
-    from safetensors.torch import save_file
-
-    flat = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     header = {"format": FORMAT, "meta": json.dumps(dict(meta or {}))}
+    flat = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    save_plain(path, flat, header)
+
+
+def save_plain(
+    path: Path | str, tensors: dict[str, Tensor], header: dict[str, str] | None = None
+) -> None:
+    """Without a header the file's bytes depend on the tensors alone: several keys of metadata
+    would come in any order."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
     def write(tmp: Path) -> None:
         try:
-            save_file(flat, tmp, metadata=header)
-        except (
-            Exception
-        ) as err:  # safetensors has its own error type for a full disk or a missing folder
-            raise UserError(f"cannot write {path}: {err}") from err
+            save_file(tensors, tmp, metadata=header)
+        except SafetensorError as err:  # of a full disk or a missing folder
+            raise OSError(str(err)) from err
 
     write_atomic(path, write)
 
 
-def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_tensors` wrote: (tensors, metadata)."""
-    return _load(Path(path), tensors=True)
-
-
 def load_meta(path: Path | str) -> dict[str, Any]:
     """The metadata alone."""
-    return _load(Path(path), tensors=False)[1]
+    return load_tensors(path, only_meta=True)[1]
 
 
-def _load(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_tensors(
+    path: Path | str, only_meta: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote: (tensors, metadata)."""
+    path = Path(path)
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -152,7 +120,7 @@ def _load(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any]]
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            names = file.keys() if tensors else ()
+            names = () if only_meta else file.keys()
             found = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as err:
         raise CheckpointError(
@@ -176,20 +144,25 @@ def unpack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(start) :]: t for name, t in tensors.items() if name.startswith(start)}
 
 
-def load_state(module: torch.nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:
-    """`module.load_state_dict`, with an error that says which file does not fit and where."""
-    own = module.state_dict()
-    missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+def check_fit(own: Mapping[str, Any], found: Mapping[str, Any], source: Path | str) -> None:
+    """A CheckpointError unless both have tensors of the same names and shapes."""
+    missing, unknown = sorted(set(own) - set(found)), sorted(set(found) - set(own))
     wrong = [
-        f"{k}: {tuple(state[k].shape)} for {tuple(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
+        f"{name}: {tuple(found[name])} for {tuple(shape)}"
+        for name, shape in own.items()
+        if name in found and found[name] != shape
     ]
     if missing or unknown or wrong:
         raise CheckpointError(
             f"checkpoint {source} does not fit this model: missing {missing[:3]}, "
             f"unknown {unknown[:3]}, wrong shapes {wrong[:3]}"
         )
+
+
+def load_state(module: torch.nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:
+    """`module.load_state_dict`, with an error that says which file does not fit and where."""
+    own, found = ({n: t.shape for n, t in s.items()} for s in (module.state_dict(), state))
+    check_fit(own, found, source)
     module.load_state_dict(dict(state))
 
 

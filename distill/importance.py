@@ -10,25 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from d2m_models.conversion.flux import ffn_linears
 from distill.data.batch import Batch
-
-
-def ffn_linears(model: nn.Module) -> dict[str, tuple[nn.Linear, nn.Linear, int]]:
-    """FFN name -> (up Linear, down Linear, first column of the down Linear that belongs to the
-    FFN).
-
-    Names are those `convert_flux(neuron_order=...)` takes. A single block's `proj_out` acts on
-    [attention | mlp], so its FFN columns come last.
-    """
-    found: dict[str, tuple[nn.Linear, nn.Linear, int]] = {}
-    for n, block in enumerate(model.transformer_blocks):
-        for part in ("ff", "ff_context"):
-            net = getattr(block, part).net
-            found[f"transformer_blocks.{n}.{part}"] = (net[0].proj, net[2], 0)
-    for n, block in enumerate(model.single_transformer_blocks):
-        first = block.proj_out.in_features - block.proj_mlp.out_features
-        found[f"single_transformer_blocks.{n}"] = (block.proj_mlp, block.proj_out, first)
-    return found
 
 
 def neuron_importance(up: nn.Linear, down: nn.Linear, first: int) -> Tensor:
@@ -80,8 +63,7 @@ def taylor_importance(
     """
     linears = ffn_linears(model)
     weights = [p for up, down, _ in linears.values() for p in (up.weight, up.bias, down.weight)]
-    weights = [p for p in weights if p is not None]
-    frozen = [p for p in weights if not p.requires_grad]
+    frozen = [p for p in weights if p is not None and not p.requires_grad]
     for p in frozen:
         p.requires_grad_(True)
     scores: dict[str, Tensor] = {}

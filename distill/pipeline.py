@@ -9,6 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from d2m_models.config import KINDS, FluxMoEConfig
+from d2m_models.conversion.flux import skeleton
+from d2m_models.presets import find_preset
 from distill import files as ckpt
 from distill.configs.sections import DistillConfig
 from distill.configs.training import first_batch, settings
@@ -17,39 +20,30 @@ from distill.errors import CheckpointError, ConfigError
 from distill.loop.parallel import World, shard_model, start_world, stop_world
 from distill.sampling import Previews
 from distill.stages import VERSION, run_stage
-from distill.students import group_blocks, make_student, measure, student_skeleton
+from distill.students import group_blocks, make_student, measure
 from distill.teacher import load_teacher, modulation_inputs
 
 
 def student_structure(config: DistillConfig, teacher: nn.Module) -> Any:
     """The student's FluxMoEConfig; depth defaults to the teacher's."""
-    structure = _structure(config, teacher)
+    student = config.student
+    depth = {"double": "num_layers", "single": "num_single_layers"}
+    own = {depth[kind]: len(getattr(teacher, name)) for kind, name in KINDS.items()}
+    try:
+        if student.preset is not None:
+            structure = find_preset(student.preset)
+        else:
+            structure = FluxMoEConfig.from_dict({**own, **(student.structure or {})})
+    except (TypeError, ValueError) as err:
+        key = "structure" if student.preset is None else "preset"
+        raise ConfigError(f"student.{key}: {err}") from err
     for name, plain in (("initialisation", "taylor"), ("routers", "random")):
-        if structure.moe is None and getattr(config.student, name) != plain:
+        if structure.moe is None and getattr(student, name) != plain:
             raise ConfigError(
-                f"student.{name} is {getattr(config.student, name)!r}, but the student's structure "
+                f"student.{name} is {getattr(student, name)!r}, but the student's structure "
                 f"has no key 'moe'; expected {plain!r}"
             )
     return structure
-
-
-def _structure(config: DistillConfig, teacher: nn.Module) -> Any:
-    from d2m_models import FluxMoEConfig
-    from d2m_models.presets import find_preset
-
-    if config.student.preset is not None:
-        try:
-            return find_preset(config.student.preset)
-        except ValueError as err:
-            raise ConfigError(f"student.preset: {err}") from err
-    depth = {
-        "num_layers": len(teacher.transformer_blocks),
-        "num_single_layers": len(teacher.single_transformer_blocks),
-    }
-    try:
-        return FluxMoEConfig.from_dict({**depth, **(config.student.structure or {})})
-    except (TypeError, ValueError) as err:
-        raise ConfigError(f"student.structure: {err}") from err
 
 
 def distill(
@@ -95,27 +89,22 @@ def _distill(config: DistillConfig, world: World, progress: bool, accept_changed
             raise ConfigError(
                 f"stages has {stage.stage!r}, but the student's structure has no key 'moe'"
             )
+        folder, train = out / stage.stage, stage.train
+        previews = Previews(source, folder / "previews", config.seed, world, config.data, train)
         parent = run_stage(
             model,
             teacher,
             source,
             stage,
-            out / stage.stage,
+            folder,
             seed=config.seed,
-            first=first_batch([s.train for s in config.stages[:number]], stage.train.batch_size),
+            first=first_batch([s.train for s in config.stages[:number]], train.batch_size),
             parent=parent,
             label=stage.stage,
             progress=progress,
             world=world,
             accept_changed=accept_changed,
-            preview=Previews(
-                source,
-                out / stage.stage / "previews",
-                config.seed,
-                world,
-                config.data,
-                stage.train,
-            ),
+            preview=previews,
         )
     if world.main:
         ckpt.write_folder(target, model.cpu().save_pretrained)
@@ -132,7 +121,7 @@ def start_student(
     is to hold a shard need not hold teacher and student whole. The others get a skeleton.
     """
     if not world.main:
-        model = student_skeleton(teacher, replace(structure, mob=None))
+        model = skeleton(teacher, replace(structure, mob=None))
     else:
         seed = config.seed
         how = measure(teacher, source, config.student, seed)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,21 +63,13 @@ def sample(
             rows = slice(start, start + chunk)
             scheduler = FlowMatchEulerDiscreteScheduler()
             scheduler.set_timesteps(sigmas=levels, device=device)
-            x = noise.noise[rows].to(device)
-            fixed = {
-                "encoder_hidden_states": noise.text[rows].to(device),
-                "pooled_projections": noise.pooled[rows].to(device),
-                "img_ids": noise.img_ids.to(device),
-                "txt_ids": noise.txt_ids.to(device),
-            }
-            if noise.guidance is not None:
-                fixed["guidance"] = noise.guidance[rows].to(device)
+            part = noise[rows].to(device)
+            x, fixed = part.noise, part.inputs()
             if on_step is not None:
                 fixed["output_aux"] = True
             for i, t in enumerate(scheduler.timesteps):
-                out = model(
-                    hidden_states=x, timestep=(t / 1000).expand(x.shape[0]).to(x.dtype), **fixed
-                )
+                now = {"hidden_states": x, "timestep": (t / 1000).expand(len(x)).to(x.dtype)}
+                out = model(**{**fixed, **now})
                 if on_step is not None:
                     on_step(i, out.aux)
                 # x stays in its own precision, also where autocast computes the velocity in bf16
@@ -102,6 +94,7 @@ def noise_levels(data: DataConfig, image_tokens: int, steps: int) -> list[float]
     return [shift / (shift + 1 / t - 1) for t in levels]
 
 
+@dataclass(frozen=True)
 class Previews:
     """Called with (model, step): writes FOLDER/step-0000123.png, or .safetensors with the latents
     where the source cannot turn latents into images.
@@ -112,20 +105,14 @@ class Previews:
         count: pictures. steps: of Euler's method, unless there is a grid of noise levels.
     """
 
-    def __init__(
-        self,
-        source: Any,
-        folder: Path,
-        seed: int,
-        world: World,
-        data: DataConfig,
-        train: TrainConfig,
-        count: int = 10,
-        steps: int = 12,
-    ):
-        self.source, self.folder, self.seed, self.world = source, folder, seed, world
-        self.data, self.train = data, train
-        self.count, self.steps = count, steps
+    source: Any
+    folder: Path
+    seed: int
+    world: World
+    data: DataConfig
+    train: TrainConfig
+    count: int = 10
+    steps: int = 12
 
     def noise(self) -> Batch:
         if hasattr(self.source, "noise_batch"):

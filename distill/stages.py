@@ -9,18 +9,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from d2m_models import moe_layers, set_top_k
+from d2m_models.config import group_names, named_blocks
+from d2m_models.conversion.flux import ffn_tensors
 from distill import files as ckpt
 from distill.configs.sections import StageConfig
 from distill.configs.training import settings
 from distill.loop.objective import Distillation
 from distill.loop.optimizer import FrozenSlice
 from distill.loop.parallel import World, shard_copy
-from distill.loop.train import Preview, train
+from distill.loop.train import RESULT, Preview, load_result, train
 
 VERSION = 1  # raise when a change makes old checkpoints mean something else
 
@@ -30,9 +34,6 @@ VERSION = 1  # raise when a change makes old checkpoints mean something else
 
 def ffn_slices(model: nn.Module, part: str) -> list[FrozenSlice]:
     """The "shared" or "experts" part of every MoE layer's w1 rows, b1 entries and w2 columns."""
-    from d2m_models import moe_layers
-    from d2m_models.conversion.flux import ffn_tensors
-
     shapes = {name: p.shape for name, p in model.named_parameters()}
     slices = []
     for name, layer in moe_layers(model).items():
@@ -48,9 +49,6 @@ def prepare_stage(
     model: nn.Module, stage: str, *, freeze_shared: bool = True, train_isolated: bool = False
 ) -> list[FrozenSlice]:
     """Set what runs and learns in a stage; returns the parts of parameters that must not move."""
-    from d2m_models import moe_layers, set_top_k
-    from d2m_models.config import group_names
-
     structure = model.d2m_config
     model.train().requires_grad_(True)
     layers = moe_layers(model)
@@ -65,16 +63,13 @@ def prepare_stage(
         return ffn_slices(model, "shared") if freeze_shared else []
     # Isolated blocks are frozen; embedders, the AdaLN projection and the output head are no blocks.
     grouped = {name for names in group_names(structure).values() for name in names}
-    for prefix in ("transformer_blocks", "single_transformer_blocks"):
-        for i, block in enumerate(getattr(model, prefix)):
-            block.requires_grad_(train_isolated or f"{prefix}.{i}" in grouped)
+    for name, block in named_blocks(model).items():
+        block.requires_grad_(train_isolated or name in grouped)
     return []
 
 
 def finish_stage(model: nn.Module) -> None:
     """Back to inference: the configured top_k, nothing frozen, no gradients wanted."""
-    from d2m_models import moe_layers, set_top_k
-
     layers = moe_layers(model)
     if layers:
         set_top_k(model, model.d2m_config.moe.top_k)
@@ -113,45 +108,30 @@ def run_stage(
     """
     world = world or World(device=next(model.parameters()).device)
 
-    def prepare(student: nn.Module) -> list[FrozenSlice]:
-        return prepare_stage(
-            student,
-            config.stage,
-            freeze_shared=config.freeze_shared,
-            train_isolated=config.train_isolated,
-        )
-
-    done = (Path(folder) / "model.safetensors").exists()
+    prepare = partial(
+        prepare_stage,
+        stage=config.stage,
+        freeze_shared=config.freeze_shared,
+        train_isolated=config.train_isolated,
+    )
+    done = (Path(folder) / RESULT).exists()
     trained, frozen = model, prepare(model)
     if world.size > 1 and not done:
         trained, frozen = shard_copy(model, world, prepare)
-    features = None
-    if config.stage == "mob":
-        from d2m_models.config import group_names
-
-        features = list(group_names(model.d2m_config))
+    features = list(group_names(model.d2m_config)) if config.stage == "mob" else None
     run_id = ckpt.fingerprint(
         VERSION, parent, settings(config), model.d2m_config.to_dict(), seed, first
     )
     objective = Distillation(
         teacher, trained, source, config.loss, config.train.batch_size, seed, first, features
     )
-    options = {"run_id": run_id, "label": label, "accept_changed": accept_changed}
-    train(
-        trained,
-        objective,
-        config.train,
-        folder,
-        frozen=frozen,
-        progress=progress,
-        world=world,
-        preview=preview,
-        **options,
-    )
+    options = {"progress": progress, "world": world, "preview": preview, "frozen": frozen}
+    options |= {"run_id": run_id, "label": label, "accept_changed": accept_changed}
+    train(trained, objective, config.train, folder, **options)
     if world.size > 1:  # the result, whole, from where rank 0 has put it
         del trained, objective
         world.barrier()
         if next(model.parameters()).device.type != "meta":
-            train(model, lambda step: {}, config.train, folder, **options)
+            load_result(model, folder, run_id, accept_changed)
     finish_stage(model)
     return run_id

@@ -14,9 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2m_models import (
+    FluxMoETransformer2DModel,
+    coactivation_orders,
+    convert_flux,
+    fit_routers,
+    neuron_order_from_importance,
+    record_ffns,
+)
+from d2m_models.conversion.flux import ffn_widths, model_arguments, skeleton
 from distill.configs.sections import StudentConfig
 from distill.data.batch import Batch, generator
-from distill.importance import ffn_linears, taylor_importance
+from distill.importance import taylor_importance
 
 # --- measured on the teacher ----------------------------------------------------------------
 
@@ -72,7 +81,6 @@ def record_activations(
     teacher: nn.Module, source: Any, batches: int, seed: int, rows: int | None = None
 ) -> dict[str, Any]:
     """`d2m_models.record_ffns` on the samples that `measure_importance` sees."""
-    from d2m_models import record_ffns
 
     def parts() -> Iterator[dict[str, Any]]:
         for batch in _calibration(teacher, source, batches, seed, rows):
@@ -99,15 +107,6 @@ def measure(teacher: nn.Module, source: Any, config: StudentConfig, seed: int) -
 # --- students -------------------------------------------------------------------------------
 
 
-def random_scores(teacher: nn.Module, seed: int) -> dict[str, Tensor]:
-    """In the place of eq. (6)'s: then neurons are shared, and dealt to experts, at random."""
-    gen = generator(seed, "weights", 2)
-    return {
-        name: torch.rand(up.out_features, generator=gen)
-        for name, (up, _, _) in ffn_linears(teacher).items()
-    }
-
-
 def neuron_orders(
     teacher: nn.Module,
     structure: Any,
@@ -122,12 +121,13 @@ def neuron_orders(
     random: the baseline of Table 5. coactivation: the most important ones are shared, those that
     fire together make an expert.
     """
-    from d2m_models import coactivation_orders, neuron_order_from_importance
-
     moe = structure.moe
     if initialisation == "coactivation":
         return coactivation_orders(records, importance, moe)
-    scores = random_scores(teacher, seed) if initialisation == "random" else importance
+    scores = importance
+    if initialisation == "random":
+        gen, widths = generator(seed, "weights", 2), ffn_widths(teacher)
+        scores = {name: torch.rand(width, generator=gen) for name, width in widths.items()}
     shared, _ = moe.sizes(teacher.inner_dim, 4 * teacher.inner_dim)
     return {
         name: neuron_order_from_importance(score, shared, moe.num_experts)
@@ -155,8 +155,6 @@ def make_student(
         initialisation, routers: see `StudentConfig`.
         records: `record_activations`, for initialisation "coactivation" and routers "fitted".
     """
-    from d2m_models import convert_flux, fit_routers
-
     orders = None
     if structure.moe is not None:
         orders = neuron_orders(teacher, structure, importance, seed, initialisation, records)
@@ -172,23 +170,11 @@ def make_student(
     return student
 
 
-def student_skeleton(teacher: nn.Module, structure: Any) -> nn.Module:
-    """The student that `convert_flux` would make, on the meta device."""
-    from d2m_models import FluxMoETransformer2DModel
-    from d2m_models.conversion.flux import model_arguments
-
-    with torch.device("meta"):
-        return FluxMoETransformer2DModel(**model_arguments(teacher, structure))
-
-
 def group_blocks(model: nn.Module, mob: Any, seed: int) -> nn.Module:
     """A copy of the model with MoB groups and fresh block routers; no other weight changes."""
-    from d2m_models import FluxMoETransformer2DModel
-    from d2m_models.conversion.flux import model_arguments
-
     device = next(model.parameters()).device
     if device.type == "meta":
-        return student_skeleton(model, replace(model.d2m_config, mob=mob))
+        return skeleton(model, replace(model.d2m_config, mob=mob))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "weights", 1).initial_seed())
         grouped = FluxMoETransformer2DModel(**{**model_arguments(model), "mob": mob.to_dict()})

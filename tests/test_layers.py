@@ -26,7 +26,7 @@ LAYERS = {
         __main__
     """,
     "d2m_models": """
-        config
+        config files private
         presets weights partition
         moe
         mob adaln topk

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from d2m_models.adaln import AdaLNBasis, sample_conditioning
-from d2m_models.checkpoints.reading import DenseReader
-from d2m_models.checkpoints.tensor_files import StoredTensor, TensorSpec, read_header, write_file
-from d2m_models.conversion.flux import ffn_width
-from d2m_models.partition import check_order
+from d2m_models.adaln import AdaLNBasis, check_samples, sample_conditioning
+from d2m_models.checkpoints.tasks import DenseReader
+from d2m_models.checkpoints.tensor_files import TensorSpec, read_header, write_file
+from d2m_models.conversion.flux import ffn_widths
+from d2m_models.files import write_atomic
+from d2m_models.partition import check_orders
 from d2m_models.topk import moe_layers
 
 logger = logging.getLogger(__name__)
@@ -47,14 +48,15 @@ def load_orders(orders, student: nn.Module) -> dict[str, Tensor]:
         path = Path(orders).expanduser()
         if not path.is_file():
             raise ValueError(f"the neuron order file {path} does not exist")
-        orders = {name: tensor.read() for name, tensor in read_header(path)[0].items()}
-    known = {name: ffn_width(student, name) for name in moe_layers(student)}
+        orders = {name: tensor.read() for name, tensor in read_header(path).items()}
+    widths = ffn_widths(student)
+    known = {name: widths[name] for name in moe_layers(student)}
     missing = [name for name in known if name not in orders]
     if missing:
         raise ValueError(f"neuron_order lacks {missing[:3]} ({len(missing)} of {len(known)} FFNs)")
     if not known:
         raise ValueError("neuron_order is given, but the configuration has no experts")
-    return {n: check_order(orders[n], f, f"neuron_order[{n!r}]") for n, f in known.items()}
+    return check_orders(orders, known)
 
 
 def load_calibration(samples, dim: int) -> Tensor | None:
@@ -64,47 +66,73 @@ def load_calibration(samples, dim: int) -> Tensor | None:
         path = Path(samples).expanduser()
         if not path.is_file():
             raise ValueError(f"the calibration file {path} does not exist")
-        found = read_header(path)[0]
+        found = read_header(path)
         if "temb" not in found:
             raise ValueError(f"{path} has no tensor 'temb' [n, D={dim}], but {sorted(found)[:3]}")
         temb_nD = found["temb"].read()
-    if temb_nD is not None and (temb_nD.ndim != 2 or temb_nD.shape[1] != dim):
-        raise ValueError(f"adaln_calibration must be [n, D={dim}], got {tuple(temb_nD.shape)}")
+    if temb_nD is not None:
+        check_samples(temb_nD, dim)
     return temb_nD
 
 
-def adaln_basis(
-    folder: Path,
-    reader: DenseReader,
-    dense: nn.Module,
-    temb_nD: Tensor | None,
-    width: int,
-    seed: int,
-) -> tuple[AdaLNBasis, Tensor]:
-    """The AdaLN basis, kept in a file: a resumed run must go on with the very same."""
-    path = folder / BASIS
-    if not path.is_file():
-        if temb_nD is None:
-            logger.warning("no AdaLN calibration: random pooled embeddings stand in for prompts")
-            embed = dense.time_text_embed.to_empty(device="cpu")
-            for name, parameter in embed.named_parameters():
-                parameter.data = reader.read(f"time_text_embed.{name}").float()
-            temb_nD = sample_conditioning(dense, seed=seed)
-        basis = AdaLNBasis.from_samples(temb_nD, width)
-        chosen_nD = temb_nD[:: max(1, len(temb_nD) // _ERROR_SAMPLES)].float().cpu()
-        tensors = {
-            "mean": basis.mean, "directions": basis.directions, "samples": chosen_nD,
-            "explained": torch.tensor([basis.explained], dtype=torch.float64),
-        }  # fmt: skip
-        tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
-        specs = [TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()]
-        write_file(path, specs, tensors.values())
-    return read_basis(path)
+class AdaLNCompression:
+    """The compression of one conversion's AdaLN.
+
+    Attributes:
+        basis, samples: once `prepare` has fitted them, or read them where the job goes on.
+        errors: AdaLN Linear -> relative error, of those that are compressed.
+    """
+
+    basis: AdaLNBasis
+    samples: Tensor
+
+    def __init__(
+        self, reader: DenseReader, dense: nn.Module, temb_nD: Tensor | None, width: int, seed: int
+    ):
+        self.reader, self.dense, self.temb_nD = reader, dense, temb_nD
+        self.width, self.seed = width, seed
+        self.errors: dict[str, float] = {}
+        self.origin = "random" if temb_nD is None else digest_of({"temb": temb_nD})
+
+    def prepare(self, folder: Path) -> None:
+        """Keeps the basis in a file: a resumed run must go on with the very same."""
+        path = folder / BASIS
+        if not path.is_file():
+            temb_nD = self.temb_nD
+            if temb_nD is None:
+                logger.warning(
+                    "no AdaLN calibration: random pooled embeddings stand in for prompts"
+                )
+                embed = self.dense.time_text_embed.to_empty(device="cpu")
+                for name, parameter in embed.named_parameters():
+                    parameter.data = self.reader.read(f"time_text_embed.{name}").float()
+                temb_nD = sample_conditioning(self.dense, seed=self.seed)
+            basis = AdaLNBasis.from_samples(temb_nD, self.width)
+            chosen_nD = temb_nD[:: max(1, len(temb_nD) // _ERROR_SAMPLES)].float().cpu()
+            tensors = {
+                "mean": basis.mean, "directions": basis.directions, "samples": chosen_nD,
+                "explained": torch.tensor([basis.explained], dtype=torch.float64),
+            }  # fmt: skip
+            tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+            specs = [TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()]
+            write_atomic(path, lambda tmp: write_file(tmp, specs, tensors.values()))
+        self.basis, self.samples = read_basis(path)
+
+    def down_projection(self, _: list[Tensor]) -> list[Tensor]:
+        return [t.to(self.reader.dtype) for t in self.basis.down_projection()]
+
+    def compress(self, linear: str, tensors: list[Tensor]) -> list[Tensor]:
+        weight, bias = map(self.reader.finish, parts(linear), tensors)
+        *made, self.errors[linear] = self.basis.compress_measured(weight, bias, self.samples)
+        return made
+
+
+def parts(linear: str) -> tuple[str, str]:
+    return f"{linear}.weight", f"{linear}.bias"
 
 
 def read_basis(path: Path) -> tuple[AdaLNBasis, Tensor]:
     """The basis a conversion used, and the samples its errors were measured on."""
-    found: dict[str, StoredTensor] = read_header(path)[0]
-    stored = {name: tensor.read() for name, tensor in found.items()}
+    stored = {name: tensor.read() for name, tensor in read_header(path).items()}
     basis = AdaLNBasis(stored["mean"], stored["directions"], float(stored["explained"]))
     return basis, stored["samples"]

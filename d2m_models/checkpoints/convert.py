@@ -15,19 +15,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from d2m_models.adaln import AdaLNBasis, adaln_linears
-from d2m_models.checkpoints.calibration import adaln_basis, digest_of, load_calibration, load_orders
-from d2m_models.checkpoints.jobs import Job, Task, check_target, run_job
+from d2m_models.adaln import adaln_linears
+from d2m_models.checkpoints.calibration import (
+    AdaLNCompression,
+    digest_of,
+    load_calibration,
+    load_orders,
+    parts,
+)
+from d2m_models.checkpoints.jobs import Job, run_job
 from d2m_models.checkpoints.lora_file import read_lora
-from d2m_models.checkpoints.reading import SHARD_BYTES, DenseReader, permutations, plan_files, same
 from d2m_models.checkpoints.restore import DENSE_ADALN
 from d2m_models.checkpoints.source import check_dense_source, check_dtypes, open_source
-from d2m_models.checkpoints.tensor_files import TensorSpec, write_index, write_json
+from d2m_models.checkpoints.tasks import (
+    FILE_BYTES,
+    DenseReader,
+    Task,
+    describe,
+    permutations,
+    plan_files,
+    specs_of,
+)
+from d2m_models.checkpoints.tensor_files import TensorSpec
 from d2m_models.config import FluxMoEConfig, MoEConfig
-from d2m_models.conversion.flux import model_arguments
-from d2m_models.flux import FluxMoETransformer2DModel
+from d2m_models.conversion.flux import skeleton
+from d2m_models.files import check_new, write_json
 from d2m_models.moe import ROUTER_STD
 from d2m_models.presets import resolve_config
 
@@ -48,7 +62,7 @@ def convert_checkpoint(
     lora_scale: float | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int = FILE_BYTES,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Converts a saved FLUX transformer into a folder for `from_pretrained`.
@@ -68,7 +82,7 @@ def convert_checkpoint(
         The record that is also written as d2m_conversion.json, with the AdaLN errors.
     """
     target = Path(target).expanduser()
-    check_target(target)  # before anything that takes time
+    check_new(target)  # before anything that takes time
     opened = open_source(source, subfolder, variant)
     dense = check_dense_source(opened)
     out_dtype = check_dtypes(opened, dtype)
@@ -84,47 +98,40 @@ def convert_checkpoint(
         raise ValueError("lora_scale is given without a lora")
     fused = None if lora is None else read_lora(lora, default_lora_scale(config, lora_scale))
     reader = DenseReader(opened, out_dtype, fused)
-    student = meta_student(dense, structure)
+    student = skeleton(dense, structure)
     orders = load_orders(neuron_order, student)
-    compress = structure.adaln_dim is not None
     for name, value in (("keep_adaln", keep_adaln), ("adaln_calibration", adaln_calibration)):
-        if not compress and value is not None and value is not False:
+        if structure.adaln_dim is None and value is not None and value is not False:
             raise ValueError(f"{name} is for a compressed AdaLN, this configuration has none")
-    temb_nD = load_calibration(adaln_calibration, dense.inner_dim) if compress else None
+    adaln = None
+    if structure.adaln_dim is not None:
+        temb_nD = load_calibration(adaln_calibration, dense.inner_dim)
+        adaln = AdaLNCompression(reader, dense, temb_nD, structure.adaln_dim, seed)
 
-    files = plan_files(_student_tasks(reader, student, orders, seed, box := {}), shard_bytes)
+    files = plan_files(_student_tasks(reader, student, orders, seed, adaln), shard_bytes)
     record = {
         "source": {"tensors": opened.digest(), "dtype": str(out_dtype)},
         "structure": structure.to_dict(),
         "neuron_order": "dense" if neuron_order is None else digest_of(orders),
-        "adaln_calibration": "random" if temb_nD is None else digest_of({"temb": temb_nD}),
+        "adaln_calibration": "random" if adaln is None else adaln.origin,
         "lora": None if reader.lora is None else reader.lora.digest,
         "keep_adaln": keep_adaln,
         "seed": seed,
-        "files": {
-            name: [s.name for t in tasks for s in t.outputs] for name, tasks in files.items()
-        },
+        "files": {name: [spec.name for spec in specs_of(tasks)] for name, tasks in files.items()},
     }
-    index = {name: [s for t in tasks for s in t.outputs] for name, tasks in files.items()}
+    report = {} if adaln is None else adaln.errors
+    everything = dict(files)
     if keep_adaln:
-        files[DENSE_ADALN] = [reader.task(name) for name in adaln_names(dense)]
-
-    def prepare(folder: Path) -> None:
-        if compress:
-            box["basis"], box["samples"] = adaln_basis(
-                folder, reader, dense, temb_nD, structure.adaln_dim, seed
-            )
+        names = [name for linear in adaln_linears(dense) for name in parts(linear)]
+        everything[DENSE_ADALN] = [reader.task(name) for name in names]
 
     def finish(folder: Path) -> None:
-        student.save_config(folder)
-        if len(index) > 1:
-            write_index(folder, index)
-        write_json(folder / RECORD, result)
+        describe(folder, student, files)
+        write_json(folder / RECORD, {**record, "adaln_error": report})
 
-    job = Job(files, record, prepare, finish, report=box.setdefault("errors", {}))
-    result = {**record, "adaln_error": job.report}
-    run_job(job, target, progress)
-    return result
+    prepare = {} if adaln is None else {"prepare": adaln.prepare}
+    run_job(Job(everything, record, finish=finish, report=report, **prepare), target, progress)
+    return {**record, "adaln_error": report}
 
 
 def _is_hyper(config: Any) -> bool:
@@ -138,62 +145,37 @@ def default_lora_scale(config: Any, scale: float | None) -> float:
     return 0.125 if _is_hyper(config) else 1.0
 
 
-def meta_student(dense: nn.Module, structure: FluxMoEConfig) -> FluxMoETransformer2DModel:
-    with torch.device("meta"):
-        return FluxMoETransformer2DModel(**model_arguments(dense, structure))
-
-
-def adaln_names(model: nn.Module) -> list[str]:
-    return [f"{name}.{part}" for name in adaln_linears(model) for part in ("weight", "bias")]
-
-
-def _student_tasks(reader, student, orders, seed: int, box: dict[str, Any]) -> list[Task]:
+def _student_tasks(
+    reader, student, orders, seed: int, adaln: AdaLNCompression | None
+) -> list[Task]:
     """Every tensor of the student, small new ones first, then in the source's order."""
     ours = {name: tuple(value.shape) for name, value in student.state_dict().items()}
-    narrow = set(adaln_linears(student)) if student.d2m_config.adaln_dim is not None else set()
+    narrow = set() if adaln is None else set(adaln_linears(student))
     changes = permutations(orders, ours)
+
+    def specs(*names: str, dtype: torch.dtype = reader.dtype) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(name, dtype, ours[name]) for name in names)
+
     tasks = []
     for name, shape in ours.items():
         if name.endswith("neuron_order"):
             order_F = orders.get(name.removesuffix(".neuron_order"), torch.arange(shape[0]))
-            made = partial(_constant, order_F.to(torch.int32))
-            tasks.append(Task((TensorSpec(name, torch.int32, shape),), make=made))
+            tasks.append(
+                Task(specs(name, dtype=torch.int32), make=lambda _, o=order_F: [o.to(torch.int32)])
+            )
         elif "router" in name:
             made = partial(_router, name, shape, seed)
-            tasks.append(Task((TensorSpec(name, torch.float32, shape),), make=made))
-    if narrow:
-        down = [TensorSpec(f"adaln_down.{p}", reader.dtype, ours[f"adaln_down.{p}"])
-                for p in ("weight", "bias")]  # fmt: skip
-
-        def down_projection(_: list[Tensor]) -> list[Tensor]:
-            return [t.to(reader.dtype) for t in box["basis"].down_projection()]
-
-        tasks.append(Task(tuple(down), make=down_projection))
+            tasks.append(Task(specs(name, dtype=torch.float32), make=made))
+    if adaln is not None:
+        tasks.append(Task(specs(*parts("adaln_down")), make=adaln.down_projection))
     for name in sorted(reader.source.tensors, key=reader.source.place):
         linear, _, part = name.rpartition(".")
-        if linear in narrow:
-            if part == "weight":
-                tasks.append(_narrow_task(reader, linear, ours, box))
-        else:
-            tasks.append(reader.task(name, changes.get(name, same)))
+        if linear not in narrow:
+            tasks.append(reader.task(name, changes.get(name)))
+        elif part == "weight":
+            sources = tuple(reader.source.tensors[n] for n in parts(linear))
+            tasks.append(Task(specs(*parts(linear)), sources, partial(adaln.compress, linear)))
     return tasks
-
-
-def _narrow_task(reader: DenseReader, linear: str, ours, box: dict[str, Any]) -> Task:
-    names = (f"{linear}.weight", f"{linear}.bias")
-
-    def make(tensors: list[Tensor]) -> list[Tensor]:
-        weight, bias = (reader.finish(n, t) for n, t in zip(names, tensors, strict=True))
-        basis: AdaLNBasis = box["basis"]
-        *made, box["errors"][linear] = basis.compress_measured(weight, bias, box["samples"])
-        return made
-
-    specs = tuple(TensorSpec(n, reader.dtype, ours[n]) for n in names)
-    return Task(specs, tuple(reader.source.tensors[n] for n in names), make)
-
-
-def _constant(tensor: Tensor, _: list[Tensor]) -> list[Tensor]:
-    return [tensor]
 
 
 def _router(name: str, shape: tuple[int, ...], seed: int, _: list[Tensor]) -> list[Tensor]:

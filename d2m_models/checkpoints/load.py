@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 
-def load_model(path: Path | str) -> nn.Module:
+def load_model(path: Path | str, dtype: torch.dtype | None = None) -> nn.Module:
     """A saved MoE/MoB model or dense FLUX transformer, in eval mode."""
     config = Path(path) / "config.json"
     try:
@@ -21,14 +22,16 @@ def load_model(path: Path | str) -> nn.Module:
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as err:
         raise ValueError(f"{config} is no valid model configuration ({err})") from err
     if kind != "FluxMoETransformer2DModel":
-        return load_flux(path).eval()
+        return load_flux(path, dtype=dtype).eval()
     from d2m_models.flux import FluxMoETransformer2DModel
 
-    refuse_pickles(Path(path))
-    try:
-        return FluxMoETransformer2DModel.from_pretrained(path, use_safetensors=True).eval()
-    except Exception as err:  # diffusers and safetensors raise many kinds
-        raise ValueError(f"cannot load the model in {path}: {' '.join(str(err).split())}") from err
+    what = f"the model in {path}"
+    return _load(FluxMoETransformer2DModel, path, Path(path), what, torch_dtype=dtype).eval()
+
+
+def may_be_hub_name(path: Path | str) -> bool:
+    """Whether "owner/name" can be meant, where there is no such folder."""
+    return not str(path).startswith((".", "/", "~")) and str(path).count("/") == 1
 
 
 def load_flux(
@@ -41,21 +44,20 @@ def load_flux(
     if subfolder is None and (local / "model_index.json").is_file():
         subfolder = "transformer"
     folder = local / subfolder if subfolder else local
-    looks_local = (
-        local.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1
-    )
-    if looks_local and not (folder / "config.json").is_file():
+    if (local.exists() or not may_be_hub_name(path)) and not (folder / "config.json").is_file():
         state = "has no config.json" if folder.is_dir() else "does not exist"
         raise ValueError(f"{folder} {state}; expected the folder of a saved FluxTransformer2DModel")
+    what = f"a FLUX transformer from {folder}"
+    return _load(FluxTransformer2DModel, path, folder, what, subfolder=subfolder, torch_dtype=dtype)
+
+
+def _load(kind: Any, path: Path | str, folder: Path, what: str, **options: Any) -> nn.Module:
+    """`kind.from_pretrained(path)`, whose weights are in `folder` if it is a local one."""
     refuse_pickles(folder)
     try:
-        return FluxTransformer2DModel.from_pretrained(
-            path, subfolder=subfolder, torch_dtype=dtype, use_safetensors=True
-        )
+        return kind.from_pretrained(path, use_safetensors=True, **options)
     except Exception as err:  # diffusers, safetensors and the hub client raise many kinds
-        raise ValueError(
-            f"cannot load a FLUX transformer from {folder}: {' '.join(str(err).split())}"
-        ) from err
+        raise ValueError(f"cannot load {what}: {' '.join(str(err).split())}") from err
 
 
 def refuse_pickles(folder: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ class LoRAFile:
     deltas: dict[str, dict[str, Tensor]]
     scales: dict[str, float]
     digest: str
-    ignored: list[str] = field(default_factory=list)
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
         """The parameter `name` with its change added in fp32, in its own dtype."""
@@ -121,7 +120,7 @@ def read_lora(path: str | Path, scale: float = 1.0) -> LoRAFile:
     with open(path, "rb") as file:
         for chunk in iter(lambda: file.read(1 << 22), b""):
             digest.update(chunk)
-    return LoRAFile(deltas, scales, digest.hexdigest()[:16], ignored)
+    return LoRAFile(deltas, scales, digest.hexdigest()[:16])
 
 
 def _alpha_over_rank(name: str, rank: int, alphas: dict[str, Any], metadata: dict) -> float:
@@ -132,15 +131,12 @@ def _alpha_over_rank(name: str, rank: int, alphas: dict[str, Any], metadata: dic
     own = {k.removeprefix("transformer."): v for k, v in metadata.items()}
     if own.get("use_dora"):
         raise ValueError("a DoRA is no plain weight delta and cannot be fused here")
-    alpha = _match(own.get("alpha_pattern") or {}, name, own.get("lora_alpha", rank))
-    return alpha / (math.sqrt(rank) if own.get("use_rslora") else rank)
-
-
-def _match(pattern: dict[str, Any], name: str, default: Any) -> Any:
-    for key, value in pattern.items():
+    alpha = own.get("lora_alpha", rank)
+    for key, value in (own.get("alpha_pattern") or {}).items():
         if name == key or name.endswith(f".{key}"):
-            return value
-    return default
+            alpha = value
+            break
+    return alpha / (math.sqrt(rank) if own.get("use_rslora") else rank)
 
 
 def fuse_lora(model, lora: LoRAFile) -> Any:

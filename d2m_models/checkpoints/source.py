@@ -16,14 +16,11 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 
+from d2m_models.checkpoints.load import may_be_hub_name, refuse_pickles
 from d2m_models.checkpoints.tensor_files import StoredTensor, read_header
 from d2m_models.flux import FluxMoETransformer2DModel
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_HOW_TO_SAVE = (
-    "load it with diffusers.FluxTransformer2DModel.from_single_file({path!r}, "
-    "torch_dtype=torch.bfloat16), save that with .save_pretrained(FOLDER), and convert FOLDER"
-)
 
 
 @dataclass(frozen=True)
@@ -33,10 +30,6 @@ class Source:
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def place(self, name: str) -> tuple[str, int]:
         """Where a tensor lies; sorting by it makes reads sequential."""
@@ -75,7 +68,7 @@ def open_source(path: str | Path, subfolder: str | None = None, variant: str | N
         raise ValueError(f"{config_path} is no valid JSON: {error}") from None
     tensors: dict[str, StoredTensor] = {}
     for file in _find_files(folder, variant):
-        tensors.update(read_header(file)[0])
+        tensors.update(read_header(file))
     return Source(folder, config, tensors)
 
 
@@ -86,7 +79,7 @@ def _find_folder(path: str | Path, subfolder: str | None, variant: str | None) -
             _refuse_single_files([local])
         raise ValueError(f"{local} is a file; expected the folder of a saved FLUX transformer")
     if not local.is_dir():
-        if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
+        if not may_be_hub_name(path):
             raise ValueError(f"{path} does not exist")
         local = _download(str(path), subfolder, variant)
     if subfolder is None and (local / "model_index.json").is_file():
@@ -136,22 +129,20 @@ def _find_files(folder: Path, variant: str | None) -> list[Path]:
         return [whole]
     others = sorted(file.name for file in folder.glob("diffusion_pytorch_model*"))
     _refuse_single_files(sorted(folder.glob("*.safetensors")))
-    if any(name.endswith(".bin") for name in others):
-        raise ValueError(
-            f"{folder} holds pickles ({others[0]}); only safetensors are read: load it with "
-            f"diffusers and save it again"
-        )
+    refuse_pickles(folder)
     hint = f"; there are {others}, see --variant" if others else ""
     raise ValueError(f"{folder} has neither {whole.name} nor {index.name}{hint}")
 
 
 def _refuse_single_files(files: list[Path]) -> None:
     for file in files:
-        keys = read_header(file)[0]
+        keys = read_header(file)
         if any("double_blocks." in key for key in keys):
             raise ValueError(
-                f"{file} is a single-file checkpoint in Black Forest Labs' format; "
-                + _HOW_TO_SAVE.format(path=str(file))
+                f"{file} is a single-file checkpoint in Black Forest Labs' format; load it with "
+                f"diffusers.FluxTransformer2DModel.from_single_file({str(file)!r}, "
+                "torch_dtype=torch.bfloat16), save that with .save_pretrained(FOLDER), and convert "
+                "FOLDER"
             )
 
 

@@ -1,6 +1,6 @@
 """safetensors files read and written tensor by tensor, without mapping them into memory.
 
-A mapped 5 GB shard counts as 5 GB of resident memory; plain reads of one tensor at a time do not.
+A mapped file of 5 GB counts as 5 GB of resident memory; plain reads of one tensor at a time do not.
 
     file = | header length, 8 bytes LE | JSON header, padded to 8 | tensors back to back |
 """
@@ -14,10 +14,14 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from d2m_models.files import write_json
+
+T = TypeVar("T")
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -65,8 +69,8 @@ class StoredTensor(TensorSpec):
         return raw.view(self.dtype).view(self.shape)
 
 
-def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """The tensors of one file by name, in file order, and its metadata; no tensor is read.
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file by name, in file order; none is read.
 
     Raises:
         ValueError: the file is truncated, no safetensors, or of a dtype torch does not have.
@@ -81,7 +85,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             header = json.loads(file.read(length))
         except ValueError:
             raise ValueError(f"{path} is no safetensors file (its header is no JSON)") from None
-    metadata = header.pop("__metadata__", {})
+    header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
@@ -98,20 +102,11 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
                 f"{path} is truncated: at least {missing:,} bytes are missing; download it again"
             )
         tensors[name] = spec
-    return dict(sorted(tensors.items(), key=lambda item: item[1].begin)), metadata
+    return dict(sorted(tensors.items(), key=lambda item: item[1].begin))
 
 
-def write_file(
-    path: Path,
-    specs: Sequence[TensorSpec],
-    tensors: Iterable[Tensor],
-    commit: bool = True,
-) -> None:
-    """Writes the tensors as they come, flushes them to disk and only then names the file `path`.
-
-    Whoever looks sees the whole file or none, whenever the process is killed. With commit=False
-    the flushing and naming is left to `commit_file`, so that it can overlap with the next file.
-    """
+def write_file(path: Path, specs: Sequence[TensorSpec], tensors: Iterable[Tensor]) -> None:
+    """Writes the tensors as they come; see `d2m_models.files` for what makes it a whole file."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for spec in specs:
@@ -121,9 +116,8 @@ def write_file(
         }  # fmt: skip
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    tmp = path.with_name(path.name + ".tmp")
     waiting = 0
-    with open(tmp, "wb", buffering=0) as file:
+    with open(path, "wb", buffering=0) as file:
         _write(file, struct.pack("<Q", len(text)) + text)
         for spec, tensor in zip(specs, tensors, strict=True):
             if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
@@ -135,17 +129,6 @@ def write_file(
                 # The disk gets to work now, not all at once at the end.
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 waiting = 0
-    if commit:
-        commit_file(path)
-
-
-def commit_file(path: Path) -> None:
-    """Flushes what `write_file(path, ..., commit=False)` wrote, and names it `path`."""
-    tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
-    sync_folder(path.parent)
 
 
 def _write(file, data) -> None:
@@ -154,34 +137,9 @@ def _write(file, data) -> None:
         view = view[file.write(view) :]
 
 
-def write_json(path: Path, data: object) -> None:
-    """Indented JSON, complete or not there at all."""
-    tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "w", encoding="utf-8") as file:
-        file.write(json.dumps(data, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder durable, where the system can."""
-    try:
-        fd = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(fd)
-    except OSError:
-        pass
-    finally:
-        os.close(fd)
-
-
-def pack(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
-    """Specs in order, cut into files of at most `limit` bytes (a larger tensor gets its own)."""
-    files: list[list[TensorSpec]] = []
+def pack(specs: Iterable[T], limit: int) -> list[list[T]]:
+    """What has `.nbytes`, in order, in files of at most `limit` (a larger one gets its own)."""
+    files: list[list[T]] = []
     room = -1
     for spec in specs:
         if spec.nbytes > room:
@@ -192,7 +150,7 @@ def pack(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
     return files
 
 
-def shard_names(count: int) -> list[str]:
+def file_names(count: int) -> list[str]:
     """File names as diffusers gives them."""
     if count == 1:
         return ["diffusion_pytorch_model.safetensors"]
@@ -200,7 +158,9 @@ def shard_names(count: int) -> list[str]:
 
 
 def write_index(folder: Path, files: dict[str, Sequence[TensorSpec]]) -> None:
-    """The index that diffusers reads for a checkpoint of several files."""
+    """The index that diffusers reads for a checkpoint of several files; of one there is none."""
+    if len(files) == 1:
+        return
     total = sum(spec.nbytes for specs in files.values() for spec in specs)
     names = {spec.name: file for file, specs in files.items() for spec in specs}
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": names})

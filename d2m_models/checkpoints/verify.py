@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from d2m_models.adaln import adaln_linears
-from d2m_models.checkpoints.calibration import BASIS, read_basis
-from d2m_models.checkpoints.jobs import Task, made_tensors, progress_bar
+from d2m_models.checkpoints.calibration import BASIS, parts, read_basis
 from d2m_models.checkpoints.lora_file import read_lora
-from d2m_models.checkpoints.reading import DenseReader, permutations
 from d2m_models.checkpoints.restore import DENSE_ADALN
 from d2m_models.checkpoints.source import (
     check_dense_source,
@@ -24,7 +23,8 @@ from d2m_models.checkpoints.source import (
     check_moe_source,
     open_source,
 )
-from d2m_models.checkpoints.tensor_files import TensorSpec, read_header
+from d2m_models.checkpoints.tasks import DenseReader, Task, made_tensors, permutations, progress_bar
+from d2m_models.checkpoints.tensor_files import read_header
 from d2m_models.partition import check_order, inverse_order
 from d2m_models.topk import moe_layers
 
@@ -88,12 +88,17 @@ def verify_checkpoint(
     narrow = set(adaln_linears(model)) if model.d2m_config.adaln_dim is not None else set()
     same, pairs = [], dict(moe_source.tensors)
     side = moe_source.folder / DENSE_ADALN
-    kept = read_header(side)[0] if narrow and side.is_file() else {}
+    kept = read_header(side) if narrow and side.is_file() else {}
     for name in sorted(dense_source.tensors, key=dense_source.place):
         compressed = name.rpartition(".")[0] in narrow
         stored = kept.get(name) if compressed else pairs.pop(name, None)
         if stored is not None:
-            _check_spec(stored, reader.spec(name))
+            spec = reader.spec(name)
+            if (stored.dtype, stored.shape) != (spec.dtype, spec.shape):
+                raise ValueError(
+                    f"{name} is {stored.dtype} {list(stored.shape)}, the source makes it "
+                    f"{spec.dtype} {list(spec.shape)}"
+                )
             same.append((name, stored))
         elif kept or not compressed:
             where = side if compressed else moe_source.folder
@@ -110,7 +115,7 @@ def verify_checkpoint(
         return []
 
     tasks = [
-        Task((reader.spec(name),), (dense_source.tensors[name], stored), _bound(compare, name))
+        Task((reader.spec(name),), (dense_source.tensors[name], stored), partial(compare, name))
         for name, stored in same
     ]
     if narrow:
@@ -118,25 +123,17 @@ def verify_checkpoint(
     with progress_bar(sum(task.nbytes for task in tasks), 0, progress) as advance:
         for _ in made_tensors(tasks, advance):
             pass
-    _check_routers(moe_source)
+    for name, stored in moe_source.tensors.items():
+        if "router" in name:
+            weight = stored.read()
+            if not weight.isfinite().all() or weight.std() == 0:
+                raise ValueError(f"{name} is constant or not finite")
     return Verified(
         identical=len(same),
         permuted=sum(name in back for name, _ in same),
         compressed=2 * len(narrow) + 2 * bool(narrow),
         nbytes=sum(stored.nbytes for _, stored in same),
     )
-
-
-def _bound(function, name):
-    return lambda tensors: function(name, tensors)
-
-
-def _check_spec(found: TensorSpec, expected: TensorSpec) -> None:
-    if (found.dtype, found.shape) != (expected.dtype, expected.shape):
-        raise ValueError(
-            f"{found.name} is {found.dtype} {list(found.shape)}, the source makes it "
-            f"{expected.dtype} {list(expected.shape)}"
-        )
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -164,16 +161,16 @@ def _narrow_tasks(reader: DenseReader, target, narrow: set[str]) -> Iterator[Tas
         _check_close(stored.name, stored.read(), tensor.to(reader.dtype))
 
     def compare(linear: str, tensors: list[Tensor]) -> list[Tensor]:
-        names = (f"{linear}.weight", f"{linear}.bias")
+        names = parts(linear)
         wide = [reader.finish(n, t) for n, t in zip(names, tensors[:2], strict=True)]
         for name, found, expected in zip(names, tensors[2:], basis.compress(*wide), strict=True):
             _check_close(name, found, expected)
         return []
 
     for linear in sorted(narrow):
-        names = (f"{linear}.weight", f"{linear}.bias")
+        names = parts(linear)
         sources = [reader.source.tensors[n] for n in names] + [target.tensors[n] for n in names]
-        yield Task(tuple(reader.spec(n) for n in names), tuple(sources), _bound(compare, linear))
+        yield Task(tuple(reader.spec(n) for n in names), tuple(sources), partial(compare, linear))
 
 
 def _check_close(name: str, found: Tensor, expected: Tensor) -> None:
@@ -183,11 +180,3 @@ def _check_close(name: str, found: Tensor, expected: Tensor) -> None:
     error = float((found - expected).norm() / expected.norm().clamp(min=1e-300))
     if not error <= limit:
         raise ValueError(f"{name} is not the source's projection: relative error {error:.2e}")
-
-
-def _check_routers(target) -> None:
-    for name, stored in target.tensors.items():
-        if "router" in name:
-            weight = stored.read()
-            if not weight.isfinite().all() or weight.std() == 0:
-                raise ValueError(f"{name} is constant or not finite")

@@ -1,7 +1,7 @@
 """Turns the FFNs of a model it has never seen into MoE layers, in place.
 
-Shapes: D width, F neurons. FFNs are found by their form, see `forms`; those of FLUX.2's
-single-stream blocks, which are fused with attention, by their class, see `parallel`. What cannot be
+Shapes: D width, F neurons. FFNs are found by their form, see `forms.py`; those of FLUX.2's
+single-stream blocks, which are fused with attention, by their class, see `flux2.py`. What cannot be
 converted is named and left alone.
 """
 
@@ -18,7 +18,7 @@ from d2m_models.config import MoEConfig
 from d2m_models.conversion.flux2 import convert_parallel, parallel_attentions
 from d2m_models.conversion.forms import NotConvertible, candidates, converted
 from d2m_models.moe import ExpertLayer
-from d2m_models.partition import check_order, permute_neurons
+from d2m_models.partition import check_orders, permute_neurons
 from d2m_models.topk import moe_layers
 
 logger = logging.getLogger(__name__)
@@ -74,10 +74,7 @@ def convert(
         )
     widths = {name: layer.neuron_order.numel() for name, layer in found.items()}
     widths |= {name: attention.mlp_hidden_dim for name, attention in fused.items()}
-    checked = {
-        name: check_order(order, widths[name], f"neuron_order[{name!r}]")
-        for name, order in orders.items()
-    }
+    checked = check_orders(orders, widths)
     # From here on nothing fails, so a model is never left half converted.
     for name, layer in found.items():
         parent, _, child = name.rpartition(".")

@@ -12,11 +12,11 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from d2m_models.adaln import AdaLNBasis, adaln_linears, sample_conditioning
-from d2m_models.config import FluxMoEConfig, MoEConfig
-from d2m_models.flux import FluxMoETransformer2DModel
+from d2m_models.adaln import AdaLNBasis, adaln_linears, check_samples, sample_conditioning
+from d2m_models.config import FluxMoEConfig, MoEConfig, named_blocks
+from d2m_models.flux import DENSE_ARGUMENTS, FluxMoETransformer2DModel
 from d2m_models.moe import ROUTER_STD
-from d2m_models.partition import check_order, inverse_order, permute_neurons
+from d2m_models.partition import check_orders, inverse_order, permute_neurons
 from d2m_models.presets import resolve_config
 from d2m_models.topk import moe_layers
 
@@ -32,23 +32,32 @@ def ffn_tensors(name: str) -> tuple[tuple[str, int, str], ...]:
     return ((f"{up}.weight", 0, "w1"), (f"{up}.bias", 0, "b1"), (f"{down}.weight", 1, "w2"))
 
 
+def ffn_linears(model: nn.Module) -> dict[str, tuple[nn.Linear, nn.Linear, int]]:
+    """FFN name -> (up Linear, down Linear, first column of the down Linear that is the FFN's).
+
+    Names are ".ff" and ".ff_context" of double blocks, and single blocks, whose `proj_out` acts on
+    [attention | mlp].
+    """
+    found: dict[str, tuple[nn.Linear, nn.Linear, int]] = {}
+    for name, block in named_blocks(model).items():
+        if name.startswith("single"):
+            first = block.proj_out.in_features - block.proj_mlp.out_features
+            found[name] = (block.proj_mlp, block.proj_out, first)
+        else:
+            for part in ("ff", "ff_context"):
+                net = getattr(block, part).net
+                found[f"{name}.{part}"] = (net[0].proj, net[2], 0)
+    return found
+
+
 def ffn_names(model: nn.Module) -> list[str]:
     """Names of a FLUX model's FFNs: ".ff" and ".ff_context" of double blocks, single blocks."""
-    double = [
-        f"transformer_blocks.{i}.{part}"
-        for i in range(len(model.transformer_blocks))
-        for part in ("ff", "ff_context")
-    ]
-    return double + [
-        f"single_transformer_blocks.{i}" for i in range(len(model.single_transformer_blocks))
-    ]
+    return list(ffn_linears(model))
 
 
-def ffn_width(model: nn.Module, name: str) -> int:
-    """F of one FLUX FFN."""
-    module = model.get_submodule(name)
-    up = module.proj_mlp if name.startswith("single") else module.net[0].proj
-    return up.out_features
+def ffn_widths(model: nn.Module) -> dict[str, int]:
+    """F of every FLUX FFN by name."""
+    return {name: up.out_features for name, (up, _, _) in ffn_linears(model).items()}
 
 
 def permute_ffn(state: dict[str, Tensor], name: str, order_F: Tensor) -> None:
@@ -106,8 +115,7 @@ def convert_flux(
                 f"dense carries adapter weights ({key}); fuse or unload its LoRAs first"
             )
         state[key] = value.detach().clone()
-    with torch.device("meta"):
-        model = FluxMoETransformer2DModel(**model_arguments(dense, structure))
+    model = skeleton(dense, structure)
     for name, layer in moe_layers(model).items():
         order_F = orders.get(name)
         if order_F is None:
@@ -139,18 +147,7 @@ def model_arguments(dense: FluxTransformer2DModel, structure: FluxMoEConfig | No
 
     Without `structure` the result is structured like `dense` itself.
     """
-    names = (
-        "patch_size",
-        "in_channels",
-        "out_channels",
-        "attention_head_dim",
-        "num_attention_heads",
-        "joint_attention_dim",
-        "pooled_projection_dim",
-        "guidance_embeds",
-        "axes_dims_rope",
-    )
-    arguments = {name: dense.config[name] for name in names}
+    arguments = {name: dense.config[name] for name in DENSE_ARGUMENTS}
     if dense.config.get("ff_dims"):
         arguments["ff_dims"] = dict(dense.config["ff_dims"])
     structure = structure or getattr(dense, "d2m_config", None)
@@ -164,16 +161,32 @@ def model_arguments(dense: FluxTransformer2DModel, structure: FluxMoEConfig | No
     return {**arguments, **structure.to_dict()}
 
 
+def skeleton(
+    model: FluxTransformer2DModel, structure: FluxMoEConfig | None = None
+) -> FluxMoETransformer2DModel:
+    """The model of `model_arguments`, on the meta device."""
+    with torch.device("meta"):
+        return FluxMoETransformer2DModel(**model_arguments(model, structure))
+
+
+def dense_skeleton(
+    model: FluxMoETransformer2DModel, owner: str = "the model"
+) -> FluxTransformer2DModel:
+    """The dense class's model that `model` was made of, on the meta device."""
+    if model.config.get("ff_dims"):
+        raise ValueError(f"{owner} has pruned FFNs, which FluxTransformer2DModel cannot hold")
+    names = (*DENSE_ARGUMENTS, "num_layers", "num_single_layers")
+    with torch.device("meta"):
+        return FluxTransformer2DModel(**{name: model.config[name] for name in names})
+
+
 def _check_orders(dense, neuron_order) -> dict[str, Tensor]:
-    known = ffn_names(dense)
+    known = ffn_widths(dense)
     orders = dict(neuron_order or {})
     unknown = sorted(set(orders) - set(known))
     if unknown:
         raise ValueError(f"neuron_order names FFNs the model does not have: {unknown}")
-    return {
-        name: check_order(order, ffn_width(dense, name), f"neuron_order[{name!r}]")
-        for name, order in orders.items()
-    }
+    return check_orders(orders, known)
 
 
 def _compress_adaln(dense, width: int, temb_nD, state: dict[str, Tensor]) -> dict[str, float]:
@@ -182,10 +195,7 @@ def _compress_adaln(dense, width: int, temb_nD, state: dict[str, Tensor]) -> dic
     if temb_nD is None:
         logger.warning("no adaln_calibration: AdaLN is compressed from random pooled embeddings")
         temb_nD = sample_conditioning(dense)
-    dim = dense.inner_dim
-    if not isinstance(temb_nD, Tensor) or temb_nD.ndim != 2 or temb_nD.shape[1] != dim:
-        found = tuple(temb_nD.shape) if isinstance(temb_nD, Tensor) else type(temb_nD).__name__
-        raise ValueError(f"adaln_calibration must be temb samples [n, D={dim}], got {found}")
+    check_samples(temb_nD, dense.inner_dim)
     basis = AdaLNBasis.from_samples(temb_nD, width)
     report = {}
     for name, linear in adaln_linears(dense).items():
@@ -221,14 +231,7 @@ def to_dense(
         state.update({key: value.detach().clone() for key, value in adaln.items()})
     ours = ("router", "neuron_order", "adaln_down")
     state = {key: value for key, value in state.items() if not any(o in key for o in ours)}
-    arguments = model_arguments(model)
-    widths = arguments.pop("ff_dims", None)
-    if widths:
-        raise ValueError("the model has pruned FFNs, which FluxTransformer2DModel cannot hold")
-    for name in ("moe", "dense_double_blocks", "dense_single_blocks", "mob", "adaln_dim"):
-        arguments.pop(name)
-    with torch.device("meta"):
-        dense = FluxTransformer2DModel(**arguments)
+    dense = dense_skeleton(model)
     dense.load_state_dict(state, strict=True, assign=True)
     return dense.eval()
 

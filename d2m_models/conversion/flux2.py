@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from d2m_models.config import MoEConfig
 from d2m_models.moe import ExpertLayer
+from d2m_models.private import attention_options
 
 try:
     from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -78,9 +79,8 @@ if Flux2ParallelSelfAttention is not None:
                     q = apply_rotary_emb(q, image_rotary_emb, sequence_dim=1)
                     k = apply_rotary_emb(k, image_rotary_emb, sequence_dim=1)
                 out = dispatch_attention_fn(
-                    q, k, v, attn_mask=attention_mask, backend=self._attention_backend,
-                    parallel_config=self._parallel_config,
-                )  # fmt: skip
+                    q, k, v, attn_mask=attention_mask, **attention_options(self)
+                )
                 return F.linear(out.flatten(2, 3).to(q.dtype), w_out_DX[:, :width])
 
             y_BSD, _ = attn.run_experts(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from d2m_models.config import MoEConfig
-from d2m_models.conversion.flux import ffn_names, ffn_width
+from d2m_models.conversion.flux import ffn_linears
 from d2m_models.partition import coactivation_neuron_order
 from d2m_models.topk import moe_layers
 from d2m_models.weights import effective_weight
@@ -43,13 +43,9 @@ def record_ffns(
         batches: keyword arguments of the model's forward: noised images and prompts of training.
     """
     generator = torch.Generator().manual_seed(seed)
-    samples = {n: _Sample(tokens, ffn_width(dense, n), generator) for n in ffn_names(dense)}
-    handles = []
-    for name, sample in samples.items():
-        module = dense.get_submodule(name)
-        single = name.startswith("single")
-        up = module.proj_mlp if single else module.net[0].proj
-        down = module.proj_out if single else module.net[2]
+    samples, handles = {}, []
+    for name, (up, down, _) in ffn_linears(dense).items():
+        samples[name] = sample = _Sample(tokens, up.out_features, generator)
         handles.append(up.register_forward_pre_hook(sample.see_input))
         handles.append(down.register_forward_pre_hook(sample.see_activation))
     try:

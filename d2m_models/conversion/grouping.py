@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-KINDS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
+from d2m_models.output import watched
 
 
 @dataclass(frozen=True)
@@ -32,41 +32,30 @@ def measure_block_mse(model: nn.Module, batches: Iterable[Mapping[str, Any]]) ->
         batches: keyword arguments of the model's forward; spread timesteps and several prompts, for
             a block's part differs with both.
     """
-    rows: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
-    timesteps, handles = [], []
+    rows: dict[str, list[Tensor]] = {}
     current: dict[str, list[Tensor]] = {}
-    for kind, name in KINDS.items():
-        for block in getattr(model, name):
+    timesteps = []
 
-            def record(_module, _args, kwargs, output, kind=kind):
-                text, image = output[0], output[1]
-                change = torch.cat(
-                    [image - kwargs["hidden_states"], text - kwargs["encoder_hidden_states"]], dim=1
-                )
-                current.setdefault(kind, []).append(change.float().square().mean((1, 2)).cpu())
+    def record(name, kwargs, output):
+        kind = "single" if name.startswith("single") else "double"
+        before = torch.cat([kwargs["hidden_states"], kwargs["encoder_hidden_states"]], dim=1)
+        change = (torch.cat([output[1], output[0]], dim=1) - before).float()
+        current.setdefault(kind, []).append(change.square().mean((1, 2)).cpu())
 
-            handles.append(block.register_forward_hook(record, with_kwargs=True))
-    try:
+    with watched(model, record):
         for batch in batches:
             current.clear()
             model(**batch)
             for kind, columns in current.items():
-                rows[kind].append(torch.stack(columns, dim=1))
+                rows.setdefault(kind, []).append(torch.stack(columns, dim=1))
             timesteps.append(batch["timestep"].detach().float().cpu())
-    finally:
-        for handle in handles:
-            handle.remove()
     if not timesteps:
         raise ValueError("batches is empty; pass at least one batch of calibration inputs")
-    return BlockMSE({k: torch.cat(v) for k, v in rows.items() if v}, torch.cat(timesteps))
+    return BlockMSE({kind: torch.cat(mse) for kind, mse in rows.items()}, torch.cat(timesteps))
 
 
 def propose_groups(
-    mse_L: Tensor | Sequence[float],
-    count: int,
-    size: int,
-    first: int = 1,
-    last: int = 1,
+    mse_L: Tensor | Sequence[float], count: int, size: int, first: int = 1, last: int = 1
 ) -> tuple[tuple[int, ...], ...]:
     """The `count` disjoint runs of `size` consecutive blocks with the least sum of log MSE.
 
@@ -84,16 +73,15 @@ def propose_groups(
     values = torch.as_tensor(mse_L, dtype=torch.float64)
     if values.ndim != 1 or not torch.isfinite(values).all() or (values < 0).any():
         raise ValueError(f"mse must be finite values >= 0, one a block, got {tuple(values.shape)}")
-    for name, value, low in (("count", count, 1), ("size", size, 2), ("first", first, 1)):
+    least = {"count": (count, 1), "size": (size, 2), "first": (first, 1), "last": (last, 1)}
+    for name, (value, low) in least.items():
         if value < low:
             raise ValueError(f"{name} must be at least {low}, got {value}")
-    if last < 1:
-        raise ValueError(f"last must be at least 1, got {last}")
-    blocks = len(values)
-    if first + count * size + last > blocks:
+    blocks, need = len(values), first + count * size + last
+    if need > blocks:
         raise ValueError(
-            f"{count} groups of {size} with {first} + {last} blocks outside need "
-            f"{first + count * size + last} blocks, the model has {blocks}"
+            f"{count} groups of {size} with {first} + {last} blocks outside need {need} blocks, "
+            f"the model has {blocks}"
         )
     logs = values.clamp(min=1e-30).log()
     cost = [float(logs[i : i + size].sum()) for i in range(blocks - size + 1)]

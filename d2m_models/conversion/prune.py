@@ -12,13 +12,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from d2m_models.conversion.flux import (
-    check_dense_flux,
-    ffn_names,
-    ffn_tensors,
-    ffn_width,
-    model_arguments,
-)
+from d2m_models.conversion.flux import check_dense_flux, ffn_tensors, ffn_widths, model_arguments
 from d2m_models.flux import FluxMoETransformer2DModel
 
 
@@ -35,7 +29,7 @@ def prune_mlp(
             eq. 6; FFNs that are not named stay whole.
     """
     check_dense_flux(dense)
-    known = ffn_names(dense)
+    known = ffn_widths(dense)
     unknown = sorted(set(keep) - set(known))
     if unknown:
         raise ValueError(f"keep names FFNs the model does not have: {unknown}")
@@ -43,10 +37,10 @@ def prune_mlp(
     arguments = model_arguments(dense)
     widths = dict(arguments.get("ff_dims") or {})
     for name, neurons in keep.items():
-        index = _check_neurons(neurons, ffn_width(dense, name), name)
+        index = _check_neurons(neurons, known[name], name)
         widths[name] = index.numel()
         for key, dim, _ in ffn_tensors(name):
-            first = state[key].shape[dim] - ffn_width(dense, name)
+            first = state[key].shape[dim] - known[name]
             columns = torch.cat([torch.arange(first), first + index]).to(state[key].device)
             state[key] = state[key].index_select(dim, columns)
     arguments["ff_dims"] = widths

@@ -8,10 +8,10 @@ multiply-add; attention is 4 S^2 D a block (the convention of `torch.utils.flop_
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
-from d2m_models.config import FluxMoEConfig, MoEConfig
+from d2m_models.config import FluxMoEConfig, MoEConfig, group_names
 from d2m_models.presets import find_preset
 
 _TIME_CHANNELS = 256  # width of FLUX's sinusoidal timestep features
@@ -28,21 +28,12 @@ class Part:
     attention_flops: float = 0
 
     def __add__(self, other: Part) -> Part:
-        return Part(*(a + b for a, b in zip(self.values(), other.values(), strict=True)))
+        return Part(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def times(self, factor: float) -> Part:
         """All but the parameters held, times the share of forwards that run this part."""
-        total, *rest = self.values()
+        total, *rest = astuple(self)
         return Part(total, *(factor * value for value in rest))
-
-    def values(self) -> tuple:
-        return (
-            self.total,
-            self.activated,
-            self.activated_paper,
-            self.flops,
-            self.attention_flops,
-        )
 
 
 @dataclass(frozen=True)
@@ -147,7 +138,6 @@ def _resolve(source: Any) -> tuple[FluxMoEConfig, _Architecture]:
         num_layers=given.num_layers,
         num_single_layers=given.num_single_layers,
     )
-    layers = {n: m for n, m in source.named_modules() if getattr(m, "num_experts", 0)}
     sizes = _Architecture(
         dim=given.num_attention_heads * given.attention_head_dim,
         head_dim=given.attention_head_dim,
@@ -157,7 +147,7 @@ def _resolve(source: Any) -> tuple[FluxMoEConfig, _Architecture]:
         pooled_dim=given.pooled_projection_dim,
         guidance=given.guidance_embeds,
         ff_dims=dict(given.get("ff_dims") or {}),
-        top_k={name: layer.top_k for name, layer in layers.items()},
+        top_k={n: m.top_k for n, m in source.named_modules() if getattr(m, "num_experts", 0)},
     )
     return config, sizes
 
@@ -217,10 +207,12 @@ def _count(config: FluxMoEConfig, sizes: _Architecture, image: int, text: int) -
         down = _linear(dim, narrow, 1)
         parts["adaln"] += Part(down.total, down.activated, 0, down.flops)
     attention = Part(attention_flops=4 * both * both * dim)
-    share = _shares(config)
+    groups = group_names(config).values()
+    # share of forwards in which a grouped block runs, kappa / m
+    share = {name: config.mob.active / len(names) for names in groups for name in names}
     for i in range(config.num_layers):
         moe = None if i in config.dense_double_blocks else config.moe
-        name, part = f"transformer_blocks.{i}", share.get(("double", i), 1.0)
+        part = share.get(name := f"transformer_blocks.{i}", 1.0)
         parts["adaln"] += _linear(narrow, 12 * dim, 1).times(part)
         projections = _linear(dim, 4 * dim, image) + _linear(dim, 4 * dim, text)
         norms = _unlearned_norms(4 * sizes.head_dim)
@@ -231,24 +223,13 @@ def _count(config: FluxMoEConfig, sizes: _Architecture, image: int, text: int) -
         parts["ffn"] += (ffn + context).times(part)
     for i in range(config.num_single_layers):
         moe = None if i in config.dense_single_blocks else config.moe
-        name, part = f"single_transformer_blocks.{i}", share.get(("single", i), 1.0)
+        part = share.get(name := f"single_transformer_blocks.{i}", 1.0)
         parts["adaln"] += _linear(narrow, 3 * dim, 1).times(part)
         projections = _linear(dim, 4 * dim, both)  # q, k, v and the attention part of proj_out
         norms = _unlearned_norms(2 * sizes.head_dim)
         parts["attention"] += (projections + norms + attention).times(part)
         parts["ffn"] += _ffn(sizes, moe, name, both).times(part)
-    if config.mob is not None:
-        for group in config.mob.double_groups + config.mob.single_groups:
-            parts["routers"] += _linear(dim, len(group), 2, bias=False) + _linear(
-                dim, len(group), 0, bias=False
-            )
+    for names in groups:
+        for tokens in (2, 0):  # of two gates; W_y's one product is counted with W_x's
+            parts["routers"] += _linear(dim, len(names), tokens, bias=False)
     return parts
-
-
-def _shares(config: FluxMoEConfig) -> dict[tuple[str, int], float]:
-    """Share of forwards in which a grouped block runs, kappa / m."""
-    if config.mob is None:
-        return {}
-    groups = [("double", g) for g in config.mob.double_groups]
-    groups += [("single", g) for g in config.mob.single_groups]
-    return {(kind, i): config.mob.active / len(group) for kind, group in groups for i in group}

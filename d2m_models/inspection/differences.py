@@ -10,7 +10,6 @@ The first says which block is at fault, the second what has become of the error 
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2m_models.blocks import BlockContext
+from d2m_models.checkpoints.load import load_model
 from d2m_models.checkpoints.source import check_dtypes, open_source
-from d2m_models.config import group_names
-from d2m_models.flux import KINDS, FluxMoETransformer2DModel
-from d2m_models.output import block_features
+from d2m_models.config import KINDS, group_names
+from d2m_models.flux import FluxMoETransformer2DModel
+from d2m_models.output import block_features, watched
 from d2m_models.topk import set_top_k
 
 
@@ -63,10 +63,16 @@ def diff(
         counts = [len(getattr(model, kind)) for model in (teacher, student)]
         if counts[0] != counts[1]:
             raise ValueError(f"teacher has {counts[0]} {kind}, student {counts[1]}")
-    with _recorded_inputs(teacher) as seen, block_features(teacher, student.d2m_config) as wanted:
+    keys = ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb")
+    seen: dict[str, tuple] = {}
+
+    def record(name, kwargs, _output):
+        seen[name] = tuple(kwargs[key] for key in keys)
+
+    with watched(teacher, record), block_features(teacher, student.d2m_config) as wanted:
         teacher(**inputs)
     features = student(**inputs, output_aux=True).aux.features
-    last_of = _last_blocks(student)
+    last_of = {names[-1]: group for group, names in group_names(student.d2m_config).items()}
     errors = {}
     for name, (x, c, temb, rotary) in seen.items():
         condition = temb
@@ -83,38 +89,6 @@ def diff(
             None if feature is None else relative_error(feature[1], c_out),
         )
     return dict(sorted(errors.items(), key=lambda item: -item[1].worst))
-
-
-def _last_blocks(student: FluxMoETransformer2DModel) -> dict[str, str]:
-    """Last block of each MoB group -> the group's name."""
-    return {names[-1]: group for group, names in group_names(student.d2m_config).items()}
-
-
-@contextmanager
-def _recorded_inputs(teacher: nn.Module):
-    """block name -> (image, text, temb, rotary) of the next forward."""
-    seen: dict[str, tuple] = {}
-    handles = []
-    for kind in KINDS.values():
-        for i, block in enumerate(getattr(teacher, kind)):
-
-            def record(_module, _args, kwargs, name=f"{kind}.{i}"):
-                seen[name] = tuple(
-                    kwargs[key]
-                    for key in (
-                        "hidden_states",
-                        "encoder_hidden_states",
-                        "temb",
-                        "image_rotary_emb",
-                    )
-                )
-
-            handles.append(block.register_forward_pre_hook(record, with_kwargs=True))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def random_inputs(
@@ -155,15 +129,12 @@ def diff_checkpoints(
     from safetensors.torch import load_file
 
     models = []
-    for cls, path in ((FluxTransformer2DModel, teacher), (FluxMoETransformer2DModel, student)):
+    for path in (teacher, student):
         if not Path(path).expanduser().is_dir():
             raise ValueError(f"{path} does not exist; expected the folder of a saved model")
-        dtype = check_dtypes(open_source(path), None)
-        try:
-            model = cls.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
-            models.append(model.eval())
-        except Exception as error:  # diffusers and safetensors raise many kinds
-            raise ValueError(f"cannot load {path}: {' '.join(str(error).split())}") from error
+        models.append(load_model(path, check_dtypes(open_source(path), None)))
+    if not isinstance(models[1], FluxMoETransformer2DModel):
+        raise ValueError(f"{student} holds a dense model; expected a converted one")
     if top_k is not None:
         set_top_k(models[1], top_k)
     if inputs is None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from d2m_models.checkpoints.load import may_be_hub_name
 from d2m_models.config import FluxMoEConfig
 from d2m_models.inspection.accounting import Account, account
 from d2m_models.presets import PRESETS
@@ -71,7 +72,7 @@ def _meta_model(path: str) -> Any:
     from d2m_models.flux import FluxMoETransformer2DModel
 
     folder = Path(path).expanduser()
-    if not folder.exists() and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
+    if not folder.exists() and not may_be_hub_name(path):
         names = sorted([*DENSE, *PRESETS])
         raise ValueError(f"{path!r} is neither a folder nor a preset; presets are {names}")
     subfolder = "transformer" if (folder / "model_index.json").is_file() else None
@@ -105,8 +106,8 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 def module_table(found: Inspection) -> str:
     """One row a kind of module, then the sum, and the paper's figures if there are some."""
     c = found.counts
-    big, p_unit = _unit(c.total_params, {1e8: "M", 1e5: "K", 0: ""})
-    wide, f_unit = _unit(c.flops, {1e11: "T", 1e8: "G", 0: "M"})
+    big, p_unit = _unit(c.total_params, {"M": 1e8, "K": 1e5, "": 0})
+    wide, f_unit = _unit(c.flops, {"T": 1e11, "G": 1e8, "M": 0})
     columns = ("held", "activated", "paper's count")
     header = ("", *(f"{name} {p_unit}".rstrip() for name in columns))
     header += (f"{f_unit}FLOP", f"{f_unit}FLOP, attn half")
@@ -130,13 +131,10 @@ def module_table(found: Inspection) -> str:
     return _table(rows)
 
 
-_SIZES = {"T": 1e12, "G": 1e9, "M": 1e6, "K": 1e3, "": 1.0}
-
-
-def _unit(value: float, steps: Mapping[float, str]) -> tuple[float, str]:
-    """The divisor and letter for values of this size; steps are ordered from large to small."""
-    letter = next(letter for least, letter in steps.items() if value >= least)
-    return _SIZES[letter], letter
+def _unit(value: float, least: Mapping[str, float]) -> tuple[float, str]:
+    """The divisor and letter for values of this size: the first whose least it reaches."""
+    letter = next(letter for letter, low in least.items() if value >= low)
+    return {"T": 1e12, "G": 1e9, "M": 1e6, "K": 1e3, "": 1.0}[letter], letter
 
 
 def family_table(found: Sequence[Inspection]) -> str:

@@ -88,17 +88,14 @@ class DataConfig:
             raise ConfigError(f"data.caption_dropout is {self.caption_dropout}; expected 0 to 1")
         kinds = ("uniform", "logit-normal", "flux-shift", "grid")
         check_choice("data", "timesteps", self.timesteps, kinds)
-        if (self.timesteps == "grid") != (self.timestep_grid is not None):
+        grid = self.timestep_grid
+        if (self.timesteps == "grid") != (grid is not None):
             raise ConfigError(
                 "data.timestep_grid is a list of noise levels for data.timesteps 'grid'; "
-                f"here it is {self.timestep_grid} and timesteps is {self.timesteps!r}"
+                f"here it is {grid} and timesteps is {self.timesteps!r}"
             )
-        if self.timestep_grid is not None and not (
-            self.timestep_grid and all(0 < t <= 1 for t in self.timestep_grid)
-        ):
-            raise ConfigError(
-                f"data.timestep_grid is {self.timestep_grid}; expected numbers in (0, 1]"
-            )
+        if grid is not None and not (grid and all(0 < t <= 1 for t in grid)):
+            raise ConfigError(f"data.timestep_grid is {grid}; expected numbers in (0, 1]")
 
 
 @dataclass(frozen=True)

@@ -61,22 +61,11 @@ class TrainConfig:
         check_choice("train", "optimizer", self.optimizer, ("adamw", "adamw8bit"))
         for name in self.loggers:
             check_choice("train", "loggers", name, ("tensorboard", "wandb"))
-        check_least(
-            self,
-            "train",
-            steps=1,
-            batch_size=1,
-            lr=0,
-            warmup=0,
-            weight_decay=0,
-            micro_batch=1,
-            log_every=1,
-            save_every=1,
-            keep=1,
-            max_bad_steps=0,
-            preview_every=1,
-            clip=0,
-        )
+        for least, names in (
+            (0, "lr warmup weight_decay max_bad_steps clip"),
+            (1, "steps batch_size micro_batch log_every save_every keep preview_every"),
+        ):
+            check_least(self, "train", **dict.fromkeys(names.split(), least))
 
 
 def first_batch(before: Sequence[TrainConfig], batch_size: int) -> int:
@@ -91,24 +80,8 @@ def first_batch(before: Sequence[TrainConfig], batch_size: int) -> int:
 
 # Keys of any section that may differ when a run is resumed.
 NEUTRAL = frozenset(
-    (
-        "micro_batch",
-        "gradient_checkpointing",
-        "compile",
-        "log_every",
-        "save_every",
-        "keep",
-        "async_save",
-        "max_bad_steps",
-        "preview_every",
-        "loggers",
-        "parallel",
-        "out",
-        "prefetch",
-        "verify",
-        "max_bad_shards",
-        "importance_rows",
-    )
+    "micro_batch gradient_checkpointing compile log_every save_every keep async_save max_bad_steps "
+    "preview_every loggers parallel out prefetch verify max_bad_shards importance_rows".split()
 )
 
 

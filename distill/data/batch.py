@@ -35,15 +35,7 @@ class Batch:
     [dev]) is told, or None. `batch[a:b]` holds those samples.
     """
 
-    PER_SAMPLE: ClassVar[tuple[str, ...]] = (
-        "x0",
-        "noise",
-        "t",
-        "text",
-        "pooled",
-        "labels",
-        "guidance",
-    )
+    PER_SAMPLE: ClassVar = ("x0", "noise", "t", "text", "pooled", "labels", "guidance")
 
     x0: Tensor
     noise: Tensor
@@ -90,6 +82,14 @@ class Batch:
 
     def __len__(self) -> int:
         return self.x0.shape[0]
+
+
+def image_ids(rows: int, columns: int) -> Tensor:
+    """img_ids [S, 3] = (0, row, column) of every token, as FLUX's rotary embedding takes them."""
+    ids = torch.zeros(rows, columns, 3)
+    ids[..., 1] = torch.arange(rows)[:, None]
+    ids[..., 2] = torch.arange(columns)[None]
+    return ids.reshape(rows * columns, 3)
 
 
 TIMESTEPS = ("uniform", "logit-normal", "flux-shift", "grid")

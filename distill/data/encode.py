@@ -6,19 +6,19 @@ C = 4c = 64 channels of a token, L text tokens, J text width, P pooled width.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from d2m_models.checkpoints.load import may_be_hub_name
 from distill.errors import CheckpointError, UserError
 
-R = TypeVar("R")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -36,15 +36,7 @@ def unpack(tokens: Tensor, rows: int) -> Tensor:
     return x.reshape(B, C // 4, 2 * rows, 2 * (S // rows))
 
 
-def image_ids(rows: int, columns: int) -> Tensor:
-    """img_ids [S, 3] = (0, row, column) of every token, as FLUX's rotary embedding takes them."""
-    ids = torch.zeros(rows, columns, 3)
-    ids[..., 1] = torch.arange(rows)[:, None]
-    ids[..., 2] = torch.arange(columns)[None]
-    return ids.reshape(rows * columns, 3)
-
-
-def _part(model: str, *names: str) -> tuple[str, ...]:
+def _check_parts(model: str, *names: str) -> None:
     """Checks that a local FLUX folder has the sub-folders; hub names are taken as they are."""
     path = Path(model).expanduser()
     if path.is_dir():
@@ -54,9 +46,8 @@ def _part(model: str, *names: str) -> tuple[str, ...]:
                 f"{path} has no folder {missing[0]}/; expected FLUX's layout with "
                 f"{', '.join(n + '/' for n in names)}"
             )
-    elif path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+    elif not may_be_hub_name(model):
         raise UserError(f"{model} does not exist; expected a FLUX folder or a hub name")
-    return tuple(names)
 
 
 def _load(kind: Any, model: str, part: str, **options: Any) -> Any:
@@ -83,18 +74,13 @@ def weights_fingerprint(module: nn.Module, settings: Any, head: int | None = Non
     return digest.hexdigest()[:16]
 
 
-def _own_precision(method: Callable[..., R]) -> Callable[..., R]:
-    """Runs a method of an encoder without gradients and outside a surrounding autocast: what it
-    gives must not depend on who asks.
+@contextmanager
+def _own_precision(device: str) -> Iterator[None]:
+    """Without gradients and outside a surrounding autocast: what an encoder gives must not depend
+    on who asks.
     """
-
-    @functools.wraps(method)
-    def run(self: Any, *args: Any, **options: Any) -> R:
-        kind = torch.device(self.device).type
-        with torch.no_grad(), torch.autocast(kind, enabled=False):
-            return method(self, *args, **options)
-
-    return run
+    with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
+        yield
 
 
 class LatentEncoder:
@@ -106,7 +92,7 @@ class LatentEncoder:
     def __init__(self, model: str, device: str = "cpu", dtype: str = "float32"):
         from diffusers import AutoencoderKL
 
-        _part(model, "vae")
+        _check_parts(model, "vae")
         self.vae = _load(
             AutoencoderKL, model, "vae", torch_dtype=DTYPES[dtype], use_safetensors=True
         )
@@ -124,7 +110,6 @@ class LatentEncoder:
         """(rows, columns) of tokens that an image of `bucket` pixels becomes."""
         return bucket[0] // (2 * self.factor), bucket[1] // (2 * self.factor)
 
-    @_own_precision
     def encode(self, images: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
         """uint8 [B, 3, H, W] -> fp32 [B, S, C] on the CPU.
 
@@ -132,7 +117,8 @@ class LatentEncoder:
             generators: one an image to draw z from the posterior with; None for its mode.
         """
         x = images.to(self.device, torch.float32) / 127.5 - 1
-        posterior = self.vae.encode(x.to(self.dtype)).latent_dist
+        with _own_precision(self.device):
+            posterior = self.vae.encode(x.to(self.dtype)).latent_dist
         z = posterior.mean.float()
         if generators is not None:
             shape = z.shape[1:]
@@ -140,13 +126,13 @@ class LatentEncoder:
             z = z + posterior.std.float() * noise.to(z.device)
         return pack((z - self.shift) * self.scale).cpu()
 
-    @_own_precision
     def decode(self, tokens: Tensor, rows: int) -> Tensor:
         """The way back: [B, S, C] of `rows` rows of tokens -> images [B, 3, H, W] in 0..1 on the
         CPU.
         """
         z = unpack(tokens.to(self.device).float(), rows) / self.scale + self.shift
-        x = self.vae.decode(z.to(self.dtype)).sample.float().cpu()
+        with _own_precision(self.device):
+            x = self.vae.decode(z.to(self.dtype)).sample.float().cpu()
         return (x / 2 + 0.5).clamp(0, 1)
 
 
@@ -165,7 +151,7 @@ class TextEncoder:
             raise UserError(
                 "the text encoders need `transformers`: pip install 'dense2moe[data]'"
             ) from None
-        _part(model, "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        _check_parts(model, "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
         kind, safe = DTYPES[dtype], {"use_safetensors": True}
         self.clip = _load(CLIPTextModel, model, "text_encoder", dtype=kind, **safe)
         self.t5 = _load(T5EncoderModel, model, "text_encoder_2", dtype=kind, **safe)
@@ -180,21 +166,19 @@ class TextEncoder:
         parts = [weights_fingerprint(m, {}, 4096) for m in (self.clip, self.t5)]
         self.fingerprint = "-".join(parts)
 
-    @_own_precision
     def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Captions -> (text [B, L, J], pooled [B, P]) on the encoders' device, in their dtype.
 
         Longer captions are cut at L = `length` T5 tokens and CLIP's 77, shorter ones are padded and
         the padding is encoded too, as FLUX was trained (no attention mask).
         """
-        text = [
-            self.t5(self._ids(self.t5_tokenizer, caption, self.length))[0] for caption in captions
-        ]
-        most = self.clip_tokenizer.model_max_length
-        pooled = [
-            self.clip(self._ids(self.clip_tokenizer, caption, most)).pooler_output
-            for caption in captions
-        ]
+        most, text, pooled = self.clip_tokenizer.model_max_length, [], []
+        with _own_precision(self.device):
+            for caption in captions:
+                text.append(self.t5(self._ids(self.t5_tokenizer, caption, self.length))[0])
+                pooled.append(
+                    self.clip(self._ids(self.clip_tokenizer, caption, most)).pooler_output
+                )
         return torch.cat(text), torch.cat(pooled)
 
     def _ids(self, tokenizer: Any, caption: str, length: int) -> Tensor:
@@ -206,7 +190,7 @@ def text_sizes(model: str) -> tuple[int, int]:
     """(J, P) of the text encoders from their configurations, without loading them."""
     from transformers import AutoConfig
 
-    _part(model, "text_encoder", "text_encoder_2")
+    _check_parts(model, "text_encoder", "text_encoder_2")
     clip = _load(AutoConfig, model, "text_encoder")
     clip = getattr(clip, "text_config", clip)
     return _load(AutoConfig, model, "text_encoder_2").d_model, clip.hidden_size

@@ -96,7 +96,7 @@ def write_shard(folder: Path, number: int, samples: Sequence[Sample], until: int
             lines.append({**line, "size": list(s.size), "caption": s.caption})
     shard, index = folder / f"{name}.safetensors", folder / f"{name}.jsonl"
     ckpt.write_text(index, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
-    save_plain(shard, tensors)
+    ckpt.save_plain(shard, tensors)
     return {
         "file": shard.name,
         "bytes": shard.stat().st_size,
@@ -107,21 +107,6 @@ def write_shard(folder: Path, number: int, samples: Sequence[Sample], until: int
         "buckets": {bucket: len(group) for bucket, group in sorted(groups.items())},
         "until": until,
     }
-
-
-def save_plain(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file whose bytes depend on the tensors alone (several metadata keys would come
-    in any order), written atomically.
-    """
-    from safetensors.torch import save_file
-
-    def write(tmp: Path) -> None:
-        try:
-            save_file(tensors, tmp)
-        except Exception as err:  # safetensors has its own error type for a full disk
-            raise UserError(f"cannot write {path}: {err}") from err
-
-    ckpt.write_atomic(path, write)
 
 
 def read_manifest(folder: Path | str) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from importlib import resources
 import torch
 from torch import Tensor
 
-from distill.data.batch import Batch, generator, sample_timesteps
-from distill.data.digits import ClassPrompts
+from distill.data.batch import Batch, generator
+from distill.data.digits import ClassPrompts, patchify
 from distill.errors import UserError
 
 # prompt -> file in skimage/data; retina and ihc are medical pictures, hubble is the deep field
@@ -77,16 +77,12 @@ class Photos(ClassPrompts):
         timesteps: str = "uniform",
         timestep_grid: Sequence[float] | None = None,
     ):
-        if split not in ("train", "test"):
-            raise ValueError(f"split is {split!r}; expected 'train' or 'test'")
-        self.split = split
-        self.timesteps, self.timestep_grid = timesteps, timestep_grid
+        super().__init__(split, timesteps, timestep_grid)
         self.pictures = []
         for file in PICTURES.values():
             picture = read_picture(file)
             edge = round(picture.shape[1] * (1 - TEST_SHARE))
             self.pictures.append(picture[:, :edge] if split == "train" else picture[:, edge:])
-        super().__init__(across=self.side // self.patch)
 
     def batch(
         self, seed: int, step: int, count: int, stream: str = "train", rows: slice | None = None
@@ -101,23 +97,13 @@ class Photos(ClassPrompts):
             [torch.randperm(self.num_classes, generator=gen) for _ in range(rounds)]
         )[:count]
         place = torch.rand(count, 2, generator=gen, dtype=torch.float64)
-        t = sample_timesteps(
-            count, gen, self.timesteps, image_tokens=self.image_tokens, grid=self.timestep_grid
-        )
+        t = self.times(count, gen)
         noise = torch.randn(count, self.image_tokens, self.channels, generator=gen)
         part = rows if rows is not None else slice(None)
         labels, place = labels[part], place[part]
         crops = [self._crop(int(n), y, x) for n, (y, x) in zip(labels, place.tolist(), strict=True)]
-        x0 = to_tokens(torch.stack(crops), self.patch) if crops else noise[:0]
-        return Batch(
-            x0=x0,
-            noise=noise[part],
-            t=t[part],
-            labels=labels,
-            img_ids=self.img_ids,
-            txt_ids=self.txt_ids,
-            **self.prompts(labels),
-        )
+        x0 = patchify(torch.stack(crops), self.patch) if crops else noise[:0]
+        return self.gather(labels, x0, noise[part], t[part])
 
     def _crop(self, label: int, y: float, x: float) -> Tensor:
         """The crop of a picture at the given shares of the room it has."""
@@ -125,22 +111,3 @@ class Photos(ClassPrompts):
         top = int(y * (picture.shape[0] - side + 1))
         left = int(x * (picture.shape[1] - side + 1))
         return picture[top : top + side, left : left + side]
-
-    def to_images(self, tokens: Tensor) -> Tensor:
-        """Latent tokens [B, 64, 48] -> RGB images [B, 32, 32, 3] in 0..1."""
-        return (to_pixels(tokens, self.patch).float().clamp(-1, 1) + 1) / 2
-
-
-def to_tokens(images: Tensor, patch: int) -> Tensor:
-    """[B, H, W, 3] -> [B, (H/patch) (W/patch), 3 patch^2], row-major."""
-    B, H, W, C = images.shape
-    x = images.reshape(B, H // patch, patch, W // patch, patch, C)
-    return x.permute(0, 1, 3, 2, 4, 5).reshape(B, (H // patch) * (W // patch), patch * patch * C)
-
-
-def to_pixels(tokens: Tensor, patch: int) -> Tensor:
-    """The inverse of `to_tokens` for square images."""
-    B, S, width = tokens.shape
-    side, C = round(S**0.5), width // patch**2
-    x = tokens.reshape(B, side, side, patch, patch, C).permute(0, 1, 3, 2, 4, 5)
-    return x.reshape(B, side * patch, side * patch, C)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distill.configs.sections import DataConfig
-from distill.data.batch import Batch, generator, sample_timesteps
+from distill.data.batch import Batch, generator, image_ids, sample_timesteps
 from distill.data.folder import ShardFile, damage, read_manifest
 from distill.data.order import BucketOrder
 from distill.errors import CheckpointError, ConfigError, TrainingError, UserError
@@ -163,8 +163,6 @@ class Shards:
                 self._sample(bucket, int(n), generator(seed, stream, step * count + int(row)))
                 for n, row in zip(numbers, take, strict=True)
             ]
-        from distill.data.encode import image_ids
-
         x0, noise, t, text, pooled = (torch.stack(column) for column in zip(*samples, strict=True))
         return Batch(
             x0=x0,

@@ -11,6 +11,8 @@ from typing import Any
 from torch import nn
 
 from distill.configs.sections import DataConfig
+from distill.data.digits import Digits
+from distill.data.photos import Photos
 from distill.errors import UserError
 
 
@@ -22,7 +24,14 @@ def open_source(config: DataConfig, model: nn.Module | None = None, device: str 
             and guidance is given if it embeds one.
         device: where text encoders run.
     """
-    source = _open(config, model, device)
+    if config.name == "shards":
+        from distill.data.prepared import open_shards
+
+        embeds = model is not None and getattr(model.config, "guidance_embeds", False)
+        source = open_shards(config, device, config.guidance if embeds else None)
+    else:
+        kind = Digits if config.name == "digits" else Photos
+        source = kind("train", config.timesteps, config.timestep_grid)
     if model is not None:
         check_fit(source, model, config.name)
     return source
@@ -37,21 +46,6 @@ def data_fingerprint(config: DataConfig) -> str | None:
     from distill.data.prepared import folder_fingerprint
 
     return folder_fingerprint(config)
-
-
-def _open(config: DataConfig, model: nn.Module | None, device: str) -> Any:
-    if config.name == "digits":
-        from distill.data.digits import Digits
-
-        return Digits("train", config.timesteps, config.timestep_grid)
-    if config.name == "photos":
-        from distill.data.photos import Photos
-
-        return Photos("train", config.timesteps, config.timestep_grid)
-    from distill.data.prepared import open_shards
-
-    embeds = model is not None and getattr(model.config, "guidance_embeds", False)
-    return open_shards(config, device, config.guidance if embeds else None)
 
 
 def check_fit(source: Any, model: nn.Module, name: str) -> None:

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from d2m_kernels import Routing
-    from d2m_models import MoBRouting
+from d2m_kernels import Routing
+from d2m_models.mob import MoBRouting
 
 Features = Mapping[str, Sequence[Tensor]]
-BALANCE_VARIANTS = ("auto", "weights", "softmax")
 
 
 def distill_loss(teacher: Tensor, student: Tensor) -> Tensor:
@@ -26,47 +23,16 @@ def distill_loss(teacher: Tensor, student: Tensor) -> Tensor:
     return (teacher.detach().float() - student.float()).square().mean()
 
 
-@dataclass(frozen=True)
-class FeatureLoss:
-    """Eq. (8) and what went into it, one entry a feature.
-
-    loss: scalar. names: "block/0" (image) and "block/1" (text) of a double block. errors [L]:
-    ||f_tea - f_stu||^2 (mean over elements), detached. weights [L]: w_l of eq. (9), detached.
-    """
-
-    loss: Tensor
-    names: tuple[str, ...]
-    errors: Tensor
-    weights: Tensor
-
-
-def feature_loss(
-    teacher: Features, student: Features, distill: Tensor, reduction: str = "sum"
-) -> FeatureLoss:
-    """Eqs. (8-9): L_feature = sum_l w_l ||f_tea^l - f_stu^l||^2 with
-
-        w_l = |L_distill| / |L_feature^l| * (sum_m ||f_tea^m||_2) / (L ||f_tea^l||_2).
+def feature_terms(teacher: Features, student: Features) -> tuple[tuple[str, ...], Tensor, Tensor]:
+    """Names ("block/0" image, "block/1" text), ||f_tea - f_stu||^2 (mean over elements, with
+    gradient) and ||f_tea||_2; [L] each.
 
     Every tensor of a block counts as a layer of its own: a double block has an image and a text
-    feature whose scales differ. w_l is detached; otherwise w_l * L_feature^l would be constant in
-    the features and their gradient would vanish. Layers that equal the teacher's exactly (dense
-    blocks in front) have no direction to be pulled in and leave both sums, L included.
+    feature whose scales differ.
 
     Args:
         teacher, student: block name -> its features; the teacher may have more blocks.
-        distill: L_distill of the same batch.
-        reduction: "sum" over layers as in the paper, or "mean".
     """
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"feature reduction is {reduction!r}; expected 'sum' or 'mean'")
-    names, errors_L, norms_L = feature_terms(teacher, student)
-    weights_L = feature_weights(distill, errors_L, norms_L)
-    loss = reduce_features(weights_L, errors_L, reduction)
-    return FeatureLoss(loss, names, errors_L.detach(), weights_L)
-
-
-def feature_terms(teacher: Features, student: Features) -> tuple[tuple[str, ...], Tensor, Tensor]:
-    """Names, ||f_tea - f_stu||^2 (mean over elements, with gradient) and ||f_tea||_2; [L] each."""
     absent = [name for name in student if name not in teacher]
     if absent or not student:
         raise ValueError(f"the teacher has no feature named {absent}" if absent else "no features")
@@ -105,14 +71,19 @@ class _MeanSquare(torch.autograd.Function):
 
 
 def reduce_features(weights_L: Tensor, errors_L: Tensor, reduction: str) -> Tensor:
-    """sum_l w_l error_l, or its mean over the layers that count."""
+    """Eq. (8): sum_l w_l ||f_tea^l - f_stu^l||^2, or its mean over the layers that count."""
     loss = (weights_L * errors_L).sum()
     return loss / (weights_L > 0).sum().clamp(min=1) if reduction == "mean" else loss
 
 
 @torch.no_grad()
 def feature_weights(distill: Tensor, errors_L: Tensor, norms_L: Tensor) -> Tensor:
-    """w_l of eq. (9), zero for layers without a difference. All arguments fp32; returns [L]."""
+    """Eq. (9), w_l = |L_distill| / |L_feature^l| * (sum_m ||f_tea^m||_2) / (L ||f_tea^l||_2), [L].
+
+    w_l is detached; otherwise w_l * L_feature^l would be constant in the features and their
+    gradient would vanish. Layers that equal the teacher's exactly (dense blocks in front) have no
+    direction to be pulled in and leave both sums, L included. All arguments are fp32.
+    """
     live_L = (errors_L > 0) & (norms_L > 0)
     total = torch.where(live_L, norms_L, 0).sum()
     scale_L = distill.float().abs() * total / (live_L.sum() * norms_L * errors_L)
@@ -120,7 +91,7 @@ def feature_weights(distill: Tensor, errors_L: Tensor, norms_L: Tensor) -> Tenso
 
 
 def balance_loss(load_E: Tensor, gate_TE: Tensor) -> Tensor:
-    """Load balancing: sum_i (share of slots that chose i) * E * (mean gate of i); 1 when even.
+    """sum_i (share of slots that chose i) * E * (mean gate of i), before eq. (10); 1 when even.
 
     Args:
         load_E: slots that chose each expert, in any unit; carries no gradient.
@@ -132,9 +103,9 @@ def balance_loss(load_E: Tensor, gate_TE: Tensor) -> Tensor:
 
 
 def _variant(variant: str, top_k: int) -> str:
-    """With one choice the renormalised g is always 1, so its gradient would be exactly 0."""
-    if variant not in BALANCE_VARIANTS:
-        raise ValueError(f"balance variant is {variant!r}; expected one of {BALANCE_VARIANTS}")
+    """ "weights": the paper's g (eq. 3: renormalised over the chosen, 0 elsewhere). "softmax": all
+    probabilities. "auto": "weights" unless one is chosen, whose g is always 1, of gradient 0.
+    """
     if variant == "auto":
         return "softmax" if top_k == 1 else "weights"
     return variant
@@ -159,7 +130,7 @@ class Balance:
 
 
 def moe_terms(routing: Routing, variant: str = "auto") -> Balance:
-    """Of one MoE layer, over its own tokens."""
+    """Of one MoE layer, over its own tokens; masked ones do not count."""
     top_k = routing.ids.shape[1]
     tokens = (routing.offsets[-1] // max(top_k, 1)).clamp(min=1)
     if _variant(variant, top_k) == "softmax":
@@ -180,22 +151,6 @@ def mob_terms(mob: MoBRouting, variant: str = "auto") -> Balance:
         weights = chosen / chosen.sum(1, keepdim=True)
         gate_BE = torch.zeros_like(probs_BE).scatter(1, ids_BK, weights)
     return Balance(gate_BE, load_E, load_E.new_tensor(len(ids_BK)))
-
-
-def moe_balance(routing: Routing, variant: str = "auto") -> Tensor:
-    """Balance loss of one MoE layer (the unnumbered equation before eq. 10), over its own tokens.
-
-    variant: "weights" = the paper's g (eq. 3: renormalised over the chosen, 0 elsewhere), "softmax"
-    = all probabilities, "auto" = "weights" unless top_k is 1. Masked tokens do not count.
-    """
-    terms = moe_terms(routing, variant)
-    return terms.loss(terms.load, terms.tokens)
-
-
-def mob_balance(mob: MoBRouting, variant: str = "auto") -> Tensor:
-    """Balance loss of one MoB group over the batch's samples; probs [B, m], ids [B, kappa]."""
-    terms = mob_terms(mob, variant)
-    return terms.loss(terms.load, terms.tokens)
 
 
 def mean_balance(terms: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2m_models.output import block_features
 from distill.configs.sections import LossConfig
 from distill.data.batch import Batch
 from distill.loop.losses import (
@@ -138,8 +139,6 @@ class Distillation:
 
     def terms(self, batch: Batch) -> Terms:
         """Both models on the batch."""
-        from d2m_models import block_features
-
         inputs = batch.inputs()
         with torch.no_grad(), block_features(self.teacher, self.student.d2m_config) as known:
             target = self.teacher(**inputs).sample

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from d2m_models import private
 from distill.configs.training import TrainConfig
 from distill.errors import UserError
 from distill.loop.parallel import local, local_span
@@ -35,38 +36,27 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
 
-def parameter_groups(
+def make_optimizer(
     model: nn.Module, config: TrainConfig, frozen: Sequence[FrozenSlice] = ()
-) -> list[dict]:
-    """The trainable parameters: routers, others, and partly frozen ones.
+) -> torch.optim.Optimizer:
+    """AdamW with fresh state; `optimizer: adamw8bit` keeps both moments in 8 bits (torchao).
 
     A partly frozen parameter gets no weight decay from AdamW: its frozen slice has zero gradient,
     so Adam's own step is exactly zero there, but decay would move it (1.2% in 200 steps). The slice
     that trains is decayed by `decay_trained_slices`.
     """
     sliced = {f.name for f in frozen}
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    found: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             # routers, biases and norms are not decayed
             router = "router" in name.split(".") or "mob_routers" in name
             decay = 0.0 if name in sliced or p.ndim < 2 or router else config.weight_decay
-            groups.setdefault((router, decay), []).append(p)
-    return [
-        {
-            "params": params,
-            "weight_decay": decay,
-            "scale": config.router_lr_scale if router else 1.0,
-        }
-        for (router, decay), params in groups.items()
+            found.setdefault((router, decay), []).append(p)
+    groups = [
+        {"params": p, "weight_decay": decay, "scale": config.router_lr_scale if router else 1.0}
+        for (router, decay), p in found.items()
     ]
-
-
-def make_optimizer(
-    model: nn.Module, config: TrainConfig, frozen: Sequence[FrozenSlice] = ()
-) -> torch.optim.Optimizer:
-    """AdamW with fresh state; `optimizer: adamw8bit` keeps both moments in 8 bits (torchao)."""
-    groups = parameter_groups(model, config, frozen)
     options = {"lr": config.lr, "betas": (config.beta1, config.beta2)}
     if config.optimizer == "adamw":
         # fused: a loop over so many small tensors costs more than the arithmetic
@@ -82,17 +72,16 @@ def make_optimizer(
 
 def start_state(optimizer: torch.optim.Optimizer) -> None:
     """Make the optimizer's state as it is before the first step, so that it can be loaded into."""
-    saved = [float(group["lr"]) for group in optimizer.param_groups]
-    decays = [group["weight_decay"] for group in optimizer.param_groups]
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for group in optimizer.param_groups:
+    groups = optimizer.param_groups
+    before = [(float(group["lr"]), group["weight_decay"]) for group in groups]
+    for group in groups:
         group["weight_decay"] = 0.0
         set_rate(group, 0.0)
-    for p in params:
-        p.grad = torch.zeros_like(p)
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
     optimizer.step()  # with no gradient, rate or decay nothing moves
     optimizer.zero_grad(set_to_none=True)
-    for group, lr, decay in zip(optimizer.param_groups, saved, decays, strict=True):
+    for group, (lr, decay) in zip(groups, before, strict=True):
         group["weight_decay"] = decay
         set_rate(group, lr)
     for state in optimizer.state.values():
@@ -109,16 +98,13 @@ def optimizer_tensors(
     found: dict[str, Tensor] = {}
     for p, entry in optimizer.state.items():
         for key, value in entry.items():
-            if isinstance(value, Tensor):
-                found |= _plain(f"{names[id(p)]}/{key}", value)
+            name = f"{names[id(p)]}/{key}"
+            if hasattr(value, "__tensor_flatten__") and not hasattr(value, "to_local"):
+                for part in value.__tensor_flatten__()[0]:
+                    found[f"{name}.{part}"] = getattr(value, part)
+            elif isinstance(value, Tensor):
+                found[name] = value
     return found
-
-
-def _plain(name: str, value: Tensor) -> dict[str, Tensor]:
-    if hasattr(value, "to_local") or not hasattr(value, "__tensor_flatten__"):
-        return {name: value}
-    parts, _ = value.__tensor_flatten__()
-    return {f"{name}.{part}": getattr(value, part) for part in parts}
 
 
 def set_rate(group: dict, rate: float) -> None:
@@ -157,7 +143,7 @@ def clip_gradients(params: Sequence[nn.Parameter], norm: Tensor, limit: float) -
     """Scale the gradient down to `limit` where its norm is larger; 0 means no limit."""
     if limit:
         grads = [local(p.grad) for p in params if p.grad is not None]
-        torch._foreach_mul_(grads, torch.clamp(limit / (norm + 1e-6), max=1.0))
+        private.foreach("mul_", grads, torch.clamp(limit / (norm + 1e-6), max=1.0))
 
 
 class Average:
@@ -175,7 +161,7 @@ class Average:
         if self.values:
             weight = 1 - min(self.decay or 0.0, step / (step + 10))
             now = [local(p.detach()) for p in self.params.values()]
-            torch._foreach_lerp_([local(v) for v in self.values.values()], now, weight)
+            private.foreach("lerp_", [local(v) for v in self.values.values()], now, weight)
 
     @torch.no_grad()
     def apply(self) -> None:

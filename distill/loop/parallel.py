@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from d2m_models.config import named_blocks
 from distill.configs.training import ParallelConfig
 from distill.errors import ConfigError
 
@@ -43,6 +44,13 @@ class World:
             values = values.clone()
             torch.distributed.all_reduce(values)
         return values
+
+    def anywhere(self, *values: bool) -> list[bool]:
+        """For each value whether it is true on any rank."""
+        if self.size == 1:
+            return list(values)
+        flags = torch.tensor([float(value) for value in values], device=self.device)
+        return [count > 0 for count in self.sum(flags).tolist()]
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -71,11 +79,6 @@ class World:
         return [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
 
 
-def launched() -> bool:
-    """Whether torchrun (or another launcher that sets its variables) started several processes."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def start_world(config: ParallelConfig, device: str) -> World:
     """Join the other processes; alone, no process group is made.
 
@@ -83,7 +86,7 @@ def start_world(config: ParallelConfig, device: str) -> World:
         config: how many ranks shard, how many copies there are; their product is the world's size.
         device: "cpu" (gloo) or "cuda" (nccl, one GPU a local rank).
     """
-    if not launched():
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # torchrun sets it, as other launchers do
         if (config.shard or 1) * config.replicate > 1:
             raise ConfigError(
                 f"parallel.shard is {config.shard} and parallel.replicate {config.replicate}, but "
@@ -113,12 +116,9 @@ def start_world(config: ParallelConfig, device: str) -> World:
         world_size=size,
         timeout=timeout,
     )
-    if config.replicate > 1:
-        shape, names = (config.replicate, shard), ("replicate", "shard")
-        mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
-    else:
-        mesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
-    return World(rank, size, place, mesh)
+    shape, names = (config.replicate, shard), ("replicate", "shard")
+    cut = slice(0 if config.replicate > 1 else 1, None)
+    return World(rank, size, place, init_device_mesh(kind, shape[cut], mesh_dim_names=names[cut]))
 
 
 def _store(timeout: timedelta) -> Any:
@@ -143,11 +143,6 @@ def stop_world(world: World) -> None:
 # --- sharding -------------------------------------------------------------------------------
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """All transformer blocks of a FLUX model, in order."""
-    return [*model.transformer_blocks, *model.single_transformer_blocks]
-
-
 def shard_model(model: nn.Module, world: World) -> nn.Module:
     """FSDP2, one unit a block and one for the rest; in place. Alone, nothing happens.
 
@@ -159,7 +154,7 @@ def shard_model(model: nn.Module, world: World) -> nn.Module:
 
         # blocks return views of one sequence; nobody writes into them
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        for block in blocks(model):
+        for block in named_blocks(model).values():
             fully_shard(block, mesh=world.mesh)
         fully_shard(model, mesh=world.mesh)
     return model
@@ -172,10 +167,9 @@ def shard_copy(model: nn.Module, world: World, prepare: Callable[[nn.Module], T]
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    from d2m_models.conversion.flux import model_arguments
+    from d2m_models.conversion.flux import skeleton
 
-    with torch.device("meta"):
-        copy = type(model)(**model_arguments(model))
+    copy = skeleton(model)
     prepared = prepare(copy)
     shard_model(copy, world)
     copy.to_empty(device=world.device)

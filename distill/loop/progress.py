@@ -27,11 +27,9 @@ class Log:
             ckpt.write_text(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, entry: dict[str, Any]) -> None:
-        try:
+        with ckpt.user_errors(f"write {self.path}"):
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
-        except OSError as err:
-            raise UserError(f"cannot write {self.path}: {err.strerror or err}") from err
 
 
 def read_log(path: Path | str) -> list[dict[str, Any]]:
@@ -51,21 +49,23 @@ class Trackers:
     def __init__(self, names: Sequence[str], folder: Path, label: str):
         self.label = label
         self.board = self.run = None
-        if "tensorboard" in names:
+        for name in names:
             try:
-                from torch.utils.tensorboard import SummaryWriter
+                if name == "tensorboard":
+                    from torch.utils.tensorboard import SummaryWriter
+
+                    self.board = SummaryWriter(str(folder / "tensorboard"))
+                else:
+                    import wandb
+
+                    # a resumed run goes on in the same curve
+                    same = ckpt.fingerprint(str(folder.resolve()))
+                    self.run = wandb.init(dir=str(folder), name=label, id=same, resume="allow")
             except ImportError as err:
-                raise _missing("tensorboard") from err
-            self.board = SummaryWriter(str(folder / "tensorboard"))
-        if "wandb" in names:
-            try:
-                import wandb
-            except ImportError as err:
-                raise _missing("wandb") from err
-            name = ckpt.fingerprint(
-                str(folder.resolve())
-            )  # a resumed run goes on in the same curve
-            self.run = wandb.init(dir=str(folder), name=label, id=name, resume="allow")
+                raise UserError(
+                    f"train.loggers has {name!r}, but the package is missing: pip install {name}, "
+                    "or take it out; log.jsonl is written in any case"
+                ) from err
 
     def write(self, step: int, entry: Mapping[str, Any]) -> None:
         numbers = {k: v for k, v in entry.items() if k != "step" and isinstance(v, (int, float))}
@@ -80,13 +80,6 @@ class Trackers:
             self.board.close()
         if self.run is not None:
             self.run.finish()
-
-
-def _missing(name: str) -> UserError:
-    return UserError(
-        f"train.loggers has {name!r}, but the package is missing: pip install {name}, or take it "
-        "out; log.jsonl is written in any case"
-    )
 
 
 class Utilisation:
@@ -186,11 +179,13 @@ class Report:
             entry["expert_max"] = max(map(max, table.values()))
         if loop.skipped:
             entry["skipped"] = loop.skipped
-        if bad_shards := self._bad_shards():
+        # how many shards any rank has found damaged and passes over
+        found = getattr(loop.objective, "skipped_shards", lambda: None)()
+        if found is not None and (bad_shards := int(loop.world.sum(found).count_nonzero())):
             entry["bad_shards"] = bad_shards
         entry["samples_per_second"] = samples / (now - self.since)
         entry["peak_memory_gib"] = round(peak_memory_gib(loop.world.device), 3)
-        if self.loop.world.main:
+        if loop.world.main:
             self.log.write(entry)
             if table:
                 self.experts.write({"step": loop.step, "load": table})
@@ -203,12 +198,6 @@ class Report:
                 )
         self.sums, self.count, self.first, self.since = {}, 0, loop.step, now
         return {"loss": f"{means['loss']:.4g}"} if means else {}
-
-    def _bad_shards(self) -> int:
-        """How many shards any rank has found damaged and passes over."""
-        find = getattr(self.loop.objective, "skipped_shards", None)
-        found = find() if find is not None else None
-        return 0 if found is None else int(self.loop.world.sum(found).count_nonzero())
 
     def say(self, text: str) -> None:
         if self.loop.world.main:

@@ -22,8 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 
+from d2m_models.files import clear_temporary, publish
 from distill import files as ckpt
 from distill.errors import CheckpointError, UserError
 from distill.loop.parallel import World
@@ -64,29 +72,14 @@ def _instead(path: Path) -> str:
 
 def load(path: Path, tensors: Mapping[str, Tensor], world: World) -> None:
     """Fill the given tensors (whole or sharded in any way) in place, and this rank's RNG."""
-    import torch.distributed.checkpoint as dcp
-    from safetensors import SafetensorError
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-
     try:
         reader = HuggingFaceStorageReader(str(path / "tensors"))
         have = reader.read_metadata().state_dict_metadata
-        missing, unknown = sorted(set(tensors) - set(have)), sorted(set(have) - set(tensors))
-        wrong = [
-            f"{name}: {tuple(have[name].size)} for {tuple(tensor.shape)}"
-            for name, tensor in tensors.items()
-            if name in have and have[name].size != tensor.shape
-        ]
-        if missing or unknown or wrong:
-            raise CheckpointError(
-                f"checkpoint {path} does not fit this model: missing {missing[:3]}, "
-                f"unknown {unknown[:3]}, wrong shapes {wrong[:3]}"
-            )
+        found = {name: entry.size for name, entry in have.items()}
+        ckpt.check_fit({name: t.shape for name, t in tensors.items()}, found, path)
         _quiet()
         dcp.load(dict(tensors), storage_reader=reader, no_dist=world.size == 1)
-    except CheckpointError:
-        raise
-    except (SafetensorError, OSError, dcp.api.CheckpointException) as err:
+    except (SafetensorError, OSError, CheckpointException) as err:
         raise CheckpointError(
             f"checkpoint {path} is damaged ({' '.join(str(err).split())[:300]}); {_instead(path)}"
         ) from err
@@ -111,15 +104,11 @@ class Snapshots:
         alone = wait or world.size == 1
         self.group = None if alone else torch.distributed.new_group(backend="gloo")
         if world.main:  # what a killed process left half-written
-            for path in folder.glob(".*.tmp"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            clear_temporary(folder)
         world.barrier()
 
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Write a checkpoint; on failure the older ones remain and nothing half-written does."""
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-
         self.settle()
         _quiet()
         tmp = self.folder / f".step-{step:07d}.tmp"
@@ -147,7 +136,7 @@ class Snapshots:
                     state, storage_writer=writer, no_dist=alone, process_group=self.group
                 )
                 self.pending = (step, job)
-        except dcp.api.CheckpointException as err:
+        except CheckpointException as err:
             raise self._failed(step, err) from err
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
@@ -160,7 +149,7 @@ class Snapshots:
             work()
         except (UserError, OSError) as err:
             failure = err
-        if same_everywhere(self.world, failure is not None):
+        if any(self.world.anywhere(failure is not None)):
             reason = failure or UserError("another process could not write its part")
             raise self._failed(step, reason) from failure
 
@@ -170,8 +159,6 @@ class Snapshots:
 
     def settle(self) -> None:
         """Wait for the save under way, if any, and make it a checkpoint."""
-        from torch.distributed.checkpoint.api import CheckpointException
-
         if self.pending is not None:
             (step, job), self.pending = self.pending, None
             try:
@@ -193,21 +180,17 @@ class Snapshots:
         self.world.barrier()  # every rank has written
         tmp, path = self.folder / f".step-{step:07d}.tmp", self.folder / f"step-{step:07d}"
 
-        def publish() -> None:
+        def rename() -> None:
             if not self.world.main:
                 return
-            for file in sorted(tmp.rglob("*")):
-                _flush(file)
-            _flush(tmp)
             if path.exists():  # a run that was put back before this step
                 remove(path)
-            os.replace(tmp, path)
-            _flush(self.folder)
+            publish(tmp, path)
             ckpt.write_text(self.folder / "latest", f"{path.name}\n")
             for old in complete(self.folder)[: -self.keep]:
                 remove(old)
 
-        self._together(step, publish)
+        self._together(step, rename)
 
     def clear(self) -> None:
         """Remove all checkpoints: the run is finished and its result is kept elsewhere."""
@@ -246,18 +229,8 @@ def adopt(folder: Path, run_id: str) -> None:
 
 
 def _quiet() -> None:
-    """No warning that one process saves alone: it is what was asked for, and also comes from the
-    thread of an asynchronous save.
-    """
+    """No warning that one process saves alone, which an asynchronous save's thread gives too."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-
-
-def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _reason(err: BaseException) -> str:
@@ -268,16 +241,3 @@ def _reason(err: BaseException) -> str:
     if isinstance(err, OSError) and err.strerror:
         return err.strerror
     return " ".join(str(err).split())[:300]
-
-
-def anywhere(world: World, *values: bool) -> list[bool]:
-    """For each value whether it is true on any rank."""
-    if world.size == 1:
-        return list(values)
-    flags = torch.tensor([float(value) for value in values], device=world.device)
-    return [count > 0 for count in world.sum(flags).tolist()]
-
-
-def same_everywhere(world: World, value: bool) -> bool:
-    """True if it is on any rank."""
-    return anywhere(world, value)[0]

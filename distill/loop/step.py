@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from d2m_models import private
+from d2m_models.config import named_blocks
 from distill import files as ckpt
 from distill.configs.training import TrainConfig
 from distill.loop.objective import Distillation, Statistics
-from distill.loop.parallel import World, blocks
+from distill.loop.parallel import World
 
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
@@ -64,30 +66,6 @@ def backward(
     return dict(zip(names, totals.unbind(), strict=True)), whole.loads
 
 
-def fill_gradients(params: Iterable[nn.Parameter]) -> None:
-    """Zero where there is no gradient: a MoB block that no sample of the batch has chosen.
-
-    Sharded, such a block has a zero gradient, as some rank may have chosen it. AdamW moves a
-    parameter whose gradient is zero (by momentum and decay) and passes over one that has none; so
-    that both train alike, it is zero here too.
-    """
-    for p in params:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-
-
-def _any_batch(model: nn.Module) -> bool | None:
-    """What `torch.compile` takes as `dynamic`: sizes are symbols, or become so when they change."""
-    structure = getattr(model, "d2m_config", None)
-    return True if structure is not None and structure.mob is not None else None
-
-
-def _many_graphs() -> AbstractContextManager:
-    import torch._dynamo
-
-    return torch._dynamo.config.patch(recompile_limit=64)
-
-
 def _recomputed(forward: Callable) -> Callable:
     """`forward` as gradient checkpointing for `torch.compile`: all but the routing is recomputed.
 
@@ -112,7 +90,10 @@ def sped_up(model: nn.Module, config: TrainConfig) -> Iterator[None]:
     Beyond torch's limit of 8 graphs a block would run without; hence a higher limit. Blocks of a
     MoB group run any number of samples: sizes are symbols from the start, so that there are few.
     """
-    compiled = [(b, b.__dict__.get("forward")) for b in blocks(model)] if config.compile else []
+    blocks = named_blocks(model).values() if config.compile else ()
+    compiled = [(block, block.__dict__.get("forward")) for block in blocks]
+    structure = getattr(model, "d2m_config", None)
+    any_batch = True if structure is not None and structure.mob is not None else None
     outside = config.gradient_checkpointing and not compiled
     try:
         if outside:
@@ -120,8 +101,8 @@ def sped_up(model: nn.Module, config: TrainConfig) -> Iterator[None]:
         for block, _ in compiled:
             # the method, not the module: parameters keep their names, hooks (FSDP's) stay outside
             forward = _recomputed(block.forward) if config.gradient_checkpointing else block.forward
-            block.forward = torch.compile(forward, dynamic=_any_batch(model))
-        with _many_graphs() if compiled else nullcontext():
+            block.forward = torch.compile(forward, dynamic=any_batch)
+        with private.many_graphs() if compiled else nullcontext():
             yield
     finally:
         for block, forward in compiled:

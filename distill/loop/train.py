@@ -35,12 +35,11 @@ from distill.loop.optimizer import (
 )
 from distill.loop.parallel import World, full_tensors
 from distill.loop.progress import Report, read_log
-from distill.loop.step import backward, dump_batch, fill_gradients, sped_up
-
-__all__ = ["FrozenSlice", "learning_rate", "make_optimizer", "read_log", "train"]
+from distill.loop.step import backward, dump_batch, sped_up
 
 Objective = Callable[[int], dict[str, Tensor]]
 Preview = Callable[[nn.Module, int], None]
+RESULT = "model.safetensors"
 
 
 def train(
@@ -75,14 +74,11 @@ def train(
     """
     world = world or World(device=next(model.parameters()).device)
     folder = ckpt.make_folder(folder)
-    model_path, log_path = folder / "model.safetensors", folder / "log.jsonl"
-    if model_path.exists():
-        _finished(model, model_path, run_id, accept_changed, world)
-        return read_log(log_path)
-    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if not params:
-        raise TrainingError(f"{label}: nothing to train, every parameter is frozen")
-    loop = _Loop(model, params, objective, config, folder, run_id, label, frozen, world)
+    path = folder / RESULT
+    if path.exists():
+        load_result(model, folder, run_id, accept_changed, world)
+        return read_log(folder / "log.jsonl")
+    loop = _Loop(model, objective, config, folder, run_id, label, frozen, world)
     loop.resume(accept_changed)
     with sped_up(model, config):
         loop.run(progress, preview)
@@ -90,15 +86,20 @@ def train(
     model.zero_grad(set_to_none=True)
     result = dict(full_tensors(model.state_dict(), world))
     if world.main:
-        ckpt.save_tensors(model_path, result, {"run": run_id, "step": loop.step})
+        ckpt.save_tensors(path, result, {"run": run_id, "step": loop.step})
     loop.snapshots.clear()
-    return read_log(log_path)
+    return read_log(folder / "log.jsonl")
 
 
-def _finished(
-    model: nn.Module, path: Path, run_id: str, accept_changed: bool, world: World
+def load_result(
+    model: nn.Module,
+    folder: Path | str,
+    run_id: str,
+    accept_changed: bool = False,
+    world: World | None = None,
 ) -> None:
-    """Check whose result it is, on every rank; alone, load it."""
+    """Check whose result is in the folder, on every rank of the world; alone, load it."""
+    world, path = world or World(), Path(folder) / RESULT
     meta = ckpt.load_meta(path)
     _check_run(meta, run_id, path, accept_changed)
     if world.main and meta.get("run") != run_id:  # accepted: the next start is not to be refused
@@ -112,17 +113,19 @@ def _finished(
 class _Loop:
     """State of one run: what a checkpoint holds, and how a step changes it."""
 
-    def __init__(self, model, params, objective, config, folder, run_id, label, frozen, world):
-        self.model, self.params, self.objective, self.config = model, params, objective, config
-        self.folder, self.run_id, self.label, self.frozen = folder, run_id, label, frozen
-        self.world = world
+    def __init__(self, model, objective, config, folder, run_id, label, frozen, world):
+        self.model, self.objective, self.config, self.folder = model, objective, config, folder
+        self.run_id, self.label, self.frozen, self.world = run_id, label, frozen, world
+        self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not self.params:
+            raise TrainingError(f"{label}: nothing to train, every parameter is frozen")
         if world.size > 1 and config.optimizer != "adamw":
             raise ConfigError(
                 f"train.optimizer is {config.optimizer!r}; expected 'adamw' with several "
                 "processes, over which its state is sharded"
             )
         self.optimizer = make_optimizer(model, config, frozen)
-        self.average = Average(params, config.ema)
+        self.average = Average(self.params, config.ema)
         self.snapshots = snapshots.Snapshots(folder, world, config.keep, not config.async_save)
         self.step = 0  # batches done, skipped ones included
         self.skipped = 0  # in all
@@ -141,9 +144,8 @@ class _Loop:
     def save(self) -> None:
         if self.saved != self.step:
             meta = {"run": self.run_id, "skipped": self.skipped, "bad": self.bad}
-            self.snapshots.save(
-                self.step, self.tensors(), {**meta, "interval": self.report.state()}
-            )
+            meta["interval"] = self.report.state()
+            self.snapshots.save(self.step, self.tensors(), meta)
             self.saved = self.step
 
     def resume(self, accept_changed: bool) -> None:
@@ -183,9 +185,7 @@ class _Loop:
                     bar.update(config.batch_size)
                     if self.step % config.log_every == 0 or self.step == config.steps:
                         bar.set_postfix(report.write())
-                    stopping, writing = snapshots.anywhere(
-                        self.world, bool(stop), self.snapshots.writing()
-                    )
+                    stopping, writing = self.world.anywhere(bool(stop), self.snapshots.writing())
                     if not writing:  # on no rank: what was written becomes a checkpoint
                         self.snapshots.settle()
                     drawing = config.preview_every and self.step % config.preview_every == 0
@@ -209,11 +209,15 @@ class _Loop:
         self.optimizer.zero_grad(set_to_none=True)
         parts, loads = backward(self.objective, step, config, self.world)
         params = list(self.params.values())
-        fill_gradients(params)
+        for p in params:
+            # None of a MoB block that no sample has chosen; sharded it is zero, as some rank may
+            # have. AdamW moves what has a zero gradient and passes over what has none.
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
         parts["grad_norm"] = gradient_norm(params)
         self.step += 1
         good = bool(torch.isfinite(parts["loss"] + parts["grad_norm"]))
-        if snapshots.same_everywhere(self.world, not good):
+        if any(self.world.anywhere(not good)):
             self._skip(step, parts)
             return
         self.bad = 0

@@ -10,17 +10,19 @@ Shapes: b samples a GPU computes at once, S image tokens, L text tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from d2m_models.config import group_names, named_blocks
+from d2m_models.conversion.flux import skeleton
 from distill.configs.sections import DistillConfig, StageConfig
 from distill.data.digits import Digits
+from distill.data.photos import Photos
 from distill.errors import ConfigError
-from distill.loop.optimizer import FrozenSlice
-from distill.loop.parallel import blocks
 from distill.plan.skeleton import activations, teacher_skeleton
+from distill.stages import prepare_stage
 
 FP32 = 4
 # T5-XXL's encoder and CLIP-L's text model in bf16, on every GPU; counted from their configurations
@@ -43,10 +45,6 @@ class Memory:
     gathered: int
     activations: int
     peak: int
-
-    def rows(self) -> dict[str, int]:
-        """Kind -> bytes, the peak last."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 @dataclass(frozen=True)
@@ -90,11 +88,8 @@ def plan_stage(
     text_encoders: int = 0,
 ) -> StagePlan:
     """What a stage needs of each of `gpus` GPUs, over `shard` of which parameters are sharded."""
-    from d2m_models.config import group_names
-    from distill.stages import prepare_stage
-
     train = stage.train
-    _: list[FrozenSlice] = prepare_stage(
+    prepare_stage(
         student, stage.stage, freeze_shared=stage.freeze_shared, train_isolated=stage.train_isolated
     )
     if train.batch_size % gpus:
@@ -109,7 +104,8 @@ def plan_stage(
     kept, inside = activations(
         teacher, student, stage, features, at_once, image_tokens, text_tokens
     )
-    gradients = [_bytes([p for p in b.parameters() if p.requires_grad]) for b in blocks(student)]
+    blocks = named_blocks(student).values()
+    gradients = [_bytes([p for p in b.parameters() if p.requires_grad]) for b in blocks]
     whole = _bytes(trained)
     gathered = 0
     if shard > 1:
@@ -158,7 +154,7 @@ def _backward_peak(
 
 def _gathered(model: nn.Module) -> int:
     """Whole parameters that FSDP holds at once: those of no block, and two blocks."""
-    each = sorted(_bytes(list(b.parameters())) for b in blocks(model))
+    each = sorted(_bytes(list(b.parameters())) for b in named_blocks(model).values())
     return _bytes(model.parameters()) - sum(each) + sum(each[-2:])
 
 
@@ -188,10 +184,7 @@ def plan(config: DistillConfig, gpus: int | None = None, size: int = 1024) -> li
         gpus: processes; by default parallel.shard x parallel.replicate.
         size: side of the (square) images in pixels; built-in data has its own.
     """
-    from dataclasses import replace
-
     from distill.pipeline import student_structure
-    from distill.students import student_skeleton
 
     parallel = config.parallel
     gpus = gpus or (parallel.shard or 1) * parallel.replicate
@@ -207,24 +200,18 @@ def plan(config: DistillConfig, gpus: int | None = None, size: int = 1024) -> li
     plans = []
     for stage in config.stages:
         now = structure if stage.stage == "mob" else replace(structure, mob=None)
-        student = student_skeleton(teacher, now)
-        sizes = {
-            "image_tokens": image,
-            "text_tokens": text,
-            "text_encoders": TEXT_ENCODERS if config.data.text_encoders else 0,
-        }
-        plans.append(plan_stage(teacher, student, stage, shard=shard, gpus=gpus, **sizes))
+        student = skeleton(teacher, now)
+        sizes = {"shard": shard, "gpus": gpus, "image_tokens": image, "text_tokens": text}
+        encoders = TEXT_ENCODERS if config.data.text_encoders else 0
+        plans.append(plan_stage(teacher, student, stage, text_encoders=encoders, **sizes))
     return plans
 
 
 def token_counts(config: DistillConfig, size: int) -> tuple[int, int]:
     """(image, text) tokens of a sample; a token is 16 x 16 pixels."""
-    if config.data.name == "digits":
-        return Digits.image_tokens, Digits.text_tokens
-    if config.data.name == "photos":
-        from distill.data.photos import Photos
-
-        return Photos.image_tokens, Photos.text_tokens
+    if config.data.name in ("digits", "photos"):
+        source = Digits if config.data.name == "digits" else Photos
+        return source.image_tokens, source.text_tokens
     return (size // 16) ** 2, config.data.max_sequence_length
 
 
@@ -235,7 +222,7 @@ def render(plans: list[StagePlan], gpus: int, tflops: float) -> str:
     lines = [f"{gpus} GPU{'s' * (gpus > 1)}; memory a GPU in {name}"]
     lines.append(f"{'':14}" + "".join(f"{p.stage:>12}" for p in plans))
     for kind in Memory.__dataclass_fields__:
-        values = [p.memory.rows()[kind] / unit for p in plans]
+        values = [getattr(p.memory, kind) / unit for p in plans]
         lines.append(f"{kind:14}" + "".join(f"{v:12.2f}" for v in values))
     lines.append(f"{'trained, B':14}" + "".join(f"{p.trained / 1e9:12.4f}" for p in plans))
     lines.append(f"{'TFLOP/sample':14}" + "".join(f"{p.flops / 1e12:12.4g}" for p in plans))

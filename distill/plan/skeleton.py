@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2m_models.config import named_blocks
+from d2m_models.private import fake_mode, storage_key
 from distill.configs.sections import StageConfig, TeacherConfig
 from distill.data.batch import Batch
 from distill.loop.objective import Distillation
-from distill.loop.parallel import blocks
 from distill.loop.step import autocast
 
 # --- models without memory ------------------------------------------------------------------
@@ -110,14 +111,14 @@ class Kept:
     """Bytes that autograd keeps for the backward pass, each storage once, parameters left out."""
 
     def __init__(self, model: nn.Module):
-        self.parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+        self.parameters = {storage_key(p) for p in model.parameters()}
         self.storages: dict[int, Any] = {}
         self.bytes = 0
 
     def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.parameters and storage._cdata not in self.storages:
-            self.storages[storage._cdata] = storage  # alive, so that its address is not used again
+        key, storage = storage_key(tensor), tensor.untyped_storage()
+        if key not in self.parameters and key not in self.storages:
+            self.storages[key] = storage  # alive, so that its address is not used again
             self.bytes += storage.nbytes()
         return tensor
 
@@ -135,18 +136,15 @@ def activations(
 
     The second is what gradient checkpointing recomputes; 0 without it.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     source = _Shapes(teacher, image_tokens, text_tokens)
     marks: dict[nn.Module, int] = {}
     inside = 0
     copies = [deepcopy(m) for m in (teacher, student)]
-    with FakeTensorMode(allow_non_fake_inputs=True), _blocks_in_turn():
+    with fake_mode(), _blocks_in_turn():
         copies = [_fill(m) for m in copies]
         model = copies[1]
         kept = Kept(model)
-        for p in copies[0].parameters():
-            kept.parameters.add(p.untyped_storage()._cdata)
+        kept.parameters |= {storage_key(p) for p in copies[0].parameters()}
         objective = Distillation(*copies, source, stage.loss, samples, 0, 0, features)
         if stage.train.gradient_checkpointing:
             model.enable_gradient_checkpointing()
@@ -154,7 +152,8 @@ def activations(
         def mark(block: nn.Module, *_: Any) -> None:
             marks[block] = kept.bytes
 
-        hooks = [b.register_forward_hook(mark) for b in blocks(model)]
+        blocks = list(named_blocks(model).values())
+        hooks = [b.register_forward_hook(mark) for b in blocks]
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda t: t):
             with autocast(stage.train, torch.device("cpu")):
                 terms = objective.terms(objective.batch(0))
@@ -164,7 +163,7 @@ def activations(
         if stage.train.gradient_checkpointing:
             inside = _largest_inside(model, objective, stage)
     after = []
-    for block in blocks(model):  # one that does not run keeps nothing
+    for block in blocks:  # one that does not run keeps nothing
         after.append(marks.get(block, after[-1] if after else 0))
     return [*after, kept.bytes], inside
 
@@ -172,13 +171,11 @@ def activations(
 def _fill(model: nn.Module) -> nn.Module:
     """Fake CPU tensors in place of meta ones, in place; call it under FakeTensorMode."""
     for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                fake = torch.empty(p.shape, dtype=p.dtype)
-                module._parameters[name] = nn.Parameter(fake, requires_grad=p.requires_grad)
-        for name, b in module._buffers.items():
-            if b is not None:
-                module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+        for name, p in list(module.named_parameters(recurse=False)):
+            fake = torch.empty(p.shape, dtype=p.dtype)
+            setattr(module, name, nn.Parameter(fake, requires_grad=p.requires_grad))
+        for name, b in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(b.shape, dtype=b.dtype))
     return model
 
 
@@ -187,7 +184,8 @@ def _largest_inside(model: nn.Module, objective: Distillation, stage: StageConfi
     model.disable_gradient_checkpointing()
     marks = [0]
     kept = Kept(model)
-    hooks = [b.register_forward_hook(lambda *_: marks.append(kept.bytes)) for b in blocks(model)]
+    blocks = named_blocks(model).values()
+    hooks = [b.register_forward_hook(lambda *_: marks.append(kept.bytes)) for b in blocks]
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda t: t):
         with autocast(stage.train, torch.device("cpu")):
             model(**objective.batch(0).inputs(), output_aux=True)

@@ -1,16 +1,15 @@
-"""`d2m prepare`: images and captions to latent shards, resumable to the byte (see prepare_run)."""
+"""`d2m prepare`: images and captions to latent shards, resumable to the byte (see run.py)."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from distill import files as ckpt
-from distill.data.folder import damage, read_manifest, save_plain
+from distill.data.folder import damage, read_manifest
 from distill.errors import UserError
 from distill.prepare.buckets import resolutions
 from distill.prepare.captions import open_captions
@@ -41,27 +40,11 @@ def prepare(
     """
     buckets = resolutions(settings.size, settings.max_aspect)
     bad_limit(max_bad, 1)
-    with _alone(ckpt.make_folder(out)) as out:
+    out = ckpt.make_folder(out)
+    with ckpt.locked(out, "`d2m prepare`"):
         return _prepare(
             source, out, model, settings, buckets, device, workers, max_bad, progress, reading
         )
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[Path]:
-    """Keeps a second run out of the folder, and clears away what a killed one left behind."""
-    with open(out / ".lock", "w") as lock:
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # not on Windows
-            pass
-        except OSError:
-            raise UserError(f"another `d2m prepare` is writing into {out}") from None
-        for file in out.glob(".*.tmp"):
-            file.unlink()
-        yield out
 
 
 def _prepare(
@@ -91,8 +74,8 @@ def _prepare(
         raise UserError(f"the VAE's factor is {encoders.vae.factor}; expected at most 8")
     run = Run(out, settings, encoders, listing)
     if encoders.text is not None:
-        text, pooled = encoders.text.encode([""])
-        save_plain(out / "empty.safetensors", {"text": text[0].cpu(), "pooled": pooled[0].cpu()})
+        text, pooled = (x[0].cpu() for x in encoders.text.encode([""]))
+        ckpt.save_plain(out / "empty.safetensors", {"text": text, "pooled": pooled})
     _fill(run, captions, buckets, workers, max_bad, progress)
     if not run.manifest["samples"]:
         raise UserError(

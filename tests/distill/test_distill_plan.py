@@ -162,14 +162,14 @@ def test_a_lora_is_fused_into_the_teacher(tmp_path):
 
 def test_flops_and_time_by_hand():
     from d2m_models import account
+    from d2m_models.conversion.flux import skeleton
     from distill.pipeline import student_structure
     from distill.plan.skeleton import teacher_skeleton
-    from distill.students import student_skeleton
 
     config = small("moe", micro_batch=8, gradient_checkpointing=True)
     (planned,) = plan(config)
     teacher = teacher_skeleton(config.teacher)
-    student = student_skeleton(teacher, replace(student_structure(config, teacher), mob=None))
+    student = skeleton(teacher, replace(student_structure(config, teacher), mob=None))
     sizes = {"image_tokens": 16, "text_tokens": 4}
     own, known = account(student, **sizes).flops, account(teacher, **sizes).flops
     assert planned.flops == pytest.approx(5 * own + 2 * known)  # two forwards more than 3 + 1

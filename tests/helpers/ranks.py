@@ -159,6 +159,7 @@ def die_in_a_save(moment: str) -> None:
     """From now on this process dies by SIGKILL at one moment of its third save."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
+    from d2m_models import files
     from distill.loop import snapshots
 
     saves = 0
@@ -187,7 +188,7 @@ def die_in_a_save(moment: str) -> None:
 
     step = {
         "tensors not written": (HuggingFaceStorageWriter, "write_data", lambda *_: True),
-        "tensors not flushed": (snapshots, "_flush", lambda path: path.suffix == ".safetensors"),
+        "tensors not flushed": (files, "flush", lambda path: path.suffix == ".safetensors"),
         "not renamed": (os, "replace", named("step-", 1)),
         "pointer not written": (snapshots.ckpt, "write_text", named("latest")),
         "old one not purged": (os, "replace", named("step-", 0)),

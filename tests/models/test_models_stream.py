@@ -158,8 +158,8 @@ def test_a_pipelines_folder_and_a_hub_id(tmp_path, monkeypatch):
 
 KILL = """
 import sys, os, signal
-sys.path[:0] = [{root!r}, {tests!r}]
-import d2m_models.checkpoints.jobs as jobs, d2m_models.checkpoints.tensor_files as shards
+sys.path[:0] = [{root!r}, {root!r} + "/tests", {root!r} + "/tests/models"]
+import d2m_models.checkpoints.jobs as jobs, d2m_models.checkpoints.tensor_files as files
 from test_models_stream import convert, small_config, MOB
 count = 0
 def killed(*args, point={point!r}):
@@ -170,11 +170,9 @@ def killed(*args, point={point!r}):
             args[0].write(bytes(args[1])[: len(args[1]) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*args)
-name = {{"within": "_write", "before": "write_json"}}[{point!r}]
-original = getattr(shards, name)
-setattr(shards, name, killed)
-if name == "write_json":
-    jobs.write_json = killed
+owner, name = {{"within": (files, "_write"), "before": (jobs, "write_json")}}[{point!r}]
+original = getattr(owner, name)
+setattr(owner, name, killed)
 convert({source!r}, {target!r}, small_config(adaln_dim=16, mob=MOB))
 """
 
@@ -189,7 +187,7 @@ def test_killed_and_run_again(tmp_path, point, at):
     source, target = tmp_path / "dense", tmp_path / "moe"
     saved_dense(source)
     code = KILL.format(
-        root=str(ROOT), tests=str(ROOT / "tests"), point=point, at=at, source=str(source),
+        root=str(ROOT), point=point, at=at, source=str(source),
         target=str(target),
     )  # fmt: skip
     config = small_config(adaln_dim=16, mob=MOB)

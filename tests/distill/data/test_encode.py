@@ -11,8 +11,8 @@ pytest.importorskip("PIL")
 
 from helpers.flux_folder import LENGTH, POOLED_DIM, TEXT_DIM, draw, flux_folder
 
-from distill.data.batch import generator
-from distill.data.encode import LatentEncoder, TextEncoder, image_ids, pack, text_sizes, unpack
+from distill.data.batch import generator, image_ids
+from distill.data.encode import LatentEncoder, TextEncoder, pack, text_sizes, unpack
 from distill.errors import UserError
 from distill.prepare.buckets import fit, to_rgb
 

@@ -10,7 +10,8 @@ import torch
 pytest.importorskip("skimage")
 pytest.importorskip("PIL")
 
-from distill.data.photos import PICTURES, Photos, read_picture, to_pixels, to_tokens
+from distill.data.digits import patchify, unpatchify
+from distill.data.photos import PICTURES, Photos, read_picture
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_train_and_test_share_no_pixel(photos):
 
 def test_a_crop_is_in_its_picture(photos):
     batch = photos.batch(0, 3, 4)
-    image = to_pixels(batch.x0, Photos.patch)[0]
+    image = unpatchify(batch.x0, Photos.patch)[0]
     picture = photos.pictures[int(batch.labels[0])]
     windows = picture.unfold(0, 32, 1).unfold(1, 32, 1)  # [y, x, 3, 32, 32]
     corner = (windows[..., 0, 0] == image[0, 0]).all(-1) & (
@@ -86,10 +87,10 @@ def test_a_crop_is_in_its_picture(photos):
 
 def test_tokens_and_pixels_are_inverse():
     images = torch.arange(2 * 8 * 8 * 3, dtype=torch.float32).view(2, 8, 8, 3)
-    tokens = to_tokens(images, 4)
+    tokens = patchify(images, 4)
     assert tokens.shape == (2, 4, 48)
     assert torch.equal(tokens[0, 1], images[0, :4, 4:].reshape(-1))  # row-major
-    assert torch.equal(to_pixels(tokens, 4), images)
+    assert torch.equal(unpatchify(tokens, 4), images)
 
 
 def test_images(photos):

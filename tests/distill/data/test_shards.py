@@ -17,8 +17,8 @@ pytest.importorskip("PIL")
 from helpers.flux_folder import CHANNELS, LENGTH, caption, flux_folder, image_folder
 
 from distill.configs.sections import DataConfig
-from distill.data.batch import flux_shift
-from distill.data.encode import TextEncoder, image_ids
+from distill.data.batch import flux_shift, image_ids
+from distill.data.encode import TextEncoder
 from distill.data.folder import FORMAT, Sample, ShardFile, read_manifest, write_shard
 from distill.data.prefetch import Prefetch
 from distill.data.prepared import Shards, open_shards

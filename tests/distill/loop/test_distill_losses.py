@@ -8,14 +8,38 @@ import pytest
 import torch
 
 from d2m_kernels import Routing, route
+from distill.configs.sections import LossConfig
+from distill.errors import ConfigError
 from distill.loop.losses import (
     balance_loss,
     distill_loss,
-    feature_loss,
-    mob_balance,
-    moe_balance,
+    feature_terms,
+    feature_weights,
+    mob_terms,
+    moe_terms,
+    reduce_features,
     total_loss,
 )
+
+
+def feature_loss(teacher, student, distill, reduction="sum"):
+    """Eqs. (8-9) of a whole batch, and what went into them, one entry a feature."""
+    names, errors_L, norms_L = feature_terms(teacher, student)
+    weights_L = feature_weights(distill, errors_L, norms_L)
+    loss = reduce_features(weights_L, errors_L, reduction)
+    return SimpleNamespace(loss=loss, names=names, errors=errors_L.detach(), weights=weights_L)
+
+
+def moe_balance(routing, variant="auto"):
+    """Of one MoE layer, over its own tokens."""
+    terms = moe_terms(routing, variant)
+    return terms.loss(terms.load, terms.tokens)
+
+
+def mob_balance(mob, variant="auto"):
+    """Of one MoB group over the batch's samples; probs [B, m], ids [B, kappa]."""
+    terms = mob_terms(mob, variant)
+    return terms.loss(terms.load, terms.tokens)
 
 
 def _feature(values):
@@ -115,8 +139,8 @@ def test_double_block_features_are_normalised_separately():
 
 
 def test_feature_loss_bad_input():
-    with pytest.raises(ValueError, match="'average'"):
-        feature_loss({"a": ()}, {"a": ()}, torch.tensor(0.0), "average")
+    with pytest.raises(ConfigError, match="'average'"):
+        LossConfig(feature_reduction="average")
     with pytest.raises(ValueError, match="no feature named.*x"):
         feature_loss({}, {"x": (torch.zeros(1),)}, torch.tensor(0.0))
     with pytest.raises(ValueError, match="block a has 2 features"):
@@ -210,7 +234,6 @@ def test_balance_is_per_layer_not_pooled():
     from helpers.ranks import models
 
     from d2m_models import moe_layers
-    from distill.configs.sections import LossConfig
     from distill.loop.objective import Distillation
     from distill.stages import prepare_stage
 
@@ -242,7 +265,7 @@ def test_balance_is_per_layer_not_pooled():
 
 def test_bad_variant():
     with pytest.raises(ValueError, match="'gshard'"):
-        moe_balance(_routing(torch.randn(3, 3), 2), "gshard")
+        LossConfig(balance_variant="gshard")
 
 
 # --- eq. (10) -------------------------------------------------------------------------------
