@@ -48,11 +48,19 @@ def test_compiled_blocks_keep_little_and_route_once(traced, monkeypatch):
     """Checkpointing inside a compiled block: the layer runs again, its routing does not."""
     module = backends.module(backends.resolve(None, "cpu", torch.float32))
     calls, kept = [], {}
-    for name in ("route", "ffn_fwd", "ffn_bwd"):
+
+    def counted(name):
         real = getattr(module, name)
-        monkeypatch.setattr(
-            module, name, lambda *a, _name=name, _real=real: calls.append(_name) or _real(*a)
-        )
+
+        def run(*args):
+            streams = 1 if name == "route" else len(args[0])
+            calls.extend([name] * streams)
+            return real(*args)
+
+        monkeypatch.setattr(module, name, run)
+
+    for name in ("route", "ffn_fwd", "ffn_bwd"):
+        counted(name)
 
     def step(recompute):
         made, sizes = ready(), {}
