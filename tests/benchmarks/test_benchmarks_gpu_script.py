@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
 GPU_WHEELS = ROOT / "benchmarks" / "gpu-wheels.txt"
 
 
+@pytest.mark.slow
 def test_gpu_script_rehearsal(tmp_path):
     """The script of the GPU machine runs here from end to end, with tiny sizes."""
     pytest.importorskip("pytest_benchmark")
@@ -67,6 +68,7 @@ def test_gpu_script_rehearses_models_and_distillation(tmp_path):
     assert models["flux-moe-s"]["latency_over_ideal"] > 0
 
 
+@pytest.mark.slow
 def test_gpu_script_without_packages_says_what_was_not_measured(tmp_path):
     """diffusers and scikit-learn are blocked: every record that needs them is there as skipped."""
     pytest.importorskip("pytest_benchmark")

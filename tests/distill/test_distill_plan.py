@@ -65,6 +65,7 @@ def _widths(teacher):
     return {name: up.out_features for name, (up, _, _) in ffn_linears(teacher).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "train"),
     [
@@ -99,6 +100,7 @@ FITS = {  # GPUs, GiB of each
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FITS)
 def test_ready_configurations_fit_their_gpus(name):
     """With something to spare, for what the allocator and the libraries take."""

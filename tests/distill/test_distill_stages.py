@@ -233,6 +233,7 @@ def _parts(model, state, part):
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("stage", "frozen", "trained"), [("shared", "experts", "shared"), ("moe", "shared", "experts")]
 )
@@ -276,6 +277,7 @@ def test_optimizer_starts_fresh_at_each_stage(student, teacher, digits, tmp_path
     assert all(torch.equal(old[k], new[k]) for k in old)
 
 
+@pytest.mark.long
 def test_mob_stage_freezes_isolated_blocks(student, teacher, digits, tmp_path):
     model = group_blocks(student, MOB, 0)
     before = _snapshot(model)

@@ -22,8 +22,8 @@ BACKENDS = ("triton",) if INTERPRETED else CPU_BACKENDS
 UP = {"gelu_tanh": "up", "swiglu": "up_gated"}
 
 
-def run_interpreted(file: str, *options: str, seconds: float = 1800) -> None:
-    """pytest on `file` with every kernel interpreted; fails with what that printed."""
+def run_interpreted(file: str, *options: str, seconds: float = 1800) -> str:
+    """pytest on `file` with every kernel interpreted; fails with what that printed, or returns it."""
     pytest.importorskip("triton")
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, *options]
@@ -34,6 +34,7 @@ def run_interpreted(file: str, *options: str, seconds: float = 1800) -> None:
     if "only 0-dimensional arrays can be converted" in done.stdout:
         pytest.skip("the interpreter of this Triton does not run with NumPy >= 2.4")
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    return done.stdout
 
 
 def arithmetic(config):

@@ -133,6 +133,7 @@ def test_nvcc(compiled, stage):
     (folder / f"cuda_resources_{stage}.txt").write_text("\n".join(lines) + "\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("stage", KERNELS)
 def test_nvrtc(stage, arch):

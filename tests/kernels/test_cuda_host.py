@@ -170,6 +170,7 @@ def combos(dtype):
     return [torch.float32] if dtype == torch.float32 else [dtype, torch.float32]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_route(machine, tmp_path, dtype, order):
@@ -198,6 +199,7 @@ def test_route_does_not_need_alignment(machine, tmp_path):
     check_route(x, router, 2, None, result)
 
 
+@pytest.mark.slow
 def test_route_many_blocks(machine, tmp_path):
     """More tiles than the counting sort takes blocks, so a block has several tiles."""
     g = torch.Generator().manual_seed(10)

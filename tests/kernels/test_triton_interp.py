@@ -1,7 +1,7 @@
 """The Triton kernels run under Triton's interpreter and compared with the reference.
 
-Collected as usual this file holds one test, which starts pytest on this same file with
-TRITON_INTERPRET=1 (see triton_cases.py); there the tests below exist.
+Collected as usual this file starts pytest on itself with TRITON_INTERPRET=1 (see triton_cases.py);
+there the tests below exist.
 """
 
 from __future__ import annotations
@@ -14,12 +14,28 @@ import torch
 from helpers.triton_cases import INTERPRETED, run_interpreted
 
 pytest.importorskip("triton")
+PARTS = 4  # processes that share the tests
+ONE_OF_EACH = (
+    "random_numbers[None-dtype0]",
+    "permute[12-2-127]",
+    "grouped_gemm[70-64-64-2-swiglu-True-True-None-dtype0-small]",
+    "grouped_gemm_backward[70-64-64-2-swiglu-True-True-dtype0-small]",
+    "combine[129-100-7-2-dtype0]",
+    "modulate_route[66-100-12-2-3-30-dtype0]",
+    "gradients_with_every_kind_of_tile[gelu_tanh-small-dtype0]",
+)
 
 if not INTERPRETED:
 
+    @pytest.mark.long
+    def test_one_tile_of_every_op():
+        printed = run_interpreted(__file__, "-k", " or ".join(ONE_OF_EACH))
+        assert f"{len(ONE_OF_EACH)} passed" in printed
+
     @pytest.mark.slow
-    def test_kernels_under_the_interpreter():
-        run_interpreted(__file__)
+    @pytest.mark.parametrize("part", range(PARTS))
+    def test_kernels_under_the_interpreter(part):
+        run_interpreted(__file__, f"--part={part}/{PARTS}")
 
 
 if INTERPRETED:

@@ -206,6 +206,7 @@ train(model, objective, config, sys.argv[1], run_id="id", label="t", progress=Fa
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGKILL])
 def test_killed_process_continues_to_the_same_result(tmp_path, sig):
     (tmp_path / "tests_train.py").write_text(Path(__file__).read_text())

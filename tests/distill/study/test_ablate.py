@@ -29,6 +29,7 @@ from distill.study.workers import Workers, beside
 # --- workers --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_workers_keep_order_and_pass_errors_on():
     start = time.monotonic()
     with Workers(2, ablate_jobs.double) as pool:
@@ -39,6 +40,7 @@ def test_workers_keep_order_and_pass_errors_on():
     assert time.monotonic() - start < 120  # the waiting worker was ended
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_ended_leaves_its_task_in_order(tmp_path):
     tasks = [{"value": 1, "wait": 300, "marks": str(tmp_path)}, {"marks": str(tmp_path)}]
     with pytest.raises(KeyError, match="value"), Workers(2, ablate_jobs.fail) as pool:
@@ -110,6 +112,7 @@ def run(tmp_path_factory):
     return out, ran, before, config, partial
 
 
+@pytest.mark.slow
 def test_verdicts_so_far(run):
     partial = run[4]
     assert not partial["complete"] and claims.read(run[0] / "claims.json")["complete"]
@@ -118,6 +121,7 @@ def test_verdicts_so_far(run):
     assert {c["verdict"] for c in partial["claims"] if c["mean"] is None} == {"undecided"}
 
 
+@pytest.mark.slow
 def test_a_stopped_run_continues(run):
     out, ran, before, config, _ = run
     assert before == 5
@@ -126,6 +130,7 @@ def test_a_stopped_run_continues(run):
     assert ran[before:] == wanted[4:]
 
 
+@pytest.mark.slow
 def test_a_finished_run_trains_nothing(run, monkeypatch):
     out, _, _, config, _ = run
     first = json.loads((out / "claims.json").read_text())
@@ -141,6 +146,7 @@ def test_a_finished_run_trains_nothing(run, monkeypatch):
     assert first == again
 
 
+@pytest.mark.slow
 def test_claims_schema(run):
     out = run[0]
     content = claims.read(out / "claims.json")
@@ -158,6 +164,7 @@ def test_claims_schema(run):
         assert row["moe"]["top2"] == pytest.approx(row["moe"]["rel_mse"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_another_setting_is_not_mistaken_for_this_one(run):
     out, _, _, config, _ = run
     base = ablate.task(config, out, "moe", 0, {"moe": 1e-3}, 1.0)["file"]
@@ -173,6 +180,7 @@ def test_another_setting_is_not_mistaken_for_this_one(run):
     assert ablate.task(fewer, out, "moe", 0, {"moe": 1e-3}, 1.0)["file"] == base
 
 
+@pytest.mark.slow
 def test_the_readmes_table_is_made_from_the_file(run, tmp_path):
     from report.page import update_page
 
@@ -188,6 +196,7 @@ def test_the_readmes_table_is_made_from_the_file(run, tmp_path):
     assert not update_page(readme, run[0], check=True)
 
 
+@pytest.mark.slow
 def test_report_renders_it_again(run, capsys):
     from distill.cli import main
 
@@ -201,6 +210,7 @@ def test_report_renders_it_again(run, capsys):
     assert re.sub(date, "", again) == re.sub(date, "", before)
 
 
+@pytest.mark.slow
 def test_a_published_page_is_rewritten_with_its_pictures(run, tmp_path):
     """claims.html from claims.json and its own pictures is the page that the run wrote."""
     from distill.study.ablate_page import rewrite
@@ -237,6 +247,7 @@ class _Links(HTMLParser):
         self.found += [v for k, v in attributes if k in ("src", "href", "srcset")]
 
 
+@pytest.mark.slow
 def test_the_page_is_self_contained(run):
     text = (run[0] / "ablate.html").read_text(encoding="utf-8")
     page = _Links()

@@ -239,6 +239,7 @@ def distilled(d2m, tmp_path_factory):
     return folder / "out"
 
 
+@pytest.mark.long
 def test_distill_writes_a_model_and_logs(distilled, d2m):
     from d2m_models import FluxMoETransformer2DModel, moe_layers
 
@@ -257,6 +258,7 @@ def test_changed_settings_are_refused(distilled, d2m):
     assert re.search(r"other settings.*\"seed\": 1.*\"seed\": 5", _error(process))
 
 
+@pytest.mark.slow
 def test_sample_and_inspect(distilled, d2m, tmp_path):
     process = d2m("sample", distilled / "model", "--out", tmp_path / "s.png", "--steps", "2")
     assert (tmp_path / "s.png").stat().st_size > 2000 and "% as their prompt" in process.stdout
@@ -267,6 +269,7 @@ def test_sample_and_inspect(distilled, d2m, tmp_path):
     assert re.search(r"^all +8,928\.9 +5,625\.\d ", d2m("inspect", "flux-moe-l").stdout, re.M)
 
 
+@pytest.mark.slow
 def test_convert(d2m, tmp_path):
     import torch
 
@@ -329,6 +332,7 @@ def test_one_clear_line(tmp_path, monkeypatch, capsys, cache, args, message):
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file() or any(p.iterdir())) == before
 
 
+@pytest.mark.slow
 def test_truncated_model_is_one_line(distilled, d2m, tmp_path):
     import shutil
 
@@ -340,6 +344,7 @@ def test_truncated_model_is_one_line(distilled, d2m, tmp_path):
     assert not (tmp_path / "s.png").exists()
 
 
+@pytest.mark.slow
 def test_truncated_stage_checkpoint_is_one_line(distilled, d2m, tmp_path):
     import shutil
 
