@@ -23,7 +23,7 @@ UP = {"gelu_tanh": "up", "swiglu": "up_gated"}
 
 
 def run_interpreted(file: str, *options: str, seconds: float = 1800) -> str:
-    """pytest on `file` with every kernel interpreted; fails with what that printed, or returns it."""
+    """pytest on `file` with every kernel interpreted: what it printed; fails if it did."""
     pytest.importorskip("triton")
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, *options]
