@@ -430,6 +430,7 @@ def test_combine(machine, tmp_path, dtype):
 # ------------------------------------------------------------------- the machine itself is honest
 
 
+@pytest.mark.slow
 def test_planted_write_past_the_end_is_caught(tmp_path):
     out = tmp_path / "planted"
     compile_host(out, "-DD2M_PLANT_OOB", "-DSIMT_PERMUTE_ONLY")

@@ -272,6 +272,7 @@ def run_python(code, **env):
     return run.stdout
 
 
+@pytest.mark.slow
 def test_every_instruction_set():
     """The narrower builds, which this processor would not choose, give the same answers."""
     code = """
