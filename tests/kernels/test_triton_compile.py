@@ -211,7 +211,8 @@ def resources(kernel) -> dict:
     )  # fmt: skip
 
 
-def compile_all(arch: int) -> list[dict]:
+def compile_all(arch: int, only: str | None = None) -> list[dict]:
+    """Rows of what every case launches, or the first case of the label `only`."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -233,7 +234,8 @@ def compile_all(arch: int) -> list[dict]:
 
     JITFunction.run = compile_only
     configs.arch_of = lambda *_: f"sm{arch}"
-    for label, pins, function in cases(arch):
+    wanted = [case for case in cases(arch) if only in (None, case[0])]
+    for label, pins, function in wanted if only is None else wanted[:1]:
 
         def select(stage, *_, pins=pins):
             current["config"] = pins[stage].name
@@ -259,26 +261,34 @@ def other_tritons():
     return [pytest.param(None, id="others", marks=pytest.mark.skip(reason=reason))]
 
 
+def environment() -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return env | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+def start_worker(env: dict[str, str], arch: int, *only: str) -> subprocess.Popen:
+    command = [sys.executable, __file__, str(arch), *only]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True)
+
+
+def result_of(worker: subprocess.Popen):
+    """triton.__file__, its version, and the rows."""
+    out, err = worker.communicate()
+    assert worker.returncode == 0, err[-4000:]
+    return json.loads(out.splitlines()[-1])
+
+
 @pytest.fixture(scope="module", params=[pytest.param(None, id="installed"), *other_tritons()])
 def rows(request, tmp_path_factory):
     pytest.importorskip("triton")
     folder = request.param
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    env = environment()
     if folder is not None:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, env.get("PYTHONPATH"))))
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(arch)], env=env, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
-        )
-        for arch in ARCHS
-    ]  # fmt: skip
-    found = []
+    workers, found = [start_worker(env, arch) for arch in ARCHS], []
     for worker in workers:
-        out, err = worker.communicate()
-        assert worker.returncode == 0, err[-4000:]
-        module, version, compiled = json.loads(out.splitlines()[-1])
+        module, version, compiled = result_of(worker)
         assert folder is None or Path(folder).resolve() in Path(module).resolve().parents, module
         found += compiled
     artifacts = Path(os.environ.get("D2M_ARTIFACTS") or tmp_path_factory.mktemp("triton"))
@@ -314,6 +324,14 @@ def test_no_function_takes_more_parameters_than_a_reader_can():
     counts = {f.__name__: len(f.arg_names) for f in found if isinstance(f, jit.JITFunction)}
     assert {f"{name}_kernel" for name in (*GEMMS, *OTHERS)} <= counts.keys()
     assert max(counts.values()) <= MOST_PARAMETERS, counts
+
+
+@pytest.mark.long
+def test_a_product_compiles_for_hopper():
+    """One of what the tests below do with every kernel and tile."""
+    pytest.importorskip("triton")
+    _, _, rows = result_of(start_worker(environment(), 90, "flux block"))
+    assert [(r["kernel"], r["stack"], r["wgmma"]) for r in rows] == [("_down_fwd", 0, True)]
 
 
 @pytest.mark.slow
@@ -401,4 +419,5 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     import triton
 
-    print(json.dumps((triton.__file__, triton.__version__, compile_all(int(sys.argv[1])))))
+    compiled = compile_all(int(sys.argv[1]), *sys.argv[2:])
+    print(json.dumps((triton.__file__, triton.__version__, compiled)))
