@@ -621,7 +621,7 @@ def test_block_in_the_layers_launches(S, k, pair, monkeypatch):
     p = case.build(grad=False)
     x, residual, six = p.pop("x").view(3, 12, 32) + 1, randn(3, 12, 32), randn(3, 4 * 32)
     scale, shift, gate, _ = six.chunk(4, -1)
-    for name in ("moe_ffn", "streams"):  # not to be needed
+    for name in ("moe_ffn", "moe_ffn_pair"):  # not to be needed
         monkeypatch.setattr(importlib.import_module(f"d2m_kernels.{name}"), "finish_block", None)
     ends = dict(modulation=(scale, shift), gate=gate, residual=residual)
     if pair:
