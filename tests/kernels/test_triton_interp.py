@@ -636,9 +636,8 @@ def test_block_in_the_layers_launches(S, k, pair, monkeypatch):
     p = case.build(grad=False)
     x, residual, six = p.pop("x").view(3, 12, 32) + 1, randn(3, 12, 32), randn(3, 4 * 32)
     scale, shift, gate, _ = six.chunk(4, -1)
-    monkeypatch.setattr(
-        importlib.import_module("d2m_kernels.ffn"), "finish_block", None
-    )  # not to be needed
+    ffn = importlib.import_module("d2m_kernels.ffn")
+    monkeypatch.setattr(ffn, "finish_block", None)  # not to be needed
     ends = dict(modulation=(scale, shift), gate=gate, residual=residual)
     if pair:
         first = Stream(x, **p, **case.kwargs(), **ends)

@@ -60,6 +60,12 @@ def without_halves(config: Config) -> Config:
     return replace(config, halves=False)
 
 
+@functools.cache
+def unbounded(config: Config) -> Config:
+    """For sums over two matrices without TMA: their addresses and masks take 184 registers."""
+    return replace(config, max_registers=255)
+
+
 @dataclass(frozen=True)
 class Rule:
     config: Config

@@ -143,4 +143,6 @@ def down_shared(stage, streams: list[Shared], *, S: int, scale=1.0, trans=False)
         )  # fmt: skip
 
     config = configs.select(stage, large.h, T, D, (D, S))
+    if large.gate is not None and S % config.block_k:
+        config = configs.unbounded(config)
     launch(_down_fwd_kernel, stage, config, large.h.device, arguments)

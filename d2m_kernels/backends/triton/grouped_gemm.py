@@ -134,6 +134,8 @@ def grouped_matmul(
 
     rows, width = (T, S) if T * S > M * N else (M / E, N)
     config = configs.select(stage, x, rows, width, (N, K, S))
+    if dual and K % config.block_k:
+        config = configs.unbounded(config)
     launch(_grouped_gemm_fwd_kernel, stage, config, x.device, arguments)
 
 
