@@ -44,20 +44,26 @@ def open_tars(
 def _tar_items(path: Path, columns: tuple[str, ...]) -> Iterator[Item]:
     """Items of one tar file; one that is cut off ends with an item that cannot be loaded.
 
-    The members of a key are a.png, a.txt and also a.seg.png; a name that comes again begins anew.
+    The members of a key are a.png, a.txt and also a.seg.png. A name that comes again begins anew,
+    and so does an image after one that has its caption.
     """
     group: dict[str, Reader] = {}
+    parts: set[tuple[str, bool]] = set()  # stems of the group that have an image, or a caption
     key, error = "", None
     try:
         for name, member in _members(path):
             if isinstance(member, str):
                 yield Item(f"{path.name}/{name}", left_out=member)
                 continue
-            stem = split(name)[0]
-            if name in group or not f"{stem}.".startswith(f"{key}."):
+            stem, suffix = split(name)
+            image = suffix in IMAGE_SUFFIXES
+            whole = image and {(stem, True), (stem, False)} <= parts
+            if whole or name in group or not f"{stem}.".startswith(f"{key}."):
                 yield from _samples(path, key, group, columns)
-                group, key = {}, stem
+                group, parts, key = {}, set(), stem
             group[name] = member
+            if image or suffix in TEXT_SUFFIXES:
+                parts.add((stem, image))
     except Exception as err:  # tarfile and the decompressors raise many kinds
         error = err
     yield from _samples(path, key, group, columns)

@@ -23,14 +23,24 @@ def png(i, side=64):
     return data.getvalue()
 
 
-def write_tar(path, samples, mode=None):
-    """samples: {name: bytes}, or pairs of them in which a name may come again."""
-    pairs = samples.items() if isinstance(samples, Mapping) else samples
-    with tarfile.open(path, mode or ("w:gz" if path.suffix == ".gz" else "w")) as tar:
-        for name, data in pairs:
+def tar_bytes(pairs, mode="w"):
+    """pairs: (name, bytes, or a TarInfo without content); a name may come again."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode=mode) as tar:
+        for name, content in pairs:
+            if isinstance(content, tarfile.TarInfo):
+                tar.addfile(content)
+                continue
             info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return data.getvalue()
+
+
+def write_tar(path, samples):
+    """samples: {name: bytes}, or pairs of them."""
+    pairs = samples.items() if isinstance(samples, Mapping) else samples
+    path.write_bytes(tar_bytes(pairs, "w:gz" if path.suffix == ".gz" else "w"))
     return path
 
 

@@ -247,6 +247,11 @@ def test_a_key_that_comes_twice_in_a_tar_is_seen_twice(tmp_path):
         ("1.tar/a.jpg", "both"),
         ("1.tar/a.png", "both"),
     ]
+    pairs = [*_sample("a", "one").items(), ("a.jpg", PNG), ("a.txt", b"two")]
+    assert kept(decoded(write_tar(tmp_path / "2.tar", pairs))) == [
+        ("2.tar/a", "one"),
+        ("2.tar/a", "two"),
+    ]
 
 
 def test_what_a_tar_holds_beside_its_samples_is_counted_and_named(flux, tmp_path):
