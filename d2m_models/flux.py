@@ -43,6 +43,21 @@ DENSE_ARGUMENTS = (
 private.register_blocks(FluxMoETransformerBlock, FluxMoESingleTransformerBlock)
 
 
+def refuse_missing(path: Any, model: nn.Module, info: dict[str, Any]) -> None:
+    """Raises where a model that diffusers loaded has tensors that were not in the files."""
+    missing = set(info.get("missing_keys") or ())
+    if not getattr(model, "hf_device_map", None):  # what its index promises, but no shard holds
+        missing |= {name for name, tensor in model.state_dict().items() if tensor.is_meta}
+    missing = sorted(missing)
+    if missing:
+        unknown = sorted(info.get("unexpected_keys") or ())
+        raise ValueError(
+            f"{path} lacks {len(missing)} tensors: {', '.join(missing[:3])}"
+            + (f"; it has unknown ones: {', '.join(unknown[:3])}" if unknown else "")
+            + "; it is incomplete or damaged: download or save it again"
+        )
+
+
 class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
     """`FluxTransformer2DModel` whose FFNs may be MoE layers and whose blocks may form MoB groups.
 
@@ -268,6 +283,14 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
         """As diffusers'; under MoB only caches that act on the model's ends are allowed."""
         check_cache(self, config)
         super().enable_cache(config)
+
+    @classmethod
+    def from_pretrained(cls, path, **kwargs):
+        """As diffusers', but a checkpoint that lacks tensors is refused, not filled at random."""
+        wanted = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)
+        refuse_missing(path, model, info)
+        return (model, info) if wanted else model
 
     @classmethod
     def from_single_file(cls, *args, **kwargs):

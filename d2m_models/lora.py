@@ -51,14 +51,17 @@ def keep_state_in_dense_order(model: nn.Module) -> None:
     `pipe.save_lora_weights`) writes a file that serves the dense model too.
     """
 
-    def after_state_dict(module, state, prefix, _metadata):
-        _in_order(module, state, prefix, to_dense=True)
+    model.register_state_dict_post_hook(_after_state_dict)
+    model.register_load_state_dict_pre_hook(_before_load)
 
-    def before_load(module, state, prefix, *_):
-        _in_order(module, state, prefix, to_dense=False)
 
-    model.register_state_dict_post_hook(after_state_dict)
-    model.register_load_state_dict_pre_hook(before_load)
+# Not closures: a model with these hooks can be pickled, and sent to a process that is spawned.
+def _after_state_dict(module, state, prefix, _metadata):
+    _in_order(module, state, prefix, to_dense=True)
+
+
+def _before_load(module, state, prefix, *_):
+    _in_order(module, state, prefix, to_dense=False)
 
 
 def check_lora_keys(state: dict[str, torch.Tensor]) -> None:

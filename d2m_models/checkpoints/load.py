@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from d2m_models.checkpoints.places import may_be_hub_name, refuse_pickles
+
 
 def load_model(path: Path | str, dtype: torch.dtype | None = None) -> nn.Module:
     """A saved MoE/MoB model or dense FLUX transformer, in eval mode."""
@@ -23,15 +25,15 @@ def load_model(path: Path | str, dtype: torch.dtype | None = None) -> nn.Module:
         raise ValueError(f"{config} is no valid model configuration ({err})") from err
     if kind != "FluxMoETransformer2DModel":
         return load_flux(path, dtype=dtype).eval()
+    from d2m_models.checkpoints.source import check_dtypes, open_source
     from d2m_models.flux import FluxMoETransformer2DModel
 
+    refuse_pickles(Path(path))
+    source = open_source(path)
+    if "quantization_config" not in source.config:
+        check_dtypes(source, torch.float32)  # diffusers would cast whatever it finds
     what = f"the model in {path}"
     return _load(FluxMoETransformer2DModel, path, Path(path), what, torch_dtype=dtype).eval()
-
-
-def may_be_hub_name(path: Path | str) -> bool:
-    """Whether "owner/name" can be meant, where there is no such folder."""
-    return not str(path).startswith((".", "/", "~")) and str(path).count("/") == 1
 
 
 def load_flux(
@@ -53,18 +55,14 @@ def load_flux(
 
 def _load(kind: Any, path: Path | str, folder: Path, what: str, **options: Any) -> nn.Module:
     """`kind.from_pretrained(path)`, whose weights are in `folder` if it is a local one."""
+    from d2m_models.flux import refuse_missing
+
     refuse_pickles(folder)
     try:
-        return kind.from_pretrained(path, use_safetensors=True, **options)
+        model, info = kind.from_pretrained(
+            path, use_safetensors=True, output_loading_info=True, **options
+        )
+        refuse_missing(path, model, info)
+        return model
     except Exception as err:  # diffusers, safetensors and the hub client raise many kinds
         raise ValueError(f"cannot load {what}: {' '.join(str(err).split())}") from err
-
-
-def refuse_pickles(folder: Path) -> None:
-    """An error that says so where a folder's weights are in a pickle, which may hold any code."""
-    files = sorted(f.name for f in folder.glob("diffusion_pytorch_model*"))
-    if any(".bin" in f for f in files) and not any(".safetensors" in f for f in files):
-        raise ValueError(
-            f"{folder} holds pickles ({files[0]}); only safetensors are read: load it with "
-            "diffusers where you trust it, and save it again"
-        )

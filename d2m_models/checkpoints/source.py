@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 
-from d2m_models.checkpoints.load import may_be_hub_name, refuse_pickles
+from d2m_models.checkpoints.places import may_be_hub_name, refuse_pickles
 from d2m_models.checkpoints.tensor_files import StoredTensor, read_header
 from d2m_models.flux import FluxMoETransformer2DModel
 
@@ -66,9 +66,14 @@ def open_source(path: str | Path, subfolder: str | None = None, variant: str | N
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{config_path} is no valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_path} holds {type(config).__name__}; expected a JSON object")
     tensors: dict[str, StoredTensor] = {}
     for file in _find_files(folder, variant):
-        tensors.update(read_header(file))
+        found = read_header(file)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise ValueError(f"{file} holds {twice[0]}, which another shard holds as well")
+        tensors |= found
     return Source(folder, config, tensors)
 
 
@@ -116,9 +121,9 @@ def _find_files(folder: Path, variant: str | None) -> list[Path]:
     if index.is_file():
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError):
+            missing = sorted(name for name in names if not (folder / name).is_file())
+        except (ValueError, KeyError, AttributeError, TypeError):
             raise ValueError(f"{index} is no index of a sharded checkpoint") from None
-        missing = sorted(name for name in names if not (folder / name).is_file())
         if missing:
             raise ValueError(
                 f"{folder} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}; "

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from d2m_models.files import write_json
@@ -75,34 +76,26 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         ValueError: the file is truncated, no safetensors, or of a dtype torch does not have.
     """
-    size = path.stat().st_size
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # it checks every length, offset, shape and dtype of the header
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is truncated, damaged or no safetensors file ({error}); download it again"
+        ) from None
     with open(path, "rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > size - 8:
-            raise ValueError(f"{path} is truncated or no safetensors file")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise ValueError(f"{path} is no safetensors file (its header is no JSON)") from None
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    tensors = {}
+    tensors = []
     for name, entry in header.items():
-        begin, end = entry["data_offsets"]
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"{path}: {name} has dtype {entry['dtype']}, which is not supported")
-        spec = StoredTensor(
-            name, DTYPES[entry["dtype"]], tuple(entry["shape"]), path, 8 + length + begin
-        )
-        if spec.nbytes != end - begin:
-            raise ValueError(f"{path}: the size of {name} does not match its shape")
-        if 8 + length + end > size:
-            missing = 8 + length + end - size
-            raise ValueError(
-                f"{path} is truncated: at least {missing:,} bytes are missing; download it again"
-            )
-        tensors[name] = spec
-    return dict(sorted(tensors.items(), key=lambda item: item[1].begin))
+        begin = 8 + length + entry["data_offsets"][0]
+        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        tensors.append(StoredTensor(name, dtype, shape, path, begin))
+    tensors.sort(key=lambda tensor: tensor.begin)
+    return {tensor.name: tensor for tensor in tensors}
 
 
 def write_file(path: Path, specs: Sequence[TensorSpec], tensors: Iterable[Tensor]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2m_models.checkpoints.load import may_be_hub_name
+from d2m_models.checkpoints.places import may_be_hub_name
 from d2m_models.config import FluxMoEConfig
 from d2m_models.inspection.accounting import Account, account
 from d2m_models.presets import PRESETS

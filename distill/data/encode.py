@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2m_models.checkpoints.load import may_be_hub_name
+from d2m_models.checkpoints.places import may_be_hub_name
 from distill.errors import CheckpointError, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,6 +1,6 @@
 """The folder `d2m prepare` writes: shards of latents, an index beside each, a manifest.
 
-manifest.json          settings, buckets, every shard's size and SHA-256
+manifest.json          settings, buckets, every shard's size and SHA-256, entries left out
 shard-00000.safetensors   for each bucket of H x W pixels, n samples:
     latents/HxW [n, S, C]   captions/HxW: UTF-8 bytes, caption i ends at ends/HxW [n]
     crc/HxW [n]: CRC-32 of each sample's bytes   text/HxW [n, L, J], pooled/HxW [n, P] if cached

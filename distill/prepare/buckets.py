@@ -41,32 +41,19 @@ def nearest(height: int, width: int, buckets: list[tuple[int, int]]) -> tuple[in
     return min(buckets, key=lambda hw: abs(math.log(hw[1] / hw[0]) - aspect))
 
 
-def to_rgb(image: Any) -> Any:
-    """A PIL image upright (EXIF) and in RGB; transparency on white, 16-bit grey scaled to 8."""
-    from PIL import Image, ImageOps
-
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion clips at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
 def fit(image: Any, bucket: tuple[int, int]) -> np.ndarray:
-    """A PIL image resized (Lanczos) until it just covers the bucket, then cropped at the centre.
+    """The middle of an RGB PIL image, of the bucket's aspect ratio, resized to it (Lanczos).
 
     Returns uint8 [3, H, W].
     """
     from PIL import Image
 
     height, width = bucket
-    scale = max(height / image.height, width / image.width)
-    size = max(round(image.width * scale), width), max(round(image.height * scale), height)
-    image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    image = image.crop((left, top, left + width, top + height))
+    scale = enlargement(image.height, image.width, bucket)
+    left = max((image.width - width / scale) / 2, 0)
+    top = max((image.height - height / scale) / 2, 0)
+    box = (left, top, image.width - left, image.height - top)
+    image = image.resize((width, height), Image.Resampling.LANCZOS, box, reducing_gap=3.0)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 

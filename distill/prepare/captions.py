@@ -6,27 +6,19 @@ which is what makes `d2m prepare` resumable.
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from distill.errors import UserError
-from distill.prepare.item import (
-    IMAGE_SUFFIXES,
-    Captions,
-    Item,
-    caption_of,
-    listing_hash,
-    sidecar_caption,
-)
+from distill.prepare.captions_folder import images_of, open_folder, walk
+from distill.prepare.captions_hf import open_hf
+from distill.prepare.captions_table import LOOK, json_rows, open_table
+from distill.prepare.captions_tar import open_tars
+from distill.prepare.item import Captions, Item
+from distill.prepare.names import HIDDEN, OTHER, TABLE_SUFFIXES, is_hidden, is_tar
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-TABLE_SUFFIXES = (".jsonl", ".csv", ".parquet")
-PATH_COLUMNS = ("file_name", "img_path", "image_path", "filename", "path")
 # What each data set calls its captions; the rest are tried after these.
 CAPTION_COLUMNS = {
     "laion": ("TEXT", "caption"),
@@ -59,35 +51,31 @@ def open_captions(
     """
     columns = (caption_column,) if caption_column else ()
     columns = columns or (*CAPTION_COLUMNS.get(layout, ()), *ANY_CAPTION)
-    path, local = Path(source).expanduser(), _exists(source)
-    if layout == "hf" or (
-        layout == "auto" and not local and re.fullmatch(r"[\w.-]+/[\w.-]+", source)
-    ):
-        from distill.prepare.captions_hf import open_hf
-
+    paths = _expand(source)
+    path, local = Path(source).expanduser(), any(p.exists() for p in paths)
+    hub = not local and re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+    if layout == "hf" or (layout == "auto" and hub):
         return open_hf(source, columns, image_column, split, name, streaming, part)
     if not local:
         raise UserError(
             f"the source {source} does not exist; expected a folder, a .jsonl, .csv or .parquet "
             "table, .tar files, or a Hugging Face dataset (--layout hf)"
         )
-    tars = _tars(source)
-    if layout == "webdataset" or (tars and layout in ("auto", "laion", "coyo")):
-        if not tars:
+    names, out = walk(path) if path.is_dir() else ([], [])
+    if layout in ("auto", "webdataset", "laion", "coyo"):
+        tars, beside = _tars(source, [path / n for n in names] or paths)
+        if tars:
+            return open_tars(tars, [*out, *beside], columns, part)
+        if layout == "webdataset":
             raise UserError(f"{source} holds no .tar files, which --layout webdataset expects")
-        from distill.prepare.captions_tar import open_tars
-
-        return open_tars(tars, columns, part)
-    table = _table(path, layout)
+    table = _table(path, names, layout)
     if table is not None:
-        return _open_table(table, columns, image_column, part)
+        return open_table(table, columns, image_column, part)
     if layout == "journeydb":
         raise UserError(f"{source} holds no .jsonl file, which --layout journeydb expects")
-    if layout in ("auto", "laion", "coyo") and _is_saved_dataset(path):
-        from distill.prepare.captions_hf import open_hf
-
+    if layout in ("auto", "laion", "coyo") and _is_saved_dataset(names):
         return open_hf(source, columns, image_column, split, name, streaming, part)
-    return _open_folder(path, columns, part)
+    return open_folder(path, names, out, columns, part)
 
 
 # --- what is there --------------------------------------------------------------------------
@@ -111,24 +99,20 @@ def _expand(pattern: str) -> list[Path]:
     return sorted(anchor.glob(str(path.relative_to(anchor) if path.is_absolute() else path)))
 
 
-def _exists(source: str) -> bool:
-    return any(path.exists() for path in _expand(source))
-
-
-def _tars(source: str) -> list[Path]:
-    paths = _expand(source)
-    if len(paths) == 1 and paths[0].is_dir():
-        paths = sorted(p for p in paths[0].rglob("*") if p.name.endswith(TAR_SUFFIXES))
-    missing = [str(p) for p in paths if p.name.endswith(TAR_SUFFIXES) and not p.is_file()]
+def _tars(source: str, paths: list[Path]) -> tuple[list[Path], list[Item]]:
+    """(the tar files among `paths`; what else is there, which is left out beside them)."""
+    tars = [p for p in paths if is_tar(p.name) and not is_hidden(p.name)]
+    missing = [str(p) for p in tars if not p.is_file()]
     if missing:
         raise UserError(f"{len(missing)} of the tar files of {source} do not exist: {missing[:3]}")
-    return [p for p in paths if p.name.endswith(TAR_SUFFIXES)]
+    beside = sorted(set(paths) - set(tars))
+    return tars, [Item(p.name, left_out=HIDDEN if is_hidden(p.name) else OTHER) for p in beside]
 
 
-def _table(path: Path, layout: str) -> Path | None:
+def _table(path: Path, names: list[str], layout: str) -> Path | None:
     """The table that lists the images: the path itself, metadata.*, or JourneyDB's .jsonl."""
     if path.is_file():
-        if path.suffix not in TABLE_SUFFIXES:
+        if path.suffix.lower() not in TABLE_SUFFIXES:
             raise UserError(
                 f"{path} is a {path.suffix or 'nameless'} file; expected a folder, "
                 f"a table ({', '.join(TABLE_SUFFIXES)}) or .tar files"
@@ -136,120 +120,21 @@ def _table(path: Path, layout: str) -> Path | None:
         return path
     if layout != "journeydb":
         for suffix in TABLE_SUFFIXES:
-            if (path / f"metadata{suffix}").is_file():
-                return path / f"metadata{suffix}"
+            for name in names:
+                if name.lower() == f"metadata{suffix}":
+                    return path / name
     if layout in ("auto", "journeydb"):
-        for file in sorted(path.glob("*.jsonl")):
-            row = next(_json_rows(file), None)
-            if layout == "journeydb" or (isinstance(row, dict) and "img_path" in row):
-                return file
+        for name in names:
+            if "/" not in name and name.lower().endswith(".jsonl"):
+                rows = islice(json_rows(path / name), LOOK)
+                row = next((r for r in rows if isinstance(r, Mapping)), {})
+                if layout == "journeydb" or "img_path" in row:
+                    return path / name
     return None
 
 
-def _is_saved_dataset(path: Path) -> bool:
+def _is_saved_dataset(names: list[str]) -> bool:
     """A folder of `datasets.save_to_disk`, or one of parquet files and no images."""
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+    if {"dataset_info.json", "dataset_dict.json"} & set(names):
         return True
-    return any(path.rglob("*.parquet")) and next(_images(path), None) is None
-
-
-# --- folders --------------------------------------------------------------------------------
-
-
-def _images(path: Path) -> Iterator[Path]:
-    return (p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-
-
-def _open_folder(path: Path, columns: tuple[str, ...], part: tuple[int, int]) -> Captions:
-    """Images with a .txt or .json of the same stem beside them (img2dataset's "files" too)."""
-    names = sorted(p.relative_to(path).as_posix() for p in _images(path))
-    if not names:
-        raise UserError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)}) and no .tar files")
-    fingerprint = listing_hash((n, (path / n).stat().st_size) for n in names)
-    names = names[part[0] :: part[1]]
-
-    def load(file: Path) -> tuple[bytes, str]:
-        return file.read_bytes(), _sidecar(file, columns)
-
-    def items(start: int) -> Iterator[Item]:
-        return (Item(n, lambda n=n: load(path / n)) for n in names[start:])
-
-    return Captions("folder", fingerprint, items, len(names))
-
-
-def _sidecar(image: Path, columns: tuple[str, ...]) -> str:
-    files = {s: image.with_suffix(f".{s}") for s in ("txt", "json")}
-    return sidecar_caption({s: f.read_bytes() for s, f in files.items() if f.is_file()}, columns)
-
-
-# --- tables ---------------------------------------------------------------------------------
-
-
-def _json_rows(file: Path) -> Iterator[Any]:
-    with open(file, encoding="utf-8") as lines:
-        for line in lines:
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as err:
-                    yield err
-
-
-def _rows(file: Path) -> Iterator[Any]:
-    """Rows of a table as mappings; a line that cannot be read is given as its error."""
-    if file.suffix == ".jsonl":
-        yield from _json_rows(file)
-    elif file.suffix == ".csv":
-        with open(file, encoding="utf-8", newline="") as lines:
-            yield from csv.DictReader(lines)
-    else:
-        try:
-            import pyarrow.parquet as parquet
-        except ImportError:
-            raise UserError(
-                f"reading {file} needs pyarrow: pip install 'dense2moe[data]'"
-            ) from None
-        for batch in parquet.ParquetFile(file).iter_batches(1024):
-            yield from batch.to_pylist()
-
-
-def _open_table(
-    table: Path, columns: tuple[str, ...], image_column: str | None, part: tuple[int, int]
-) -> Captions:
-    """Rows of (path of an image, caption); paths are relative to the table's folder."""
-    try:
-        first = next(_rows(table), None)
-    except UserError:
-        raise
-    except Exception as err:  # pyarrow has errors of its own
-        raise UserError(f"cannot read {table}: {' '.join(str(err).split())}") from err
-    names = (image_column,) if image_column else PATH_COLUMNS
-    known = [n for n in names if isinstance(first, Mapping) and n in first]
-    if not known:
-        have = sorted(first) if isinstance(first, Mapping) else "no rows"
-        if isinstance(first, Mapping) and {"url", "URL"} & set(first):
-            raise UserError(
-                f"{table} lists addresses, not images (columns {have}); fetch them first, e.g. "
-                "with img2dataset --output_format webdataset, and give its folder as the source"
-            )
-        raise UserError(f"{table} has {have}; expected one of the columns {list(names)}")
-    folder, column = table.parent, known[0]
-    # JourneyDB keeps its pictures under imgs/ beside the annotations.
-    roots = [folder, folder / "imgs", folder / "images"]
-
-    def load(row: Any) -> tuple[bytes, str]:
-        if not isinstance(row, Mapping) or not isinstance(row.get(column), str):
-            raise ValueError(f"a row without {column}: {row!r:.80}")
-        caption = caption_of(row, columns)
-        for root in roots:
-            if (root / row[column]).is_file():
-                return (root / row[column]).read_bytes(), caption
-        raise FileNotFoundError(f"{row[column]} is not in {folder}")
-
-    def items(start: int) -> Iterator[Item]:
-        rows = islice(_rows(table), part[0] + start * part[1], None, part[1])
-        for number, row in enumerate(rows, start):
-            key = row.get(column) if isinstance(row, Mapping) else None
-            yield Item(str(key or f"row {number}"), lambda row=row: load(row))
-
-    return Captions("table", listing_hash([(table.name, table.stat().st_size)]), items)
+    return any(n.lower().endswith(".parquet") for n in names) and not images_of(names)

@@ -51,13 +51,15 @@ def open_hf(
     if isinstance((data.features or {}).get(column), datasets.Image):
         data = data.cast_column(column, datasets.Image(decode=False))
 
+    def load(row: Any) -> tuple[Any, str]:
+        row = data[row] if isinstance(row, int) else row
+        return _image(row[column], path), caption_of(row, columns)
+
     def items(start: int) -> Iterator[Item]:
-        rows = data.skip(start) if start else data
+        # By number where that is possible: a row that cannot be read is that row's error.
+        rows = (data.skip(start) if start else data) if streaming else range(start, len(data))
         for number, row in enumerate(rows, start):
-            yield Item(
-                f"{split}/{number}",
-                lambda row=row: (_image(row[column], path), caption_of(row, columns)),
-            )
+            yield Item(f"{split}/{number}", lambda row=row: load(row))
 
     # A streamed dataset has no fingerprint of its own: its name, split and revision must do.
     version = getattr(data.info, "version", None)

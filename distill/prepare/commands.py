@@ -139,8 +139,11 @@ def run_prepare(args: argparse.Namespace) -> None:
         print(f"{name:>10}  {bucket['samples']:>9} samples")
     print(
         f"wrote {args.out}: {manifest['samples']} samples in {len(manifest['shards'])} shards; "
-        f"{manifest['bad']} unreadable (bad.jsonl), {manifest['small']} too small"
+        f"{manifest['bad']} unreadable (bad.jsonl)"
     )
+    for what, word in (("left_out", "left out"), ("warnings", "warned of")):
+        for reason, entry in manifest.get(what, {}).items():
+            print(f"{entry['count']} {word}: {reason}; the first: {', '.join(entry['first'])}")
 
 
 def _check(folder: str) -> None:

@@ -12,16 +12,21 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from distill.prepare.buckets import enlargement, fit, nearest, to_rgb
-from distill.prepare.item import Item
+from distill.prepare.buckets import enlargement, fit, nearest
+from distill.prepare.colour import to_srgb
+from distill.prepare.item import Item, printable
 
 T, R = TypeVar("T"), TypeVar("R")
+SMALL = "smaller than --size (--max-upscale allows smaller ones)"
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # decoders that run no programs
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """One item after decoding: pixels uint8 [3, H, W], or why there are none."""
+    """One item after decoding: pixels uint8 [3, H, W], or why there are none.
+
+    error: what is wrong with it. left_out: why it is none to be kept. warning: what is odd in it.
+    """
 
     number: int
     key: str
@@ -30,27 +35,32 @@ class Decoded:
     size: tuple[int, int] = (0, 0)
     pixels: np.ndarray | None = None
     error: str | None = None
+    left_out: str | None = None
+    warning: str | None = None
 
 
 def decode(item: Item, number: int, buckets: list[tuple[int, int]], max_upscale: float) -> Decoded:
     """Read, decode, resize and crop one item; whatever goes wrong is its `error`."""
     from PIL import Image
 
+    key = printable(item.key)
+    if item.load is None:
+        return Decoded(number, key, left_out=item.left_out)
     try:
         data, caption = item.load()
         image = (
             data if isinstance(data, Image.Image) else Image.open(io.BytesIO(data), formats=FORMATS)
         )
-        image = to_rgb(image)
+        image, warning = to_srgb(image)
         bucket = nearest(image.height, image.width, buckets)
         size = (image.height, image.width)
-        small = enlargement(*size, bucket) > max_upscale
-        pixels = None if small else fit(image, bucket)
-        return Decoded(number, item.key, caption, bucket, size, pixels)
+        if enlargement(*size, bucket) > max_upscale:
+            return Decoded(number, key, left_out=SMALL)
+        return Decoded(number, key, caption, bucket, size, fit(image, bucket), warning=warning)
     except Exception as err:  # decoders raise many kinds, among them SyntaxError and struct.error
         # without addresses: the same damage is to read the same in every run
         text = re.sub(r" at 0x[0-9a-fA-F]+", "", f"{type(err).__name__}: {err}")
-        return Decoded(number, item.key, error=" ".join(text.split())[:300])
+        return Decoded(number, key, error=printable(" ".join(text.split()), 300))
 
 
 def in_order(

@@ -15,7 +15,7 @@ from distill.prepare.buckets import resolutions
 from distill.prepare.captions import open_captions
 from distill.prepare.decode import decode, in_order
 from distill.prepare.item import Captions, Item
-from distill.prepare.run import Encoders, Run, Settings, bad_limit, same
+from distill.prepare.run import Encoders, Run, Settings, bad_limit, commonest, read_bad, same
 
 
 def prepare(
@@ -66,7 +66,7 @@ def _prepare(
         old = read_manifest(out)
         same(old, {"settings": asdict(settings), "source": listing}, out)
         if old["complete"]:
-            return old
+            return _some(old, source, out)
     elif any(f for f in out.iterdir() if not f.name.startswith((".", "shard-", "empty.", "bad."))):
         raise UserError(f"{out} is not empty and holds no manifest.json; choose another folder")
     encoders = Encoders(model, settings, device)
@@ -77,13 +77,17 @@ def _prepare(
         text, pooled = (x[0].cpu() for x in encoders.text.encode([""]))
         ckpt.save_plain(out / "empty.safetensors", {"text": text, "pooled": pooled})
     _fill(run, captions, buckets, workers, max_bad, progress)
-    if not run.manifest["samples"]:
-        raise UserError(
-            f"{source} gave no sample: {len(run.bad)} images could not be read (see "
-            f"{out / 'bad.jsonl'}), {run.small} are smaller than --size {settings.size} "
-            f"(--max-upscale {settings.max_upscale} allows smaller ones)"
-        )
-    return run.manifest
+    return _some(run.manifest, source, out)
+
+
+def _some(manifest: dict[str, Any], source: str, out: Path) -> dict[str, Any]:
+    """The manifest of a complete folder, if there are samples in it."""
+    if not manifest["samples"]:
+        why = [f"{e['count']} left out: {reason}" for reason, e in manifest["left_out"].items()]
+        if bad := read_bad(out):
+            why.append(f"{len(bad)} could not be read (bad.jsonl), {commonest(bad)}")
+        raise UserError(f"{source} gave no sample: {'; '.join(why) or 'it is empty'}")
+    return manifest
 
 
 def _numbered(captions: Captions, start: int) -> Iterator[tuple[int, Item]]:
@@ -126,8 +130,8 @@ def _fill(
         for item in items:
             if item.error is not None:
                 run.reject(item, max_bad)
-            elif item.pixels is None:
-                run.small += 1
+            elif item.left_out is not None:
+                run.note("left_out", item.left_out, item.key)
             else:
                 run.add(item)
             count = item.number + 1

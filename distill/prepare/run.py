@@ -8,7 +8,7 @@ after the last shard that the manifest names, and writes what it would have writ
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from distill.data.encode import DTYPES, LatentEncoder, TextEncoder
 from distill.data.folder import FORMAT, Sample, bucket_size, damage, read_manifest, write_shard
 from distill.errors import CheckpointError, UserError
 from distill.prepare.decode import Decoded
+
+NAMED = 3  # entries the manifest names under a reason
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ class Run:
             **encoders.describe(),
             "samples": 0,
             "bad": 0,
-            "small": 0,
+            "left_out": {},
+            "warnings": {},
             "buckets": {},
             "shards": [],
         }
@@ -133,16 +136,26 @@ class Run:
         if (out / "manifest.json").exists():
             self.manifest = read_manifest(out)
             same(self.manifest, start, out)
-            self.bad = _read_bad(out)[: self.manifest["bad"]]
+            self.bad = read_bad(out)[: self.manifest["bad"]]
             for entry in self.manifest["shards"]:
                 if wrong := damage(out, entry):
                     raise CheckpointError(f"{out}: {wrong}; remove the folder and prepare it anew")
-        self.small = self.manifest["small"]
+            if "left_out" not in self.manifest:
+                raise UserError(
+                    f"{out} was begun by a version that numbered items otherwise; finish it with "
+                    "that one, or remove the folder and prepare it anew"
+                )
 
     @property
     def next(self) -> int:
         """Number of the first item that no finished shard covers."""
         return self.manifest["shards"][-1]["until"] if self.manifest["shards"] else 0
+
+    def note(self, what: str, why: str, key: str) -> None:
+        """Count an entry under its reason in the manifest's "left_out" or "warnings"."""
+        entry = self.manifest[what].setdefault(why, {"count": 0, "first": []})
+        entry["count"] += 1
+        entry["first"] += [key][: NAMED - len(entry["first"])]
 
     def add(self, item: Decoded) -> None:
         """Take one decoded image, in the source's order."""
@@ -153,6 +166,8 @@ class Run:
             waiting = self.pending[item.bucket]
         self.bytes += size
         waiting.append(item)
+        if item.warning is not None:
+            self.note("warnings", item.warning, item.key)
         if len(waiting) == self.settings.batch:
             self._encode(item.bucket)
 
@@ -184,7 +199,7 @@ class Run:
                 bucket = done["buckets"].setdefault(name, {"samples": 0, "tokens": [rows, columns]})
                 bucket["samples"] += count
         self.bad.sort(key=lambda b: b["number"])
-        done |= {"complete": complete, "bad": len(self.bad), "small": self.small}
+        done |= {"complete": complete, "bad": len(self.bad)}
         done["buckets"] = dict(sorted(done["buckets"].items()))
         ckpt.write_text(self.out / "bad.jsonl", "".join(json.dumps(b) + "\n" for b in self.bad))
         ckpt.write_text(self.out / "manifest.json", json.dumps(done, indent=1) + "\n")
@@ -196,9 +211,15 @@ class Run:
         if len(self.bad) > bad_limit(max_bad, item.number + 1):
             last = "; ".join(f"{b['key']}: {b['error']}" for b in self.bad[-3:])
             raise UserError(
-                f"{len(self.bad)} of {item.number + 1} images could not be read, more than "
-                f"--max-bad {max_bad} allows; the last: {last}"
+                f"{len(self.bad)} of {item.number + 1} entries could not be read, more than "
+                f"--max-bad {max_bad} allows; {commonest(self.bad)}; the last: {last}"
             )
+
+
+def commonest(bad: list[dict[str, Any]]) -> str:
+    """The reason most items are bad for, with its number."""
+    [(reason, count)] = Counter(b["error"] for b in bad).most_common(1)
+    return f"{count} of them with {reason}"
 
 
 def bad_limit(text: str, seen: int) -> float:
@@ -224,7 +245,7 @@ def same(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
         )
 
 
-def _read_bad(out: Path) -> list[dict[str, Any]]:
+def read_bad(out: Path) -> list[dict[str, Any]]:
     try:
         lines = (out / "bad.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]

@@ -14,7 +14,8 @@ from helpers.flux_folder import LENGTH, POOLED_DIM, TEXT_DIM, draw, flux_folder
 from distill.data.batch import generator, image_ids
 from distill.data.encode import LatentEncoder, TextEncoder, pack, text_sizes, unpack
 from distill.errors import UserError
-from distill.prepare.buckets import fit, to_rgb
+from distill.prepare.buckets import fit
+from distill.prepare.colour import to_srgb
 
 CAPTIONS = ["a photo of red cat", "blue sky", "", "a dog on white house of green tree and red dog"]
 
@@ -81,7 +82,7 @@ def test_autocast_around_them_changes_nothing(folder):
 
 def test_latents_are_the_vaes(folder, pipe):
     image = draw(64, 96, 0)
-    pixels = torch.from_numpy(fit(to_rgb(image), (64, 96)))[None]
+    pixels = torch.from_numpy(fit(to_srgb(image)[0], (64, 96)))[None]
     ours = LatentEncoder(str(folder)).encode(pixels)
     x = pipe.image_processor.preprocess(image, 64, 96)
     z = pipe.vae.encode(x).latent_dist.mode()

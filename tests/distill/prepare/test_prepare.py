@@ -21,17 +21,18 @@ pytest.importorskip("transformers")
 pytest.importorskip("PIL")
 
 from helpers.flux_folder import LENGTH, caption, draw, flux_folder, image_folder
+from helpers.sources import SMALL, bad, index, png, run, write_files, write_tar
 from safetensors.torch import load_file
 
 from distill.cli import main
 from distill.data.encode import LatentEncoder, TextEncoder
 from distill.data.folder import ShardFile, read_manifest
 from distill.errors import UserError
-from distill.prepare.buckets import fit, nearest, resolutions, to_rgb
+from distill.prepare.buckets import fit, nearest, resolutions
+from distill.prepare.colour import to_srgb
+from distill.prepare.decode import SMALL as SMALLER
 from distill.prepare.prepare import check, prepare
 from distill.prepare.run import Settings, bad_limit
-
-SMALL = Settings(size=64, batch=3, shard_mb=0.004, max_upscale=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +45,8 @@ def images(tmp_path_factory):
     return image_folder(tmp_path_factory.mktemp("images"))
 
 
-def run(source, out, flux, settings=SMALL, **options):
-    return prepare(str(source), out, str(flux), settings, progress=False, workers=2, **options)
-
-
 def contents(folder):
     return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.name != ".lock"}
-
-
-def index(folder):
-    lines = [x for p in sorted(Path(folder).glob("*.jsonl")) for x in p.read_text().splitlines()]
-    return {line["number"]: line for line in map(json.loads, lines) if "row" in line}
 
 
 # --- what is written ------------------------------------------------------------------------
@@ -80,7 +72,7 @@ def test_a_folder_of_images(flux, images, tmp_path):
     names = sorted(p for p in images.iterdir() if p.suffix != ".txt")
     line = lines[7]
     assert names[7].name == line["key"]
-    pixels = fit(to_rgb(Image.open(names[7])), (48, 80))
+    pixels = fit(to_srgb(Image.open(names[7]))[0], (48, 80))
     want = LatentEncoder(str(flux)).encode(torch.from_numpy(pixels)[None])[0]
     shard = next(e for e in manifest["shards"] if e["until"] > 7)
     latent, text, *cached = ShardFile(tmp_path / "out" / shard["file"]).read("48x80", line["row"])
@@ -154,33 +146,17 @@ def test_odd_images_become_rgb():
     from PIL import Image
 
     grey16 = Image.fromarray(np.full((4, 4), 0x8000, np.uint16))
-    assert np.asarray(to_rgb(grey16)).tolist() == np.full((4, 4, 3), 0x80).tolist()
+    assert np.asarray(to_srgb(grey16)[0]).tolist() == np.full((4, 4, 3), 0x80).tolist()
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    assert np.asarray(to_rgb(clear)).min() == 255  # transparent is white
+    assert np.asarray(to_srgb(clear)[0]).min() == 255  # transparent is white
     turned = Image.new("RGB", (8, 4))
     turned.getexif()[0x0112] = 6
     data = io.BytesIO()
     turned.save(data, "JPEG", exif=turned.getexif())
-    assert to_rgb(Image.open(data)).size == (4, 8)
+    assert to_srgb(Image.open(data))[0].size == (4, 8)
 
 
 # --- sources --------------------------------------------------------------------------------
-
-
-def _png(i, side=64):
-    data = io.BytesIO()
-    draw(side, side, i).save(data, "PNG")
-    return data.getvalue()
-
-
-def _tar(path, samples):
-    """samples: name -> bytes."""
-    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
-        for name, data in samples.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def _laion(folder, name="{:05d}.tar", shards=2, each=3):
@@ -191,10 +167,10 @@ def _laion(folder, name="{:05d}.tar", shards=2, each=3):
         for i in range(s * each, (s + 1) * each):
             meta = {"url": f"http://x/{i}", "caption": caption(i), "status": "success"}
             meta |= {"text": f"coyo {i}", "NSFW": "UNLIKELY"}
-            files[f"{i:09d}.jpg"] = _png(i)  # decoded by content, whatever the suffix says
+            files[f"{i:09d}.jpg"] = png(i)  # decoded by content, whatever the suffix says
             files[f"{i:09d}.txt"] = caption(i).encode()
             files[f"{i:09d}.json"] = json.dumps(meta).encode()
-        _tar(folder / name.format(s), files)
+        write_tar(folder / name.format(s), files)
     return folder
 
 
@@ -203,7 +179,7 @@ def _table(folder, column, words, file, nested=""):
     (folder / nested).mkdir(parents=True)
     rows = [{column: f"{i}.png", words: caption(i), "Task1": {"a": 1}} for i in range(4)]
     for i in range(3):
-        (folder / nested / f"{i}.png").write_bytes(_png(i))
+        (folder / nested / f"{i}.png").write_bytes(png(i))
     if file.endswith(".csv"):
         lines = [f"{column},{words}", *(f"{r[column]},{r[words]}" for r in rows)]
         (folder / file).write_text("\n".join(lines))
@@ -240,11 +216,11 @@ def test_compressed_tars_braces_and_another_column(flux, tmp_path):
 @pytest.mark.parametrize("texts", [{}, {"txt": b" \n"}])
 def test_coyos_text_column_without_txt(flux, tmp_path, texts):
     texts = {**texts, "json": b'{"url": "x", "text": "one cat"}'}
-    _tar(tmp_path / "0.tar", {"a.png": _png(0), **{f"a.{s}": t for s, t in texts.items()}})
+    write_tar(tmp_path / "0.tar", {"a.png": png(0), **{f"a.{s}": t for s, t in texts.items()}})
     run(tmp_path / "0.tar", tmp_path / "out", flux, layout="coyo")
     assert _captions(tmp_path / "out") == ["one cat"]
     (tmp_path / "files").mkdir()
-    (tmp_path / "files" / "a.png").write_bytes(_png(0))
+    (tmp_path / "files" / "a.png").write_bytes(png(0))
     for suffix, text in texts.items():
         (tmp_path / "files" / f"a.{suffix}").write_bytes(text)
     run(tmp_path / "files", tmp_path / "out-files", flux)
@@ -257,8 +233,8 @@ def test_a_table_of_files(flux, tmp_path, file):
     manifest = run(source, tmp_path / "out", flux)
     assert _captions(tmp_path / "out") == [caption(i) for i in range(3)]
     assert manifest["bad"] == 1
-    bad = json.loads((tmp_path / "out" / "bad.jsonl").read_text())
-    assert bad["number"] == 3 and "3.png is not in" in bad["error"]
+    [lost] = bad(tmp_path / "out")
+    assert lost["number"] == 3 and "3.png is not in" in lost["error"]
 
 
 @pytest.mark.parametrize("layout", ["auto", "journeydb"])
@@ -287,15 +263,6 @@ def test_a_hugging_face_dataset(flux, tmp_path, streaming, monkeypatch):
         for s in ("saved", "files")
     ]
     assert torch.equal(*latents)
-
-
-@pytest.mark.parametrize(("lines", "message"), [(0, "cannot read"), (900, "read on after item")])
-def test_a_table_with_broken_text(flux, tmp_path, lines, message):
-    source = _table(tmp_path / "s", "file_name", "text", "metadata.csv")
-    with open(source / "metadata.csv", "ab") as table:
-        table.write(b"\nnothing.png,a cat" * lines + b"\xff")
-    with pytest.raises(UserError, match=f"{message}.*can't decode byte 0xff"):
-        run(source, tmp_path / "out", flux, max_bad="999")
 
 
 @pytest.mark.parametrize("layout", ["auto", "laion"])
@@ -339,11 +306,12 @@ def _damaged(folder):
 def test_unreadable_images_are_counted_listed_and_capped(flux, tmp_path):
     source = _damaged(tmp_path / "s")
     manifest = run(source, tmp_path / "out", flux)
-    assert (manifest["samples"], manifest["bad"], manifest["small"]) == (7, 4, 1)
-    bad = [json.loads(x) for x in (tmp_path / "out" / "bad.jsonl").read_text().splitlines()]
-    assert [b["number"] for b in bad] == [1, 4, 6, 7]
-    assert "UnidentifiedImageError" in bad[0]["error"] and "no caption" in bad[2]["error"]
-    with pytest.raises(UserError, match="4 of 8 images could not be read.*--max-bad 3"):
+    assert (manifest["samples"], manifest["bad"]) == (7, 4)
+    assert manifest["left_out"] == {SMALLER: {"count": 1, "first": ["image-009.png"]}}
+    lost = bad(tmp_path / "out")
+    assert [b["number"] for b in lost] == [1, 4, 6, 7]
+    assert "UnidentifiedImageError" in lost[0]["error"] and "no caption" in lost[2]["error"]
+    with pytest.raises(UserError, match="4 of 8 entries could not be read.*--max-bad 3"):
         run(source, tmp_path / "capped", flux, max_bad="3")
     # What was done until then is kept, and a larger limit goes on to the same result.
     assert run(source, tmp_path / "capped", flux, max_bad="4") == manifest
@@ -396,8 +364,18 @@ def test_latents_that_are_not_finite_are_left_out(flux, images, tmp_path, monkey
 
 
 def test_nothing_left_is_an_error(flux, images, tmp_path):
-    with pytest.raises(UserError, match="24 are smaller than --size 256"):
-        run(images, tmp_path / "out", flux, Settings(size=256))
+    for _ in range(2):  # also when it is complete
+        with pytest.raises(UserError, match="gave no sample: 24 left out: smaller than --size"):
+            run(images, tmp_path / "out", flux, Settings(size=256))
+
+
+def test_images_without_captions_are_an_error_with_its_reason(flux, tmp_path):
+    write_files(tmp_path / "s", {f"{i}.png": png(i) for i in range(12)})
+    most = "11 of them with ValueError: no caption: neither .txt nor .json is there"
+    with pytest.raises(UserError, match=f"--max-bad 1% allows; {most}"):
+        run(tmp_path / "s", tmp_path / "out", flux)
+    with pytest.raises(UserError, match=r"gave no sample: 12 could not be .*, 12 of them with Val"):
+        run(tmp_path / "s", tmp_path / "out", flux, max_bad="12")
 
 
 def test_other_settings_models_or_sources_are_refused(flux, images, tmp_path):

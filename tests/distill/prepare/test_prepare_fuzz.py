@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
+import tempfile
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("hypothesis")
 pytest.importorskip("safetensors")
+pytest.importorskip("PIL")
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
 
+from helpers import any_source
+from helpers.flux_folder import flux_folder
+from helpers.sources import bad, index, run, tar_bytes, write_files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distill.data.folder import Sample, ShardFile, write_shard
+from distill.data.folder import Sample, ShardFile, read_manifest, write_shard
 from distill.errors import CheckpointError, UserError
 from distill.prepare.captions import ANY_CAPTION, open_captions
+from distill.prepare.run import Settings
 
 many = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
-def _tar(samples=5):
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w") as tar:
-        for i in range(samples):
-            for suffix, content in (("jpg", b"J%d" % i * 300), ("txt", b"caption %d" % i)):
-                info = tarfile.TarInfo(f"{i:05d}.{suffix}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    return data.getvalue()
-
-
-TAR = _tar()
+TAR = tar_bytes(
+    (f"{i:05d}.{suffix}", content)
+    for i in range(5)
+    for suffix, content in (("jpg", b"J%d" % i * 300), ("txt", b"caption %d" % i))
+)
 
 
 @given(cut=st.integers(0, len(TAR)), flips=st.lists(st.integers(0, len(TAR) * 8 - 1), max_size=3))
@@ -135,3 +136,82 @@ def test_a_caption_is_a_row_s_own_text_or_missing(row):
         assert not isinstance(err, UserError) and "no caption" in str(err)
     else:
         assert caption and caption in [v.strip() for v in row.values() if v]
+
+
+# --- `d2m prepare` of anything --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory):
+    return flux_folder(tmp_path_factory.mktemp("flux"))
+
+
+def accounted(flux, source, out, entries, keep):
+    """Prepare it: every entry is kept, bad or left out, with a reason; what is sound is kept."""
+    settings = Settings(size=64, max_upscale=2.0)
+    try:
+        manifest = run(source, out, flux, settings, max_bad="1000", workers=0)
+    except UserError as err:
+        assert not keep and ("gave no sample" in str(err) or not (out / "manifest.json").exists())
+        if "gave no sample" not in str(err):
+            assert "holds no images" in str(err) or "no row" in str(err) or "columns" in str(err)
+            return
+        manifest = read_manifest(out)
+    lost, rest = bad(out), manifest["left_out"]
+    counts = manifest["samples"], len(lost), sum(entry["count"] for entry in rest.values())
+    assert manifest["complete"] and manifest["bad"] == len(lost)
+    assert entries is None or sum(counts) == entries, (counts, lost, rest)
+    assert all(b["error"] and b["key"] for b in lost) and all(e["first"] for e in rest.values())
+    found = Counter(line["caption"] for line in index(out).values())
+    assert Counter(keep) <= found and found.total() == manifest["samples"]
+
+
+def any_folder(data, work):
+    pieces = data.draw(any_source.pieces())
+    for piece in pieces:
+        write_files(work / "source", dict(piece.files))
+    return work / "source", pieces
+
+
+def any_tar(data, work):
+    pieces = data.draw(any_source.pieces(any_source.TAR_ONLY))
+    mode = data.draw(st.sampled_from(["w", "w", "w:gz", "w:bz2", "w:xz"]))
+    whole = tar_bytes([pair for piece in pieces for pair in piece.files], mode)
+    (work / "source.tar").write_bytes(whole)
+    return work / "source.tar", pieces
+
+
+def any_table(data, work):
+    files, rows, keep = data.draw(any_source.rows())
+    name, write = data.draw(
+        st.sampled_from(
+            [("metadata.jsonl", any_source.jsonl), ("Metadata.CSV", any_source.table_csv)]
+        )
+    )
+    write_files(work / "source", {**files, name: write(rows)})
+    return work / "source", [any_source.Piece([], len(rows), keep)]
+
+
+def cut_tar(data, work):
+    """Any tar that is damaged: only what must hold of every source is known of it."""
+    path, _ = any_tar(data, work)
+    whole = bytearray(path.read_bytes())
+    for at in data.draw(st.lists(st.integers(0, len(whole) - 1), max_size=3)):
+        whole[at] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+    return path, [any_source.Piece([], None)]
+
+
+@pytest.mark.parametrize("count", [10, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("source", [any_folder, any_tar, any_table, cut_tar])
+def test_of_any_source_every_entry_is_accounted_for(source, count, flux):
+    @given(data=st.data())
+    @settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
+    def check(data):
+        with tempfile.TemporaryDirectory() as work:
+            path, pieces = source(data, Path(work))
+            entries = None if pieces[0].entries is None else sum(p.entries for p in pieces)
+            keep = [words for piece in pieces for words in piece.keep]
+            accounted(flux, path, Path(work) / "out", entries, keep)
+
+    check()
