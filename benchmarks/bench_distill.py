@@ -5,6 +5,8 @@ The digits teacher is untrained here: its weights change neither the work nor th
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from harness import flux_models
@@ -54,21 +56,9 @@ def test_stage(bench, digits_run, stage):
     size = settings.train.batch_size
     objective = Distillation(teacher, model, digits, settings.loss, size, 0, 0, features)
     optimizer = make_optimizer(model, settings.train, frozen)
-    counter = iter(range(10**9))
-    losses = []
-
-    def step():
-        optimizer.zero_grad(set_to_none=True)
-        loss = objective(next(counter))["loss"]
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-
-    race = bench.race({"step": step}, "step", bench.rounds(8, 3), budget=bench.seconds(2, 10))
-    peak = peak_bytes(step, bench.device)
-    assert torch.stack(losses).isfinite().all()
-    publish(bench, f"digits/{stage}", race, size, peak, {"stage": stage, "config": "digits.yaml"},
-            torch.float32)  # fmt: skip
+    batches = itertools.count()
+    measure(bench, f"digits/{stage}", optimizer, lambda: objective(next(batches))["loss"], size,
+            {"stage": stage, "config": "digits.yaml"}, torch.float32)  # fmt: skip
 
 
 def test_block_step(bench):
@@ -81,14 +71,25 @@ def test_block_step(bench):
     dense, moe = flux_models.block_pair("double", bench.size, bench.device)
     moe.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(moe.parameters(), lr=1e-5, fused=True)
+
+    def loss():
+        with torch.no_grad():
+            target = dense(temb=wide, **kwargs)
+        out = moe(temb=narrow, **kwargs)
+        return sum((a - b).float().square().mean() for a, b in zip(out, target, strict=True))
+
+    measure(bench, "flux-double-block", optimizer, loss, 1,
+            {"stage": "one double block", "image_tokens": image, "text_tokens": text},
+            torch.bfloat16)  # fmt: skip
+
+
+def measure(bench, name, optimizer, loss_of_a_batch, batch, what, dtype):
+    """Seconds and peak memory of training steps of `batch` samples."""
     losses = []
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            target = dense(temb=wide, **kwargs)
-        out = moe(temb=narrow, **kwargs)
-        loss = sum((a - b).float().square().mean() for a, b in zip(out, target, strict=True))
+        loss = loss_of_a_batch()
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
@@ -96,12 +97,6 @@ def test_block_step(bench):
     race = bench.race({"step": step}, "step", bench.rounds(8, 3), budget=bench.seconds(2, 10))
     peak = peak_bytes(step, bench.device)
     assert torch.stack(losses).isfinite().all()
-    publish(bench, "flux-double-block", race, 1, peak,
-            {"stage": "one double block", "image_tokens": image, "text_tokens": text},
-            torch.bfloat16)  # fmt: skip
-
-
-def publish(bench, name, race, batch, peak, what, dtype):
     seconds = race.median("step")
     bench.add(
         "distillation",

@@ -23,8 +23,7 @@ def noop(monkeypatch):
 
 
 def call(p, backend):
-    return moe_ffn(p["x"], p["router"], p["w1"], p["w2"], p["b1"], p["b2"], top_k=SHAPE.K,
-                   shared=SHAPE.S, backend=backend)  # fmt: skip
+    return moe_ffn(**p, top_k=SHAPE.K, shared=SHAPE.S, backend=backend)
 
 
 def record(bench, kind: str, function) -> None:

@@ -39,8 +39,7 @@ def contenders(bench, p, shape: FFNShape) -> tuple[dict[str, Contender], dict[st
     leaves = list(p.values())
 
     def ours():
-        return moe_ffn(p["x"], p["router"], p["w1"], p["w2"], p["b1"], p["b2"], top_k=shape.K,
-                       shared=shape.S)  # fmt: skip
+        return moe_ffn(**p, top_k=shape.K, shared=shape.S)
 
     found = {
         "moe_ffn": Contender(ours, leaves=leaves),
@@ -54,8 +53,7 @@ def contenders(bench, p, shape: FFNShape) -> tuple[dict[str, Contender], dict[st
     found |= peers.plain(p, shape) | libraries
     right = {}
     with torch.no_grad():
-        truth = {kind: peers.expert_loop(p, shape, kind == "bias").float()
-                 for kind in ("bias", "no bias")}  # fmt: skip
+        truth = {kind: peers.expert_loop(p, shape, kind == "bias") for kind in ("bias", "no bias")}
         for name, contender in found.items():
             problem = check(contender, truth)
             if problem and name in ("moe_ffn", "torch grouped_mm"):
@@ -70,13 +68,12 @@ def contenders(bench, p, shape: FFNShape) -> tuple[dict[str, Contender], dict[st
 def check(contender: Contender, truth: dict) -> str | None:
     """What is wrong with a contender's result: timings of a wrong result are worth nothing."""
     try:
-        got = contender.run().float()
+        got = contender.run()
     except Exception as error:  # noqa: BLE001 (a library's failure is an answer)
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if contender.same == "other":
         return None if got.isfinite().all() else "its result is not finite"
-    exact = truth[contender.same]
-    error = ((got - exact).square().mean() / exact.square().mean()).sqrt().item()
+    error = peers.rms_error(got, truth[contender.same])
     return None if error < 0.02 else f"its result is off by {error:.2g} of the RMS"
 
 

@@ -58,12 +58,9 @@ def test_scaling(bench, axis):
             p = shape.tensors(bench.device)
 
             def ours(p=p, shape=shape):
-                return moe_ffn(p["x"], p["router"], p["w1"], p["w2"], p["b1"], p["b2"],
-                               top_k=shape.K, shared=shape.S)  # fmt: skip
+                return moe_ffn(**p, top_k=shape.K, shared=shape.S)
 
-            want = peers.expert_loop(p, shape).float()
-            error = (ours().float() - want).square().mean().sqrt()
-            assert error < 0.02 * want.square().mean().sqrt()
+            assert peers.rms_error(ours(), peers.expert_loop(p, shape)) < 0.02
             runs = {"moe_ffn": ours, "dense": lambda p=p, shape=shape: peers.dense(p, shape)}
             race = bench.race(runs, None, bench.rounds(5, 3), budget=bench.seconds(2, 6))
             gbyte = shape.gbyte(2 * shape.D * shape.F, 2 * shape.T * shape.D)

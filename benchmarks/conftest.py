@@ -64,16 +64,6 @@ def session(request) -> Session:
     return Session(request.config)
 
 
-@pytest.fixture(scope="session")
-def device(session) -> torch.device:
-    return session.device
-
-
-@pytest.fixture(scope="session")
-def size(session) -> str:
-    return session.size
-
-
 class Bench:
     """One test's measurement: race the contenders, count, record, show."""
 
@@ -129,12 +119,9 @@ class Bench:
             self.session.lines.append(line)
 
     def model(self, name: str, record: dict) -> None:
-        """An entry of "models"."""
+        """An entry of "models", and its line of the summary; a later one replaces both."""
         self.results.set("models", name, rounded(record))
-
-    def model_line(self, name: str, record: dict) -> None:
-        """The summary's line of a model; a later one replaces it."""
-        if "latency_over_flops" not in record:
+        if not {"latency_over_flops", "latency_over_ideal"} <= record.keys():
             return
         self.session.models[name] = (
             f"{name:<12} {record['mode']:<9} {record['latency_ratio']:.3f} x dense, FLOPs "
@@ -144,11 +131,6 @@ class Bench:
 
     def note(self, line: str) -> None:
         self.session.lines.append(line)
-
-    def skipped(self, record_id: str, why: str) -> None:
-        """A part that was not measured, and why: also a result."""
-        self.results.add("skipped", record_id, {"why": why})
-        self.session.lines.append(f"not measured: {record_id}: {why}")
 
 
 def rounded(value, digits: int = 5):

@@ -85,8 +85,7 @@ def catch(shape: FFNShape, device: torch.device) -> list[Launch]:
         module.launch = recording
     try:
         p = shape.tensors(device, grad=True)
-        y = moe_ffn(p["x"], p["router"], p["w1"], p["w2"], p["b1"], p["b2"], top_k=shape.K,
-                    shared=shape.S, backend="triton")  # fmt: skip
+        y = moe_ffn(**p, top_k=shape.K, shared=shape.S, backend="triton")
         y.backward(torch.randn_like(y))
     finally:
         for module in modules:

@@ -6,10 +6,13 @@ does, except that an untrained router spreads its tokens more evenly.
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
+from harness.peers import rms_error
+from harness.race import seconds_of
 from report.roofline import account_of, config_of, work
 
 from d2m_models import FluxMoEConfig, MoBConfig
@@ -36,24 +39,16 @@ def structure(name: str, size: str) -> FluxMoEConfig:
     return replace(config, mob=MoBConfig(**groups)) if groups else config
 
 
-def build(name: str, size: str, device: torch.device, dtype=torch.bfloat16) -> torch.nn.Module:
-    """A model with random weights, made on the device; routers stay fp32. Dense is diffusers'."""
-    from diffusers import FluxTransformer2DModel
-
-    from d2m_models import FluxMoETransformer2DModel
-
-    config = structure(name, size)
-    sizes = dict(TINY if size == "tiny" else {}, guidance_embeds=True)
+def random_weights(
+    make: Callable[[], torch.nn.Module], device: torch.device, dtype=torch.bfloat16
+) -> torch.nn.Module:
+    """What `make` makes, on the device and in `dtype`; routers stay fp32."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
             torch.manual_seed(0)
-            if config.moe is None:
-                depth = {k: getattr(config, k) for k in ("num_layers", "num_single_layers")}
-                model = FluxTransformer2DModel(**sizes, **depth)
-            else:
-                model = FluxMoETransformer2DModel(**sizes, **config.to_dict())
+            model = make()
     finally:
         torch.set_default_dtype(before)
     for part, module in model.named_modules():
@@ -62,28 +57,20 @@ def build(name: str, size: str, device: torch.device, dtype=torch.bfloat16) -> t
     return model.eval().requires_grad_(False)
 
 
-def inputs(model, image: int, text: int, device, dtype=torch.bfloat16, batch: int = 1) -> dict:
-    """Random inputs of `FluxTransformer2DModel.forward`, as FluxPipeline lays them out."""
-    g = torch.Generator(device).manual_seed(0)
-    c = model.config
+def build(name: str, size: str, device: torch.device, dtype=torch.bfloat16) -> torch.nn.Module:
+    """A model with random weights. Dense is diffusers'."""
+    from diffusers import FluxTransformer2DModel
 
-    def draw(*size):
-        return torch.randn(*size, generator=g, device=device).to(dtype)
+    from d2m_models import FluxMoETransformer2DModel
 
-    side = round(image**0.5)
-    ids = torch.zeros(image, 3, device=device)
-    ids[:, 1], ids[:, 2] = (torch.arange(image, device=device) // side,
-                            torch.arange(image, device=device) % side)  # fmt: skip
-    return {
-        "hidden_states": draw(batch, image, c.in_channels),
-        "encoder_hidden_states": draw(batch, text, c.joint_attention_dim),
-        "pooled_projections": draw(batch, c.pooled_projection_dim),
-        "timestep": torch.full((batch,), 0.5, device=device, dtype=dtype),
-        "guidance": torch.full((batch,), 3.5, device=device, dtype=dtype),
-        "img_ids": ids.to(dtype),
-        "txt_ids": torch.zeros(text, 3, device=device, dtype=dtype),
-        "return_dict": False,
-    }
+    config = structure(name, size)
+    sizes = dict(TINY if size == "tiny" else {}, guidance_embeds=True)
+    if config.moe is None:
+        depth = {k: getattr(config, k) for k in ("num_layers", "num_single_layers")}
+        make = partial(FluxTransformer2DModel, **sizes, **depth)
+    else:
+        make = partial(FluxMoETransformer2DModel, **sizes, **config.to_dict())
+    return random_weights(make, device, dtype)
 
 
 def denoise(model, kwargs: dict, steps: int) -> torch.Tensor:
@@ -119,22 +106,14 @@ def block_pair(kind: str, size: str, device: torch.device, dtype=torch.bfloat16)
     heads, head = (6, 16) if size == "tiny" else (24, 128)
     shape = (heads * head, heads, head)
     config = config_of("flux-moe-l")
-    classes = {
+    dense_kind, moe_kind = {
         "double": (dense.FluxTransformerBlock, ours.FluxMoETransformerBlock),
         "single": (dense.FluxSingleTransformerBlock, ours.FluxMoESingleTransformerBlock),
     }[kind]
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            torch.manual_seed(0)
-            pair = classes[0](*shape), classes[1](*shape, moe=config.moe, adaln_dim=256)
-    finally:
-        torch.set_default_dtype(before)
-    for name, module in pair[1].named_modules():
-        if "router" in name:
-            module.float()
-    return tuple(b.eval().requires_grad_(False) for b in pair)
+    return (
+        random_weights(partial(dense_kind, *shape), device, dtype),
+        random_weights(partial(moe_kind, *shape, moe=config.moe, adaln_dim=256), device, dtype),
+    )
 
 
 def block_inputs(size: str, image: int, text: int, device, dtype=torch.bfloat16):
@@ -143,10 +122,9 @@ def block_inputs(size: str, image: int, text: int, device, dtype=torch.bfloat16)
 
     dim, axes = (96, (4, 6, 6)) if size == "tiny" else (3072, (16, 56, 56))
     g = torch.Generator(device).manual_seed(0)
-    side = round(image**0.5)
+    side = torch.arange(round(image**0.5), device=device)
     ids = torch.zeros(text + image, 3, device=device)
-    ids[text:, 1] = torch.arange(image, device=device) // side
-    ids[text:, 2] = torch.arange(image, device=device) % side
+    ids[text:, 1:] = torch.cartesian_prod(side, side)
 
     def draw(*shape):
         return torch.randn(*shape, generator=g, device=device).to(dtype)
@@ -169,12 +147,15 @@ class Model:
     """A model with its inputs and its three ways to run a step."""
 
     def __init__(self, name, session):
+        from d2m_models.inspection.differences import random_inputs
+
         self.name, self.device, self.size = name, session.device, session.size
         self.image, self.text = TOKENS.get(session.size, (4096, 512))
         self.model = build(name, session.size, self.device)
         if session.attention:
             self.model.set_attention_backend(session.attention)
-        self.kwargs = inputs(self.model, self.image, self.text, self.device)
+        given = random_inputs(self.model, 1, self.image, self.text)
+        self.kwargs = {**given, "return_dict": False}
         self.bytes = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
         self.work = work(self.model, self.image, self.text)
         self.account = account_of(self.model, self.image, self.text)
@@ -224,18 +205,26 @@ class Model:
 
     def image_seconds(self, steps: int, replay=None) -> float:
         """Seconds of `steps` Euler steps in a row, from idle to idle."""
-        synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
-        synchronize()
-        start = time.perf_counter()
         if replay is None:
-            denoise(self.model, self.kwargs, steps)
+            run = partial(denoise, self.model, self.kwargs, steps)
         else:
-            denoise_replayed(self.kwargs, replay, self.velocity, steps)
-        synchronize()
-        return time.perf_counter() - start
+            run = partial(denoise_replayed, self.kwargs, replay, self.velocity, steps)
+        return seconds_of(run, self.device)
 
 
-def rms_error(got, want) -> float:
-    """RMS of the difference over RMS of `want`."""
-    got, want = got.float(), want.float()
-    return ((got - want).square().mean() / want.square().mean()).sqrt().item()
+@torch.inference_mode()
+def error_to_reference(model, run) -> float:
+    """RMS error of what `run` makes of the model against its reference back-end's, the largest.
+
+    Rounding may send a token whose two best logits nearly tie to another expert, layer after layer,
+    so for whole models this is no tight bound; a MoB model may even choose another block.
+    """
+    layers = [m for m in model.modules() if getattr(m, "num_experts", 0)]
+    got = run()
+    assert all(part.isfinite().all() for part in got)
+    for layer in layers:
+        layer.backend = "reference"
+    want = run()
+    for layer in layers:
+        layer.backend = None
+    return max(map(rms_error, got, want))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import types
 
 import torch
-import torch.nn.functional as F
 from harness.peers import Contender, Unavailable, dense, gate, gelu, shared_expert, two_thirds
 from harness.shapes import FFNShape
 from torch import nn
@@ -31,21 +30,13 @@ def _stacks(p, shape: FFNShape):
     return up, down.contiguous()
 
 
-def _shared_leaves(p):
-    return [p[name] for name in ("x", "router", "w1", "b1", "w2", "b2")]
-
-
-class _SwiGLU(nn.Module):
+def _swiglu_expert(shape: FFNShape) -> nn.Module:
     """A shared expert of equal FLOPs for gated libraries."""
+    from diffusers.models.attention import FeedForward
 
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.up = nn.Linear(width, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x):
-        gate, up = self.up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+    return FeedForward(
+        dim=shape.D, inner_dim=two_thirds(shape.S), activation_fn="swiglu", bias=False
+    )
 
 
 def hidream(p, shape: FFNShape) -> Contender:
@@ -66,17 +57,13 @@ def hidream(p, shape: FFNShape) -> Contender:
 
 def nucleus(p, shape: FFNShape) -> Contender:
     """diffusers' Nucleus-Image layer with grouped_mm: experts choose tokens, always in balance."""
-    from diffusers.models.attention import FeedForward
     from diffusers.models.transformers import transformer_nucleusmoe_image as module
 
     layer = module.NucleusMoELayer(
         shape.D, two_thirds(shape.H), shape.E, capacity_factor=float(shape.K), use_sigmoid=False,
         route_scale=1.0, use_grouped_mm=True,
     )  # fmt: skip
-    layer.shared_expert = FeedForward(
-        dim=shape.D, dim_out=shape.D, inner_dim=two_thirds(shape.S), activation_fn="swiglu",
-        bias=False,
-    )  # fmt: skip
+    layer.shared_expert = _swiglu_expert(shape)
     layer = _fresh(layer, p)
     x, timestep = p["x"][None], torch.zeros_like(p["x"][:1]).detach()
     return Contender(
@@ -102,7 +89,7 @@ def _transformers(implementation: str):
             weights, ids = gate(p, shape)
             return shared_expert(p, shape) + layer(p["x"], ids, weights)
 
-        return Contender(run, "no bias", [*_shared_leaves(p), *layer.parameters()])
+        return Contender(run, "no bias", [*p.values(), *layer.parameters()])
 
     return make
 
@@ -120,7 +107,7 @@ def scattermoe(p, shape: FFNShape) -> Contender:
         weights, ids = gate(p, shape)
         return shared_expert(p, shape) + layer(p["x"], weights, ids)
 
-    return Contender(run, "no bias", [*_shared_leaves(p), *layer.parameters()])
+    return Contender(run, "no bias", [*p.values(), *layer.parameters()])
 
 
 def megablocks(p, shape: FFNShape) -> Contender:
@@ -142,7 +129,7 @@ def megablocks(p, shape: FFNShape) -> Contender:
         y = y[0] if isinstance(y, tuple) else y
         return shared_expert(p, shape) + y[:, 0]
 
-    return Contender(run, "other", [*_shared_leaves(p), *layer.parameters()], "weights differ")
+    return Contender(run, "other", [*p.values(), *layer.parameters()], "weights differ")
 
 
 def sonic_moe(p, shape: FFNShape) -> Contender:
@@ -154,7 +141,7 @@ def sonic_moe(p, shape: FFNShape) -> Contender:
         intermediate_size=two_thirds(shape.H), activation_function=ActivationType.SWIGLU,
         add_bias=False, std=0.02,
     )  # fmt: skip
-    layer, shared = _fresh(layer, p), _fresh(_SwiGLU(shape.D, two_thirds(shape.S)), p)
+    layer, shared = _fresh(layer, p), _fresh(_swiglu_expert(shape), p)
     layer.router.weight.data.copy_(p["router"])
     layer.train(p["x"].requires_grad)
     leaves = [p["x"], *layer.parameters(), *shared.parameters()]
@@ -192,8 +179,7 @@ def dense_fp8(p, shape: FFNShape) -> Contender:
     model = nn.Sequential(
         nn.Linear(shape.D, shape.F), nn.GELU(approximate="tanh"), nn.Linear(shape.F, shape.D)
     ).to(p["x"].device, p["x"].dtype)
-    names = ("w1", "b1", "w2", "b2")
-    for target, name in zip(model.parameters(), names, strict=True):
+    for target, name in zip(model.parameters(), ("w1", "b1", "w2", "b2"), strict=True):
         target.data = p[name].detach().clone()
     quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
     run = torch.compile(model)

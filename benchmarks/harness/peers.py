@@ -34,6 +34,12 @@ class Contender:
     note: str = ""
 
 
+def rms_error(got, want) -> float:
+    """RMS of the difference over RMS of `want`."""
+    got, want = got.float(), want.float()
+    return ((got - want).square().mean() / want.square().mean()).sqrt().item()
+
+
 def gelu(z):
     return F.gelu(z, approximate="tanh")
 

@@ -24,6 +24,15 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def seconds_of(function: Callable[[], object], device: torch.device) -> float:
+    """One call, from an idle device to an idle device."""
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
 class Clock:
     """Seconds of one call: wall clock on a CPU, events on the stream on a GPU."""
 
@@ -34,12 +43,7 @@ class Clock:
             self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
 
     def once(self, function: Callable[[], object]) -> float:
-        """One call, from an idle device to an idle device."""
-        synchronize(self.device)
-        start = time.perf_counter()
-        function()
-        synchronize(self.device)
-        return time.perf_counter() - start
+        return seconds_of(function, self.device)
 
     def several(self, function: Callable[[], object], calls: int) -> float:
         """GPU: median of `calls` calls. A pause and the flushes let the host run ahead by 0.1 ms a

@@ -103,8 +103,7 @@ def random_inputs(
         )
     g = torch.Generator().manual_seed(seed)
     config, parameter = model.config, next(model.parameters())
-    ids = torch.zeros(image_tokens, 3)
-    ids[:, 1], ids[:, 2] = torch.arange(image_tokens) // side, torch.arange(image_tokens) % side
+    ids = torch.cartesian_prod(torch.zeros(1), *2 * [torch.arange(side, dtype=torch.float32)])
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=g).to(parameter.device, parameter.dtype)

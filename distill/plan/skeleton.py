@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from d2m_models.config import named_blocks
+from d2m_models.output import watched
 from d2m_models.private import fake_mode, storage_key
 from distill.configs.sections import StageConfig, TeacherConfig
 from distill.data.batch import Batch
@@ -108,12 +110,27 @@ class _InTurn:
 
 
 class Kept:
-    """Bytes that autograd keeps for the backward pass, each storage once, parameters left out."""
+    """Bytes that autograd keeps for the backward pass, each storage once, parameters left out.
 
-    def __init__(self, model: nn.Module):
-        self.parameters = {storage_key(p) for p in model.parameters()}
+    marks: block -> bytes when it had run, in the order of running.
+    """
+
+    def __init__(self, *models: nn.Module):
+        self.parameters = {storage_key(p) for model in models for p in model.parameters()}
         self.storages: dict[int, Any] = {}
         self.bytes = 0
+        self.marks: dict[str, int] = {}
+
+    @contextmanager
+    def counting(self, model: nn.Module) -> Iterator[None]:
+        """Counts what runs inside."""
+
+        def mark(name: str, *_: Any) -> None:
+            self.marks[name] = self.bytes
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda t: t)
+        with watched(model, mark), hooks:
+            yield
 
     def pack(self, tensor: Tensor) -> Tensor:
         key, storage = storage_key(tensor), tensor.untyped_storage()
@@ -137,34 +154,22 @@ def activations(
     The second is what gradient checkpointing recomputes; 0 without it.
     """
     source = _Shapes(teacher, image_tokens, text_tokens)
-    marks: dict[nn.Module, int] = {}
     inside = 0
     copies = [deepcopy(m) for m in (teacher, student)]
     with fake_mode(), _blocks_in_turn():
         copies = [_fill(m) for m in copies]
-        model = copies[1]
-        kept = Kept(model)
-        kept.parameters |= {storage_key(p) for p in copies[0].parameters()}
+        model, kept = copies[1], Kept(*copies)
         objective = Distillation(*copies, source, stage.loss, samples, 0, 0, features)
         if stage.train.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-
-        def mark(block: nn.Module, *_: Any) -> None:
-            marks[block] = kept.bytes
-
-        blocks = list(named_blocks(model).values())
-        hooks = [b.register_forward_hook(mark) for b in blocks]
-        with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda t: t):
-            with autocast(stage.train, torch.device("cpu")):
-                terms = objective.terms(objective.batch(0))
-                objective.loss(terms, terms.statistics)
-        for hook in hooks:
-            hook.remove()
+        with kept.counting(model), autocast(stage.train, torch.device("cpu")):
+            terms = objective.terms(objective.batch(0))
+            objective.loss(terms, terms.statistics)
         if stage.train.gradient_checkpointing:
             inside = _largest_inside(model, objective, stage)
     after = []
-    for block in blocks:  # one that does not run keeps nothing
-        after.append(marks.get(block, after[-1] if after else 0))
+    for name in named_blocks(model):  # one that does not run keeps nothing
+        after.append(kept.marks.get(name, after[-1] if after else 0))
     return [*after, kept.bytes], inside
 
 
@@ -182,13 +187,7 @@ def _fill(model: nn.Module) -> nn.Module:
 def _largest_inside(model: nn.Module, objective: Distillation, stage: StageConfig) -> int:
     """Bytes that a block keeps while it is recomputed: the largest block's."""
     model.disable_gradient_checkpointing()
-    marks = [0]
     kept = Kept(model)
-    blocks = named_blocks(model).values()
-    hooks = [b.register_forward_hook(lambda *_: marks.append(kept.bytes)) for b in blocks]
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda t: t):
-        with autocast(stage.train, torch.device("cpu")):
-            model(**objective.batch(0).inputs(), output_aux=True)
-    for hook in hooks:
-        hook.remove()
-    return max(b - a for a, b in zip(marks, marks[1:], strict=False))
+    with kept.counting(model), autocast(stage.train, torch.device("cpu")):
+        model(**objective.batch(0).inputs(), output_aux=True)
+    return max(b - a for a, b in pairwise([0, *kept.marks.values()]))
