@@ -25,8 +25,8 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     whole = config.args_source is not config.ArgsSource.ARGS
-    options = config.option
-    if whole and getattr(options, "numprocesses", 0) is None and not options.usepdb:
+    options, worker = config.option, hasattr(config, "workerinput")
+    if whole and not worker and getattr(options, "numprocesses", 0) is None and not options.usepdb:
         options.numprocesses = len(os.sched_getaffinity(0))
         options.dist = "worksteal"
 

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2m_models.conversion.grouping import KINDS, measure_block_mse
+from d2m_models.config import KINDS
+from d2m_models.conversion.grouping import measure_block_mse
 from distill.configs.sections import StageConfig
 from distill.configs.training import first_batch
 from distill.data.batch import Batch
