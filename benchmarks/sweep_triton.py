@@ -64,8 +64,11 @@ class Launch:
         self.kernel.warmup(grid=grid, **self.arguments(config), **config.meta())
 
     def tensors(self, config) -> dict[str, torch.Tensor]:
-        arguments = self.arguments(config)
-        return {n: v for n, v in arguments.items() if isinstance(v, torch.Tensor)}
+        found = {}
+        for name, v in self.arguments(config).items():  # operands travel in named tuples
+            members = v._asdict() if hasattr(v, "_asdict") else {"": v}
+            found |= {f"{name}.{n}": x for n, x in members.items() if isinstance(x, torch.Tensor)}
+        return found
 
 
 def catch(shape: FFNShape, device: torch.device) -> list[Launch]:
