@@ -68,13 +68,7 @@ def test_the_committed_report_is_current(tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     fresh, _ = words_and_pictures(report_page.render(tmp_path))
     committed, pictures = words_and_pictures(RESULTS / "report.html")
-<<<<<<< HEAD
     assert committed == fresh, "report.html is stale: run `python benchmarks/draw.py`"
-=======
-    assert committed == fresh, (
-        "benchmarks/results/report.html is stale: run `python benchmarks/draw.py`"
-    )
->>>>>>> files
     assert pictures == [(RESULTS / file).read_bytes() for file in report_page.FIGURES]
 
 
