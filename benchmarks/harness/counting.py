@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -129,8 +130,5 @@ def tiles_chosen():
         chosen[stage] = config.name
         return config
 
-    configs.select = recording
-    try:
+    with patch.object(configs, "select", recording):
         yield chosen
-    finally:
-        configs.select = select
