@@ -16,8 +16,6 @@ from harness.needs import skip, skip_without
 from harness.parts import split
 from report.roofline import account_of, ideal
 
-from d2m_kernels import backends
-
 NEEDED_GB = 60
 STEPS = (28, 8)
 MODES = ("eager", "compile", "graphs")
@@ -168,7 +166,7 @@ def publish(bench, model) -> None:
         "model_bytes": model.bytes,
         "error_to_reference": model.error,
         "modes": modes,
-        "backend": backends.resolve(None, bench.device.type, torch.bfloat16),
+        "backend": bench.backend(),
         "attention": bench.session.attention or "diffusers' default",
         **{
             k: v

@@ -9,7 +9,7 @@ from harness.peers import Contender
 from harness.shapes import ROUTINGS, FFNShape
 from harness.single_ops import all_shapes, shape_for
 
-from d2m_kernels import backends, moe_ffn
+from d2m_kernels import moe_ffn
 
 # On a CPU seconds add up: three minutes for the default set, ten for --full.
 _CPU_DEFAULT = {
@@ -105,7 +105,7 @@ def record(bench, kind, name, shape, race, found, missing, counts, extra):
             **extra,
             "notes": {n: c.note for n, c in found.items() if c.note},
             "unavailable": missing,
-            "backend": backends.resolve(None, bench.device.type, shape.dtype),
+            "backend": bench.backend(shape.dtype),
         },
     )
     bench.note(f"moe_ffn {kind} {name} {shape.routing}: {shape}; limit {limit:.3f} x {baseline}")

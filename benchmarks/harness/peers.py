@@ -89,9 +89,9 @@ def grouped_mm(p, shape: FFNShape):
     return shared_expert(p, shape) + (y[inverse].view(T, K, -1) * weights[..., None]).sum(1)
 
 
-def two_thirds(width: int, multiple: int = 8) -> int:
+def two_thirds(width: int) -> int:
     """Width of a SwiGLU (three matrices) with the FLOPs of two matrices of `width`."""
-    if 2 * width % (3 * multiple):
+    if 2 * width % (3 * 8):
         raise Unavailable(f"SwiGLU of equal FLOPs needs 2/3 of {width} to be a multiple of 8")
     return 2 * width // 3
 

@@ -36,8 +36,7 @@ def how_measured(results: Mapping[str, Any]) -> str:
 
 def calibrations(all_results: Results) -> list[roofline.Calibration]:
     """One a machine that has dense's parts and a layer measured, GPUs first."""
-    found = [roofline.calibrate(results) for results in all_results.values()]
-    return [c for c in found if c is not None]
+    return [c for results in all_results.values() if (c := roofline.calibrate(results))]
 
 
 def table1(all_results: Results) -> Table:

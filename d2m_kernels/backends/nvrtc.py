@@ -112,10 +112,6 @@ def compile_kernel(expression: str, header: str, arch: str) -> tuple[bytes, str]
         lib.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def cache_dir() -> Path:
-    return Path(os.environ.get("D2M_CACHE_DIR") or Path.home() / ".cache" / "dense2moe")
-
-
 def cached_kernel(expression: str, header: str, arch: str) -> tuple[Path, str]:
     """`compile_kernel`, kept on disk -> (path of the cubin, the kernel's name in it)."""
     major, minor = ctypes.c_int(), ctypes.c_int()
@@ -123,7 +119,7 @@ def cached_kernel(expression: str, header: str, arch: str) -> tuple[Path, str]:
     text = "".join(p.read_text() for p in sorted(source_dir().glob("*.cuh")))
     parts = (expression, header, arch, *_OPTIONS, f"{major.value}.{minor.value}", text)
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    folder = cache_dir()
+    folder = Path(os.environ.get("D2M_CACHE_DIR") or Path.home() / ".cache" / "dense2moe")
     cubin, name = folder / f"{key}.cubin", folder / f"{key}.name"
     if cubin.is_file() and name.is_file():
         return cubin, name.read_text()
