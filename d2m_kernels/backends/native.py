@@ -125,17 +125,24 @@ def cpu_combine(
     [T, D] in y's dtype. Sums are fp32; slots with inverse >= offsets[E] are skipped; weights
     None means ones (then `inverse_N` has to be [T, K]). `out`: contiguous, may be `base_TD`.
     """
-    m = _need("_d2m_cpu")
+    run, threads = _need("_d2m_cpu").combine, torch.get_num_threads()
+    slots = (y_ND, inverse_N, weights_TK, offsets)
+    return _combine(run, threads, *slots, base_TD, bias_D, scale, out)
+
+
+def _combine(run, where, y_ND, inverse_N, weights_TK, offsets, base_TD, bias_D, scale, out=None):
+    """`run`: an extension's `combine`; `where`: threads, or the stream."""
     (T, K), D = (inverse_N if weights_TK is None else weights_TK).shape, y_ND.shape[1]
     out_TD = y_ND.new_empty(T, D) if out is None else out
     inverse_N, offsets = _flat(inverse_N, torch.int32), _flat(offsets, torch.int32)
     weights_TK = _flat(weights_TK, torch.float32)
     bias_D = None if bias_D is None else bias_D.contiguous()
-    m.combine(
-        *_matrix(y_ND), inverse_N.data_ptr(), _address(weights_TK), offsets.data_ptr(),
-        offsets.numel() - 1, *_matrix(base_TD), *_matrix(bias_D)[:2], scale,
-        out_TD.data_ptr(), T, D, K, torch.get_num_threads(),
-    )  # fmt: skip
+    if T * D:
+        run(
+            *_matrix(y_ND), inverse_N.data_ptr(), _address(weights_TK), offsets.data_ptr(),
+            offsets.numel() - 1, *_matrix(base_TD), *_matrix(bias_D)[:2], scale,
+            out_TD.data_ptr(), T, D, K, where,
+        )  # fmt: skip
     return out_TD
 
 
@@ -228,17 +235,6 @@ def cuda_combine(
     y_ND, inverse_N, weights_TK, offsets, base_TD=None, bias_D=None, scale: float = 1.0
 ):
     """`cpu_combine` on the GPU."""
-    m = _need("_d2m_cuda")
-    (T, K), D = (inverse_N if weights_TK is None else weights_TK).shape, y_ND.shape[1]
-    out_TD = y_ND.new_empty(T, D)
-    inverse_N, offsets = _flat(inverse_N, torch.int32), _flat(offsets, torch.int32)
-    weights_TK = _flat(weights_TK, torch.float32)
-    bias_D = None if bias_D is None else bias_D.contiguous()
-    if T * D:
-        with torch.cuda.device(y_ND.device):
-            m.combine(
-                *_matrix(y_ND), inverse_N.data_ptr(), _address(weights_TK), offsets.data_ptr(),
-                offsets.numel() - 1, *_matrix(base_TD), *_matrix(bias_D)[:2], scale,
-                out_TD.data_ptr(), T, D, K, _stream(y_ND),
-            )  # fmt: skip
-    return out_TD
+    run, slots = _need("_d2m_cuda").combine, (y_ND, inverse_N, weights_TK, offsets)
+    with torch.cuda.device(y_ND.device):
+        return _combine(run, _stream(y_ND), *slots, base_TD, bias_D, scale)
