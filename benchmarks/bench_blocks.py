@@ -20,9 +20,8 @@ from harness.counting import peak_bytes
 from harness.needs import skip_without
 from harness.parts import split
 from harness.race import quartiles
-from report.roofline import MODELS, PARTS, account_of, config_of, ideal, work
+from report.roofline import CONFIGS, MODELS, PARTS, account_of, ideal, work
 
-from d2m_kernels import backends
 from d2m_models.mob import MixtureOfBlocks
 
 TOKENS = {"tiny": (16, 8), "quick": (64, 64), "default": (576, 256), "full": (4096, 512)}
@@ -70,7 +69,7 @@ def test_blocks(bench):
                 "peak_bytes": {n.split()[1]: peaks[n] for n in names},
                 "parameters": {n.split()[1]: sum(p.numel() for p in blocks[n].parameters())
                                for n in names},
-                "backend": backends.resolve(None, bench.device.type, torch.bfloat16),
+                "backend": bench.backend(),
             },
             line=f"{kind} block, {image} + {text} tokens: {ratio:.3f} x dense "
             f"({race.median(f'{kind} moe') * 1e3:.1f} ms)",
@@ -81,7 +80,7 @@ def test_blocks(bench):
 
 def composed(name: str, times: dict[str, float]) -> float:
     """Seconds of a step from the medians of the blocks and of a block router."""
-    config = config_of(name)
+    config = CONFIGS[name]
     grouped = {"double": [], "single": []}
     if config.mob is not None:
         grouped = {"double": config.mob.double_groups, "single": config.mob.single_groups}

@@ -13,8 +13,6 @@ from harness import flux_models
 from harness.counting import peak_bytes
 from harness.needs import skip_without
 
-from d2m_kernels import backends
-
 STAGES = ("shared", "moe", "mob")
 
 
@@ -107,7 +105,7 @@ def measure(bench, name, optimizer, loss_of_a_batch, batch, what, dtype):
             "seconds": race.to_json(),
             "samples_per_second": batch / seconds,
             "peak_bytes": peak,
-            "backend": backends.resolve(None, bench.device.type, dtype),
+            "backend": bench.backend(dtype),
         },
         line=f"distillation {name}: {batch / seconds:.1f} samples/s, "
         f"peak {peak / 2**20:.0f} MiB beyond the weights",

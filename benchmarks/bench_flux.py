@@ -14,13 +14,12 @@ from harness.counting import launches_and_syncs, peak_bytes
 from harness.flux_models import WRONG, Model, error_to_reference
 from harness.needs import skip, skip_without
 from harness.parts import split
-from report.roofline import account_of, ideal
-
-from d2m_kernels import backends
+from report.roofline import ideal
 
 NEEDED_GB = 60
 STEPS = (28, 8)
 MODES = ("eager", "compile", "graphs")
+DETAILS = ("seconds", "ratio_quartiles", "ratio_rounds")  # of a mode, not put up front
 
 
 PRESETS = ("flux-moe-l", "flux-moe-s", "flux-moe-xs", "flux-moe-m")  # the most telling first
@@ -68,8 +67,8 @@ def run_modes(bench, dense, student) -> list:
                 text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
                 entry = student.record["modes"].setdefault(mode, {})
                 entry["incomplete" if "step_seconds" in entry else "unavailable"] = text
-            publish(bench, dense)
-            publish(bench, student)
+            for model in (dense, student):
+                publish(bench, dense, model)
     for model in (dense, student):
         model.uncompile()
     return races
@@ -148,7 +147,7 @@ def complete(bench, model, mode, replay) -> None:
         entry |= launches_and_syncs(model.step, bench.device)
 
 
-def publish(bench, model) -> None:
+def publish(bench, dense, model) -> None:
     """The model's entry: the regional-compile mode up front, or the best that there is."""
     counts, modes = model.account, model.record["modes"]
     measured = {m: e for m, e in modes.items() if "step_seconds" in e}
@@ -156,7 +155,6 @@ def publish(bench, model) -> None:
         return
     mode = next(m for m in ("compile", "eager", "graphs") if m in measured)
     front = measured[mode]
-    flops = account_of("flux-dense").flops if bench.size != "tiny" else None
     record = {
         "mode": mode,
         "image_tokens": model.image,
@@ -168,18 +166,13 @@ def publish(bench, model) -> None:
         "model_bytes": model.bytes,
         "error_to_reference": model.error,
         "modes": modes,
-        "backend": backends.resolve(None, bench.device.type, torch.bfloat16),
+        "backend": bench.backend(),
         "attention": bench.session.attention or "diffusers' default",
-        **{
-            k: v
-            for k, v in front.items()
-            if k not in ("seconds", "ratio_quartiles", "ratio_rounds")
-        },
+        **{k: v for k, v in front.items() if k not in DETAILS},
     }
-    if model.name == "flux-dense":
+    if model is dense:
         record |= {"latency_ratio": 1.0, "flops_ratio": 1.0}
     elif "latency_ratio" in front:
-        flops = flops or bench.results.content["models"]["flux-dense"]["flops"]
-        record["flops_ratio"] = counts.flops / flops
+        record["flops_ratio"] = counts.flops / dense.account.flops
         record["latency_over_flops"] = front["latency_ratio"] / record["flops_ratio"]
     bench.model(model.name, record)

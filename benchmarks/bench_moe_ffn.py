@@ -9,29 +9,32 @@ from harness.peers import Contender
 from harness.shapes import ROUTINGS, FFNShape
 from harness.single_ops import all_shapes, shape_for
 
-from d2m_kernels import backends, moe_ffn
+from d2m_kernels import moe_ffn
 
-# On a CPU seconds add up: three minutes for the default set, ten for --full.
-_CPU_DEFAULT = {
-    "forward": {("flux-4608", "balanced"), ("dit-xl-8", "balanced")},
-    "forward_backward": {("flux-512", "balanced")},
-}
-_CPU_FULL = {
-    "forward": {("flux-4608", routing) for routing in ROUTINGS}
-    | {(name, "balanced") for name in ("flux-1536", "flux-512", "dit-xl-1", "dit-xl-8")},
-    "forward_backward": {(name, "balanced") for name in ("flux-4608", "flux-1536", "dit-xl-8")},
-}
-_CPU_QUICK = {
-    "forward": {("flux-4608", "balanced"), ("flux-4608", "zipf"), ("dit-xl-8", "balanced")},
-    "forward_backward": {("flux-4608", "balanced")},
+# On a CPU seconds add up: three minutes for the default set, ten for --full. {size: {pass: what}}
+_ON_A_CPU = {
+    "quick": {
+        "forward": {("flux-4608", "balanced"), ("flux-4608", "zipf"), ("dit-xl-8", "balanced")},
+        "forward_backward": {("flux-4608", "balanced")},
+    },
+    "default": {
+        "forward": {("flux-4608", "balanced"), ("dit-xl-8", "balanced")},
+        "forward_backward": {("flux-512", "balanced")},
+    },
+    "full": {
+        "forward": {("flux-4608", routing) for routing in ROUTINGS}
+        | {(name, "balanced") for name in ("flux-1536", "flux-512", "dit-xl-1", "dit-xl-8")},
+        "forward_backward": {(name, "balanced") for name in ("flux-4608", "flux-1536", "dit-xl-8")},
+    },
 }
 
 
-def wanted(bench, kind: str, name: str, routing: str) -> None:
-    sets = {"quick": _CPU_QUICK, "default": _CPU_DEFAULT, "full": _CPU_FULL}
-    table = sets.get(bench.size)
+def chosen_shape(bench, kind: str, name: str, routing: str) -> FFNShape:
+    """The shape, or a skip where its measurement is not in this size's set."""
+    table = _ON_A_CPU.get(bench.size)
     if bench.device.type == "cpu" and table and (name, routing) not in table[kind]:
         pytest.skip(f"not in the {bench.size} set on a CPU")
+    return shape_for(name, bench).at(routing=routing)
 
 
 def contenders(bench, p, shape: FFNShape) -> tuple[dict[str, Contender], dict[str, str]]:
@@ -44,13 +47,14 @@ def contenders(bench, p, shape: FFNShape) -> tuple[dict[str, Contender], dict[st
     found = {
         "moe_ffn": Contender(ours, leaves=leaves),
         "dense": Contender(lambda: peers.dense(p, shape), same="other", leaves=leaves),
+        "torch grouped_mm": Contender(lambda: peers.grouped_mm(p, shape), leaves=leaves),
+        "expert loop": Contender(lambda: peers.expert_loop(p, shape), leaves=leaves),
     }
     libraries, missing = peer_libraries.installed(p, shape)
     # On a CPU the compiler takes half a minute and oneDNN does the work in either case.
     if bench.device.type == "cuda" or (bench.size == "full" and shape.T == 1536):
         libraries["dense compiled"] = peers.compiled_dense(p, shape)
-        libraries["dense compiled"].same = "other"
-    found |= peers.plain(p, shape) | libraries
+    found |= libraries
     right = {}
     with torch.no_grad():
         truth = {kind: peers.expert_loop(p, shape, kind == "bias") for kind in ("bias", "no bias")}
@@ -105,7 +109,7 @@ def record(bench, kind, name, shape, race, found, missing, counts, extra):
             **extra,
             "notes": {n: c.note for n, c in found.items() if c.note},
             "unavailable": missing,
-            "backend": backends.resolve(None, bench.device.type, shape.dtype),
+            "backend": bench.backend(shape.dtype),
         },
     )
     bench.note(f"moe_ffn {kind} {name} {shape.routing}: {shape}; limit {limit:.3f} x {baseline}")
@@ -119,8 +123,7 @@ def record(bench, kind, name, shape, race, found, missing, counts, extra):
 @all_shapes
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_forward(bench, name, routing):
-    wanted(bench, "forward", name, routing)
-    shape = shape_for(name, bench).at(routing=routing)
+    shape = chosen_shape(bench, "forward", name, routing)
     p = shape.tensors(bench.device)
     with torch.inference_mode():
         found, missing = contenders(bench, p, shape)
@@ -136,8 +139,7 @@ def test_forward(bench, name, routing):
 @all_shapes
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_forward_backward(bench, name, routing):
-    wanted(bench, "forward_backward", name, routing)
-    shape = shape_for(name, bench).at(routing=routing)
+    shape = chosen_shape(bench, "forward_backward", name, routing)
     p = shape.tensors(bench.device, grad=True)
     dy = torch.randn_like(p["x"])
     found, missing = contenders(bench, p, shape)

@@ -12,7 +12,7 @@ from harness import peers
 from harness.counting import peak_bytes
 from harness.shapes import FFNShape, dit_xl, flux
 
-from d2m_kernels import backends, moe_ffn
+from d2m_kernels import moe_ffn
 
 # axis: (values on a CPU, values on a GPU; --full on a CPU takes the latter up to 4608 tokens)
 AXES = {
@@ -76,8 +76,7 @@ def test_scaling(bench, axis):
             })  # fmt: skip
             del p
     bench.show(race, "moe_ffn")
-    backend = backends.resolve(None, bench.device.type, torch.bfloat16)
-    bench.add("scaling", axis, {"axis": axis, "points": points, "backend": backend})
+    bench.add("scaling", axis, {"axis": axis, "points": points, "backend": bench.backend()})
     text = ", ".join(f"{p['value']:g}: {p['seconds']['moe_ffn']['median'] * 1e3:.2f} ms "
                      f"({p['ratio_to_dense']:.2f} x dense)" for p in points)  # fmt: skip
     bench.note(f"scaling with {axis}: {text}")

@@ -12,6 +12,8 @@ from harness import environment as env
 from harness.race import Race, race, replay
 from harness.results import Results
 
+from d2m_kernels import backends
+
 SIZES = ("tiny", "quick", "default", "full")
 
 
@@ -110,6 +112,10 @@ class Bench:
             "floor_seconds": floor,
             "share_of_floor": floor / seconds,
         }
+
+    def backend(self, dtype: torch.dtype = torch.bfloat16) -> str:
+        """What runs the layer here."""
+        return backends.resolve(None, self.device.type, dtype)
 
     def add(self, section: str, record_id: str, record: dict, line: str | None = None) -> None:
         record = rounded(record)

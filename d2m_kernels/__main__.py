@@ -6,7 +6,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import sys
 
 import torch
 
@@ -67,4 +66,3 @@ def report() -> str:
 
 if __name__ == "__main__":
     print(report())
-    sys.exit(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from d2m_kernels.activations import ACTIVATIONS, is_gated
+from d2m_kernels.contract import Routing
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -160,8 +161,6 @@ def weights(x, router, w1, w2, b1, b2, k, shared, act, dtype) -> None:
 
 def routing(r, tokens: int, num_experts: int, k: int, x: torch.Tensor) -> None:
     """A Routing of an earlier call that fits this one."""
-    from d2m_kernels.contract import Routing
-
     if not isinstance(r, Routing):
         raise TypeError(f"routing: expected a Routing, got {type(r).__name__}")
     expected = {

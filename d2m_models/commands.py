@@ -83,14 +83,13 @@ def _add_convert(commands: Any) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    only = {"--to-dense": ("adaln",), "--preset or --structure": (
-        "order", "adaln_calibration", "keep_adaln", "lora", "lora_scale", "verify", "subfolder",
-        "variant",
-    )}  # fmt: skip
-    refused = only["--preset or --structure"] if args.to_dense else only["--to-dense"]
+    refused, other = ("adaln",), "--to-dense"
+    if args.to_dense:
+        refused = ("order", "adaln_calibration", "keep_adaln", "lora", "lora_scale", "verify",
+                   "subfolder", "variant")  # fmt: skip
+        other = "--preset or --structure"
     for name in refused:
         if getattr(args, name):
-            other = "--preset or --structure" if args.to_dense else "--to-dense"
             raise ValueError(f"--{name.replace('_', '-')} goes with {other}")
     config = None if args.to_dense else _structure(args)  # before the slow imports
     import torch

@@ -7,7 +7,9 @@ import json
 import tempfile
 import warnings
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -88,29 +90,24 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int | No
         prof.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     marks = [e for e in events if e.get("name") == "[memory]"]
-    held, most = 0, 0
-    for event in sorted(marks, key=lambda e: e["ts"]):
-        held += event["args"]["Bytes"]
-        most = max(most, held)
-    return most if marks else None
+    changes = [e["args"]["Bytes"] for e in sorted(marks, key=lambda e: e["ts"])]
+    return max(accumulate(changes, initial=0)) if marks else None
 
 
 def saved_bytes(forward: Callable[[], object], leaves: list[torch.Tensor]) -> int:
     """Bytes that a forward keeps for its backward beyond the leaves (inputs and weights)."""
     known = {t.untyped_storage().data_ptr() for t in leaves}
-    kept: dict[int, int] = {}
-    alive = []  # so that no storage's address is used twice
+    kept = {}  # the storages themselves, so that no address is used twice
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
+            kept[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()
-    return sum(kept.values())
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 @contextlib.contextmanager
@@ -129,8 +126,5 @@ def tiles_chosen():
         chosen[stage] = config.name
         return config
 
-    configs.select = recording
-    try:
+    with patch.object(configs, "select", recording):
         yield chosen
-    finally:
-        configs.select = select

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from harness.peers import rms_error
 from harness.race import seconds_of
-from report.roofline import account_of, config_of, work
+from report.roofline import CONFIGS, account_of, work
 
 from d2m_models import FluxMoEConfig, MoBConfig
 
@@ -29,7 +29,7 @@ _TINY_GROUPS = {
 
 def structure(name: str, size: str) -> FluxMoEConfig:
     """The configuration of a model by name, scaled down for a rehearsal."""
-    config = config_of(name)
+    config = CONFIGS[name]
     if size != "tiny":
         return config
     first = (0,) if config.moe else ()
@@ -39,12 +39,10 @@ def structure(name: str, size: str) -> FluxMoEConfig:
     return replace(config, mob=MoBConfig(**groups)) if groups else config
 
 
-def random_weights(
-    make: Callable[[], torch.nn.Module], device: torch.device, dtype=torch.bfloat16
-) -> torch.nn.Module:
-    """What `make` makes, on the device and in `dtype`; routers stay fp32."""
+def random_weights(make: Callable[[], torch.nn.Module], device: torch.device) -> torch.nn.Module:
+    """What `make` makes, on the device and in bf16; routers stay fp32."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
             torch.manual_seed(0)
@@ -57,7 +55,7 @@ def random_weights(
     return model.eval().requires_grad_(False)
 
 
-def build(name: str, size: str, device: torch.device, dtype=torch.bfloat16) -> torch.nn.Module:
+def build(name: str, size: str, device: torch.device) -> torch.nn.Module:
     """A model with random weights. Dense is diffusers'."""
     from diffusers import FluxTransformer2DModel
 
@@ -70,7 +68,7 @@ def build(name: str, size: str, device: torch.device, dtype=torch.bfloat16) -> t
         make = partial(FluxTransformer2DModel, **sizes, **depth)
     else:
         make = partial(FluxMoETransformer2DModel, **sizes, **config.to_dict())
-    return random_weights(make, device, dtype)
+    return random_weights(make, device)
 
 
 def denoise(model, kwargs: dict, steps: int) -> torch.Tensor:
@@ -97,7 +95,7 @@ def denoise_replayed(kwargs: dict, replay, velocity: torch.Tensor, steps: int) -
     return result
 
 
-def block_pair(kind: str, size: str, device: torch.device, dtype=torch.bfloat16):
+def block_pair(kind: str, size: str, device: torch.device):
     """(dense block of diffusers, MoE block with AdaLN input 256) of one kind, at full width."""
     from diffusers.models.transformers import transformer_flux as dense
 
@@ -105,18 +103,18 @@ def block_pair(kind: str, size: str, device: torch.device, dtype=torch.bfloat16)
 
     heads, head = (6, 16) if size == "tiny" else (24, 128)
     shape = (heads * head, heads, head)
-    config = config_of("flux-moe-l")
+    config = CONFIGS["flux-moe-l"]
     dense_kind, moe_kind = {
         "double": (dense.FluxTransformerBlock, ours.FluxMoETransformerBlock),
         "single": (dense.FluxSingleTransformerBlock, ours.FluxMoESingleTransformerBlock),
     }[kind]
     return (
-        random_weights(partial(dense_kind, *shape), device, dtype),
-        random_weights(partial(moe_kind, *shape, moe=config.moe, adaln_dim=256), device, dtype),
+        random_weights(partial(dense_kind, *shape), device),
+        random_weights(partial(moe_kind, *shape, moe=config.moe, adaln_dim=256), device),
     )
 
 
-def block_inputs(size: str, image: int, text: int, device, dtype=torch.bfloat16):
+def block_inputs(size: str, image: int, text: int, device):
     """Keyword arguments of a block, without temb, and the two tembs (dense, narrow)."""
     from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
@@ -127,7 +125,7 @@ def block_inputs(size: str, image: int, text: int, device, dtype=torch.bfloat16)
     ids[text:, 1:] = torch.cartesian_prod(side, side)
 
     def draw(*shape):
-        return torch.randn(*shape, generator=g, device=device).to(dtype)
+        return torch.randn(*shape, generator=g, device=device).to(torch.bfloat16)
 
     kwargs = {
         "hidden_states": draw(1, image, dim),

@@ -89,23 +89,14 @@ def grouped_mm(p, shape: FFNShape):
     return shared_expert(p, shape) + (y[inverse].view(T, K, -1) * weights[..., None]).sum(1)
 
 
-def two_thirds(width: int, multiple: int = 8) -> int:
+def two_thirds(width: int) -> int:
     """Width of a SwiGLU (three matrices) with the FLOPs of two matrices of `width`."""
-    if 2 * width % (3 * multiple):
+    if 2 * width % (3 * 8):
         raise Unavailable(f"SwiGLU of equal FLOPs needs 2/3 of {width} to be a multiple of 8")
     return 2 * width // 3
-
-
-def plain(p, shape: FFNShape) -> dict[str, Contender]:
-    """The peers that need nothing but torch."""
-    leaves = list(p.values())
-    return {
-        "torch grouped_mm": Contender(lambda: grouped_mm(p, shape), leaves=leaves),
-        "expert loop": Contender(lambda: expert_loop(p, shape), leaves=leaves),
-    }
 
 
 def compiled_dense(p, shape: FFNShape) -> Contender:
     torch._dynamo.config.recompile_limit = 256  # one graph a shape; beyond the limit it is eager
     function = torch.compile(dense, dynamic=False)
-    return Contender(lambda: function(p, shape), leaves=list(p.values()))
+    return Contender(lambda: function(p, shape), "other", list(p.values()))

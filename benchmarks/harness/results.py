@@ -6,7 +6,6 @@ A record replaces the one with the same id, so that a second run of a part renew
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 SCHEMA = "dense2moe-benchmarks/1"
@@ -56,10 +55,10 @@ class Results:
         used |= {row.get("run") for row in self.content["models"].values()}
         used |= {self.content["ceilings"].get("run"), self.run}
         self.content["runs"] = {k: v for k, v in self.content["runs"].items() if k in used}
+        from d2m_models.files import write_text
+
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, self.path)
+        write_text(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
 def empty() -> dict:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 from harness.shapes import NAMES, FFNShape, measured, named
 
-from d2m_kernels import backends
-
 all_shapes = pytest.mark.parametrize("name", NAMES)
 
 
@@ -34,7 +32,7 @@ def record(bench, stage: str, name: str, shape: FFNShape, race, gflop: float, gb
             "ratio_to": ratios,
             **rates,
             **counts,
-            "backend": backends.resolve(None, bench.device.type, shape.dtype),
+            "backend": bench.backend(shape.dtype),
         },
         line=f"{stage:<18} {name:<11} {shape.routing:<9} {race.median(ours) * 1e6:>10.1f} us"
         f" {rates['tflops']:>8.3f} TFLOP/s {rates['gbps']:>8.1f} GB/s"

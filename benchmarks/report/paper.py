@@ -10,7 +10,7 @@ class PaperRow:
     """nfe: steps. flops_t: 1e12 a forward, in the paper's own convention. latency_s: one image."""
 
     name: str
-    preset: str | None  # ours with this structure; "flux-dense" is the unconverted model
+    preset: str  # ours with this structure; "flux-dense" is the unconverted model
     nfe: int
     flops_t: float
     activated_b: float
@@ -32,6 +32,6 @@ TABLE1 = (
 DENSE = TABLE1[0]
 
 
-def first_row(preset: str) -> PaperRow | None:
+def first_row(preset: str) -> PaperRow:
     """The table's first row (most steps) of a structure."""
-    return next((row for row in TABLE1 if row.preset == preset), None)
+    return next(row for row in TABLE1 if row.preset == preset)

@@ -19,45 +19,37 @@ from typing import Any
 from report.paper import DENSE, TABLE1, PaperRow, first_row
 from report.read import ceilings_of, peer_rows
 
+from d2m_models import PRESETS, FluxMoEConfig, account
+
 PARTS = ("attention", "ffn", "gemm", "adaln", "rest")
 IMAGE, TEXT = 4096, 512  # tokens at 1024x1024
 MODELS = ("flux-dense", "flux-lite", "flux-mini", "flux-moe-l", "flux-moe-m", "flux-moe-s",
           "flux-moe-xs")  # fmt: skip
+CONFIGS = {"flux-dense": FluxMoEConfig(moe=None, dense_double_blocks=()), **PRESETS}
 _TILE = (128, 256)  # a GEMM's output tile on a GPU, for the rounding to whole waves
 
 
-def config_of(name: str) -> Any:
-    """`FluxMoEConfig` of a preset or of the dense model."""
-    from d2m_models import PRESETS, FluxMoEConfig
-
-    if name == "flux-dense":
-        return FluxMoEConfig(moe=None, dense_double_blocks=())
-    return PRESETS[name]
-
-
 def account_of(source: Any, image: int = IMAGE, text: int = TEXT) -> Any:
-    from d2m_models import account
-
-    config = config_of(source) if isinstance(source, str) else source
+    config = CONFIGS[source] if isinstance(source, str) else source
     return account(config, image_tokens=image, text_tokens=text)
 
 
 def blocks_run(config: Any) -> float:
     """Blocks that a forward runs: all outside groups, kappa of each group."""
-    total = config.num_layers + config.num_single_layers
-    if config.mob is None:
+    total, mob = config.num_layers + config.num_single_layers, getattr(config, "mob", None)
+    if mob is None:  # diffusers' own models have none
         return total
-    groups = config.mob.double_groups + config.mob.single_groups
-    return total - sum(len(g) for g in groups) + config.mob.active * len(groups)
+    groups = mob.double_groups + mob.single_groups
+    return total - sum(len(g) for g in groups) + mob.active * len(groups)
 
 
 def work(source: Any, image: int = IMAGE, text: int = TEXT) -> dict[str, float]:
     """Amount of each part in one forward (a preset name, "flux-dense", or a FLUX model)."""
-    counts = account_of(source, image, text)
-    config = config_of(source) if isinstance(source, str) else getattr(source, "d2m_config", None)
-    if config is None:  # diffusers' own model
-        config = type("Depth", (), dict(source.config) | {"mob": None})
-    parts = counts.parts
+    parts = account_of(source, image, text).parts
+    if isinstance(source, str):
+        config = CONFIGS[source]
+    else:
+        config = getattr(source, "d2m_config", source.config)
     return {
         "attention": parts["attention"].attention_flops,
         "ffn": parts["ffn"].flops,
@@ -103,8 +95,8 @@ class Calibration:
 
     attention, ffn, gemm: of its matrix-product ceiling. moe: the same for the MoE layer's own
     FLOPs, with the last wave of the calibrating machine in it where that has SMs. adaln: of its
-    copy ceiling. rest_bytes: bytes a token and block would have moved at the
-    copy ceiling in the time of "rest".
+    copy ceiling. rest_bytes: bytes a token and block would have moved at that ceiling in the time
+    of "rest".
     """
 
     source: str
@@ -174,7 +166,7 @@ def predict_parts(
     """Seconds of each part of a step, at 1024x1024 if nothing else is said."""
     amount, full = work(name, image, text), _fills(machine.sms, image + text)
     peak, rate = machine.tflops * 1e12, machine.tbps * 1e12
-    routed = 0.0 if config_of(name).moe is None else _moe_share(name)
+    routed = 0.0 if CONFIGS[name].moe is None else _moe_share(name)
     # A whole rate of the peak cannot be beaten, whatever the calibrating machine's ceiling was.
     # The measured MoE layer has a last wave in it, unless its machine knows none.
     full["moe"] = full["ffn"] if c.sms is None else 1.0
@@ -200,7 +192,7 @@ def predict_ratio(name: str, machine: Machine, c: Calibration, *tokens: int) -> 
 
 def _moe_share(name: str) -> float:
     """Share of a model's FFN FLOPs that is in MoE layers."""
-    config = config_of(name)
+    config = CONFIGS[name]
     stays = account_of(replace(config, moe=None)).parts["ffn"].flops
     now = account_of(config).parts["ffn"].flops
     width, hidden = 3072, 4 * 3072
@@ -227,13 +219,11 @@ def error_rows(
                      "note": note})  # fmt: skip
 
     for row in TABLE1:
-        if row.preset is None:
-            continue
         own = row.preset in ("flux-dense", "flux-lite", "flux-mini")
         note = "same model" if own else "the paper's kernels"
         seconds = row.nfe * predict(row.preset, H20, calibration)
         add("H20 (paper)", f"{row.name}, s", seconds, row.latency_s, note)
-        if row == first_row(row.preset) and row.preset != "flux-dense":
+        if row is first_row(row.preset) and row.preset != "flux-dense":
             ratio = predict_ratio(row.preset, H20, calibration)
             add("H20 (paper)", f"{row.name} / dense", ratio, _latency_ratio(row), note)
     for results in measured.values():
@@ -257,10 +247,7 @@ def _latency_ratio(row: PaperRow) -> float:
     return (row.latency_s / row.nfe) / (DENSE.latency_s / DENSE.nfe)
 
 
-def paper_ratio(name: str) -> dict[str, float] | None:
+def paper_ratio(name: str) -> dict[str, float]:
     """The paper's latency ratio to dense over our FLOPs ratio, attention in full on both sides."""
-    row = first_row(name)
-    if row is None:
-        return None
-    latency, flops = _latency_ratio(row), work_ratio(name)
+    latency, flops = _latency_ratio(first_row(name)), work_ratio(name)
     return {"latency_ratio": latency, "flops_ratio": flops, "latency_over_flops": latency / flops}

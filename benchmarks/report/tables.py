@@ -36,8 +36,7 @@ def how_measured(results: Mapping[str, Any]) -> str:
 
 def calibrations(all_results: Results) -> list[roofline.Calibration]:
     """One a machine that has dense's parts and a layer measured, GPUs first."""
-    found = [roofline.calibrate(results) for results in all_results.values()]
-    return [c for c in found if c is not None]
+    return [c for results in all_results.values() if (c := roofline.calibrate(results))]
 
 
 def table1(all_results: Results) -> Table:
@@ -107,10 +106,9 @@ def _predicted_cell(row: Any, machine: roofline.Machine, c: roofline.Calibration
 def _measured_cells(row: Any, results: Mapping[str, Any]) -> list[str]:
     model = results["models"].get(row.preset, {})
     keys = ("latency_ratio", "latency_over_flops", "latency_over_ideal")
-    cells = [f"{model[k]:.3f}" if k in model else "" for k in keys]
+    cells = [_number(model, key) for key in keys]
     if any("image_seconds" in m for m in results["models"].values()):
-        seconds = model.get("image_seconds", {}).get(str(row.nfe))
-        cells.append("" if seconds is None else f"{seconds:.2f}")
+        cells.append(_number(model.get("image_seconds", {}), str(row.nfe), 2))
     return cells
 
 
@@ -163,22 +161,20 @@ def models(all_results: Results) -> Table:
             for mode, entry in _modes(record):
                 if "step_seconds" not in entry:
                     continue
+                if "captured" in entry:
+                    mode = f"{mode} of {entry['captured']} code"
                 images, peak = entry.get("image_seconds", {}), entry.get("peak_bytes")
                 backend, config, run = origin_cells(name, results, record)
                 rows.append([
-                    machine_label(name, results), model, _mode(mode, entry),
+                    machine_label(name, results), model, mode,
                     _ms(entry["step_seconds"]),
                     _number(entry, "latency_ratio"), _number(entry, "latency_over_ideal"),
-                    *(f"{images[n]:.2f}" if n in images else "" for n in ("28", "8")),
+                    _number(images, "28", 2), _number(images, "8", 2),
                     "" if peak is None else f"{peak / 2**30:.1f}",
                     str(entry.get("launches", "")), str(entry.get("host_syncs", "")),
                     backend, config, str(record.get("attention") or ""), run,
                 ])  # fmt: skip
     return header, rows
-
-
-def _mode(mode: str, entry: Mapping[str, Any]) -> str:
-    return f"{mode} of {entry['captured']} code" if "captured" in entry else mode
 
 
 def _ms(seconds: float) -> str:
@@ -187,8 +183,8 @@ def _ms(seconds: float) -> str:
     return f"{ms:.0f}" if ms >= 1e4 else f"{ms:.4g}"
 
 
-def _number(entry: Mapping[str, Any], key: str) -> str:
-    return f"{entry[key]:.3f}" if key in entry else ""
+def _number(entry: Mapping[str, Any], key: str, digits: int = 3) -> str:
+    return f"{entry[key]:.{digits}f}" if key in entry else ""
 
 
 def prediction_error(all_results: Results) -> Table:

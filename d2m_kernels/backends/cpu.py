@@ -30,8 +30,7 @@ WORKSPACE_BYTES = 128 << 20  # the most that a thread keeps between calls
 _held = threading.local()
 
 
-def unavailable() -> str | None:
-    return native.cpu_available()
+unavailable = native.cpu_available
 
 
 def unsupported(device_type: str, dtype: torch.dtype) -> str | None:

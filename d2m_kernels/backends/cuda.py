@@ -18,8 +18,7 @@ NAME = "cuda"
 MAX_EXPERTS = 256  # kMaxExperts in csrc/cuda/common.cuh: what the kernels' shared memory holds
 
 
-def unavailable() -> str | None:
-    return native.cuda_available()
+unavailable = native.cuda_available
 
 
 def unsupported(device_type: str, dtype: torch.dtype) -> str | None:
@@ -62,8 +61,7 @@ def permute(ids_TK, num_experts: int):
     return native.cuda_permute(ids_TK, num_experts)
 
 
-def combine(y_ND, inverse_TK, weights_TK, offsets, base_TD=None, bias_D=None, scale=1.0):
-    return native.cuda_combine(y_ND, inverse_TK, weights_TK, offsets, base_TD, bias_D, scale)
+combine = native.cuda_combine
 
 
 def grouped_gemm(*args):

@@ -21,7 +21,19 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # D2mDtype in
 
 @functools.cache
 def _load(name: str):
-    """(module, None) or (None, why not)."""
+    """(module, None) or (None, why not); for `_d2m_cuda` NVRTC and CuPy can stand in."""
+    module, reason = _import(name)
+    if module is None and name == "_d2m_cuda":
+        from d2m_kernels.backends import nvrtc
+
+        why = nvrtc.unavailable()
+        if why is None:
+            return nvrtc, None
+        reason = f"{reason}, and NVRTC cannot stand in for it: {why}"
+    return module, reason
+
+
+def _import(name: str):
     try:
         module = importlib.import_module(name)
     except ImportError as error:
@@ -50,33 +62,12 @@ def cpu_available() -> str | None:
     return _load("_d2m_cpu")[1]
 
 
-@functools.cache
-def _load_cuda():
-    """`_d2m_cuda`, or without it the same kernels through NVRTC and CuPy; (module, why not)."""
-    module, reason = _load("_d2m_cuda")
-    if module is None:
-        from d2m_kernels.backends import nvrtc
-
-        why = nvrtc.unavailable()
-        if why is None:
-            return nvrtc, None
-        reason = f"{reason}, and NVRTC cannot stand in for it: {why}"
-    return module, reason
-
-
 def cuda_available() -> str | None:
     """None if the CUDA kernels can be used on this machine, else the reason why not."""
-    module, reason = _load_cuda()
+    module, reason = _load("_d2m_cuda")
     if reason is None and not torch.cuda.is_available():
         return f"{module.__name__} is there, but torch sees no CUDA device"
     return reason
-
-
-def _need_cuda():
-    module, reason = _load_cuda()
-    if module is None:
-        raise RuntimeError(reason)
-    return module
 
 
 def _matrix(x: torch.Tensor | None) -> tuple[int, int, int]:
@@ -93,12 +84,6 @@ def _flat(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
 
 def _address(x: torch.Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
-
-
-def _slots_per_token(inverse: torch.Tensor, weights_TK: torch.Tensor | None) -> tuple[int, int]:
-    """(T, K); `inverse` may be flat where the weights give the shape, else it is [T, K]."""
-    T, K = inverse.shape if weights_TK is None else weights_TK.shape
-    return T, K
 
 
 # ------------------------------------------------------------------------------------------ CPU
@@ -140,17 +125,24 @@ def cpu_combine(
     [T, D] in y's dtype. Sums are fp32; slots with inverse >= offsets[E] are skipped; weights
     None means ones (then `inverse_N` has to be [T, K]). `out`: contiguous, may be `base_TD`.
     """
-    m = _need("_d2m_cpu")
-    (T, K), D = _slots_per_token(inverse_N, weights_TK), y_ND.shape[1]
+    run, threads = _need("_d2m_cpu").combine, torch.get_num_threads()
+    slots = (y_ND, inverse_N, weights_TK, offsets)
+    return _combine(run, threads, *slots, base_TD, bias_D, scale, out)
+
+
+def _combine(run, where, y_ND, inverse_N, weights_TK, offsets, base_TD, bias_D, scale, out=None):
+    """`run`: an extension's `combine`; `where`: threads, or the stream."""
+    (T, K), D = (inverse_N if weights_TK is None else weights_TK).shape, y_ND.shape[1]
     out_TD = y_ND.new_empty(T, D) if out is None else out
     inverse_N, offsets = _flat(inverse_N, torch.int32), _flat(offsets, torch.int32)
     weights_TK = _flat(weights_TK, torch.float32)
     bias_D = None if bias_D is None else bias_D.contiguous()
-    m.combine(
-        *_matrix(y_ND), inverse_N.data_ptr(), _address(weights_TK), offsets.data_ptr(),
-        offsets.numel() - 1, *_matrix(base_TD), *_matrix(bias_D)[:2], scale,
-        out_TD.data_ptr(), T, D, K, torch.get_num_threads(),
-    )  # fmt: skip
+    if T * D:
+        run(
+            *_matrix(y_ND), inverse_N.data_ptr(), _address(weights_TK), offsets.data_ptr(),
+            offsets.numel() - 1, *_matrix(base_TD), *_matrix(bias_D)[:2], scale,
+            out_TD.data_ptr(), T, D, K, where,
+        )  # fmt: skip
     return out_TD
 
 
@@ -178,8 +170,12 @@ def _stream(x: torch.Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream
 
 
-def _cuda_route(x_TD, router_ED, top_k, mask_T, permuted, adaln=None):
-    m = _need_cuda()
+def cuda_route_permute(x_TD, router_ED, top_k: int, mask_T=None, adaln=None):
+    """Gate of eqs. 2-3 and the counting sort, counted on the way: one launch fewer than apart.
+
+    -> probs [T, E] fp32, weights [T, K] fp32, ids [T, K], offsets [E + 1], order [N], inverse [N].
+    """
+    m = _need("_d2m_cuda")
     (T, D), E = x_TD.shape, router_ED.shape[0]
     if router_ED.dtype not in (torch.float32, x_TD.dtype):
         router_ED = router_ED.float()
@@ -196,7 +192,7 @@ def _cuda_route(x_TD, router_ED, top_k, mask_T, permuted, adaln=None):
             tail = (
                 *_matrix(router_ED), _address(mask_T), T, D, E, top_k, probs_TE.data_ptr(),
                 weights_TK.data_ptr(), ids_TK.data_ptr(), offsets.data_ptr(),
-                _address(order_N if permuted and top_k else None), inverse_N.data_ptr(),
+                _address(order_N if top_k else None), inverse_N.data_ptr(),
                 workspace.data_ptr(), _stream(x_TD),
             )  # fmt: skip
             if adaln is None:
@@ -204,19 +200,6 @@ def _cuda_route(x_TD, router_ED, top_k, mask_T, permuted, adaln=None):
             else:
                 m.modulate_route(*_matrix(x_TD), *adaln, *tail)
     return probs_TE, weights_TK, ids_TK, offsets, order_N, inverse_N
-
-
-def cuda_route(x_TD, router_ED, top_k: int, mask_T=None):
-    """Gate of eqs. 2-3 -> probs [T, E] fp32, weights [T, K] fp32, ids [T, K] int32."""
-    return _cuda_route(x_TD, router_ED, top_k, mask_T, permuted=False)[:3]
-
-
-def cuda_route_permute(x_TD, router_ED, top_k: int, mask_T=None):
-    """`cuda_route` and the counting sort, counted on the way: one launch fewer than apart.
-
-    -> probs, weights, ids, offsets [E + 1], order [N], inverse [N].
-    """
-    return _cuda_route(x_TD, router_ED, top_k, mask_T, permuted=True)
 
 
 def cuda_modulate_route(x_TD, scale_BD, shift_BD, eps, router_ED, top_k: int, mask_T=None):
@@ -228,12 +211,12 @@ def cuda_modulate_route(x_TD, scale_BD, shift_BD, eps, router_ED, top_k: int, ma
         scale_BD.data_ptr(), scale_BD.stride(0), shift_BD.data_ptr(), shift_BD.stride(0), tokens,
         eps, out_TD.data_ptr(),
     )  # fmt: skip
-    return out_TD, *_cuda_route(x_TD, router_ED, top_k, mask_T, True, adaln)
+    return out_TD, *cuda_route_permute(x_TD, router_ED, top_k, mask_T, adaln)
 
 
 def cuda_permute(ids_TK, num_experts: int):
     """Stable counting sort by expert -> offsets [E + 1], order [N], inverse [N], all int32."""
-    m = _need_cuda()
+    m = _need("_d2m_cuda")
     ids_N = _flat(ids_TK, torch.int32)
     N = ids_N.numel()
     offsets = (ids_N.new_empty if N else ids_N.new_zeros)(num_experts + 1)
@@ -252,17 +235,6 @@ def cuda_combine(
     y_ND, inverse_N, weights_TK, offsets, base_TD=None, bias_D=None, scale: float = 1.0
 ):
     """`cpu_combine` on the GPU."""
-    m = _need_cuda()
-    (T, K), D = _slots_per_token(inverse_N, weights_TK), y_ND.shape[1]
-    out_TD = y_ND.new_empty(T, D)
-    inverse_N, offsets = _flat(inverse_N, torch.int32), _flat(offsets, torch.int32)
-    weights_TK = _flat(weights_TK, torch.float32)
-    bias_D = None if bias_D is None else bias_D.contiguous()
-    if T * D:
-        with torch.cuda.device(y_ND.device):
-            m.combine(
-                *_matrix(y_ND), inverse_N.data_ptr(), _address(weights_TK), offsets.data_ptr(),
-                offsets.numel() - 1, *_matrix(base_TD), *_matrix(bias_D)[:2], scale,
-                out_TD.data_ptr(), T, D, K, _stream(y_ND),
-            )  # fmt: skip
-    return out_TD
+    run, slots = _need("_d2m_cuda").combine, (y_ND, inverse_N, weights_TK, offsets)
+    with torch.cuda.device(y_ND.device):
+        return _combine(run, _stream(y_ND), *slots, base_TD, bias_D, scale)

@@ -2,7 +2,7 @@
 
 Shapes: T tokens, D model, E experts, K top-k, N = T*K slots.
 
-`route`, `permute`, `combine` and `workspace_ints` take what `_d2m_cuda`'s take, so `_ext.py` can
+`route`, `permute`, `combine` and `workspace_ints` take what `_d2m_cuda`'s take, so `native.py` can
 use this module in its place. NVRTC is called through ctypes and needs no driver; what it made is
 kept in $D2M_CACHE_DIR (default ~/.cache/dense2moe), one cubin per kernel, GPU architecture and
 source text.
@@ -112,10 +112,6 @@ def compile_kernel(expression: str, header: str, arch: str) -> tuple[bytes, str]
         lib.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def cache_dir() -> Path:
-    return Path(os.environ.get("D2M_CACHE_DIR") or Path.home() / ".cache" / "dense2moe")
-
-
 def cached_kernel(expression: str, header: str, arch: str) -> tuple[Path, str]:
     """`compile_kernel`, kept on disk -> (path of the cubin, the kernel's name in it)."""
     major, minor = ctypes.c_int(), ctypes.c_int()
@@ -123,7 +119,7 @@ def cached_kernel(expression: str, header: str, arch: str) -> tuple[Path, str]:
     text = "".join(p.read_text() for p in sorted(source_dir().glob("*.cuh")))
     parts = (expression, header, arch, *_OPTIONS, f"{major.value}.{minor.value}", text)
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    folder = cache_dir()
+    folder = Path(os.environ.get("D2M_CACHE_DIR") or Path.home() / ".cache" / "dense2moe")
     cubin, name = folder / f"{key}.cubin", folder / f"{key}.name"
     if cubin.is_file() and name.is_file():
         return cubin, name.read_text()
@@ -205,17 +201,7 @@ def workspace_ints(E: int) -> int:
     return (E + 1) * MAX_BLOCKS
 
 
-def route(
-    x, x_dtype, x_stride, router, router_dtype, router_stride, mask, T, D, E, K,
-    probs, weights, ids, offsets, order, inverse, workspace, stream,
-):  # fmt: skip
-    _route(
-        x, x_dtype, x_stride, 0, 0, 0, 0, 1, 0.0, 0, router, router_dtype, router_stride, mask,
-        T, D, E, K, probs, weights, ids, offsets, order, inverse, workspace, stream,
-    )  # fmt: skip
-
-
-def _route(
+def modulate_route(
     x, x_dtype, x_stride, scale, scale_stride, shift, shift_stride, tokens, eps, modulated,
     router, router_dtype, router_stride, mask, T, D, E, K,
     probs, weights, ids, offsets, order, inverse, workspace, stream,
@@ -266,7 +252,9 @@ def _route(
         _rank(ids, T * K, E, blocks, span * K, offsets, order, inverse, workspace, stream)
 
 
-modulate_route = _route
+def route(x, x_dtype, x_stride, *rest):
+    """`modulate_route` of x as it is; `rest`: its arguments from the router on."""
+    modulate_route(x, x_dtype, x_stride, 0, 0, 0, 0, 1, 0.0, 0, *rest)
 
 
 def _rank(ids, N, E, blocks, span, offsets, order, inverse, workspace, stream):

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from d2m_kernels.activations import activate, activate_backward, pointwise, pointwise_backward
-from d2m_kernels.backends import reference
-from d2m_kernels.backends.reference import permute, spans
+from d2m_kernels.backends.reference import combine, permute, route, spans
 from d2m_kernels.contract import FFNAttrs, FFNGrads, FFNInputs
 from d2m_kernels.eager import each_stream, each_stream_bwd
 
@@ -23,18 +22,13 @@ NAME = "torch"
 
 
 def unavailable() -> str | None:
-    return (
-        None if hasattr(F, "grouped_mm") else "torch.nn.functional.grouped_mm needs torch >= 2.10"
-    )
+    there = hasattr(F, "grouped_mm")
+    return None if there else "torch.nn.functional.grouped_mm needs torch >= 2.10"
 
 
 def unsupported(device_type: str, dtype: torch.dtype) -> str | None:
-    served = (
-        (torch.bfloat16,)
-        if device_type == "cuda"
-        else (torch.bfloat16, torch.float16, torch.float32)
-    )
-    if dtype not in served:
+    on_cpu = () if device_type == "cuda" else (torch.float16, torch.float32)
+    if dtype not in (torch.bfloat16, *on_cpu):
         return "grouped_mm serves bf16 on CUDA; bf16, fp16 and fp32 on the CPU"
     return None
 
@@ -47,14 +41,6 @@ def layout_reason(*operands: torch.Tensor) -> str | None:
         if t.data_ptr() % 16 or inner != 1 or outer % unit:
             return f"strides {t.stride()} of {t.dtype} are no multiple of 16 bytes"
     return None
-
-
-def route(x_TD, router_ED, top_k, mask_T=None):
-    return reference.route(x_TD, router_ED, top_k, mask_T)
-
-
-def combine(y_ND, inverse_TK, weights_TK, offsets, base_TD=None, bias_D=None, scale=1.0):
-    return reference.combine(y_ND, inverse_TK, weights_TK, offsets, base_TD, bias_D, scale)
 
 
 def _served(a, b) -> bool:

@@ -10,7 +10,7 @@ The first says which block is at fault, the second what has become of the error 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from d2m_models.checkpoints.load import load_model
 from d2m_models.checkpoints.source import check_dtypes, open_source
 from d2m_models.config import KINDS, group_names
 from d2m_models.flux import FluxMoETransformer2DModel
+from d2m_models.inspection.table import text_table
 from d2m_models.output import block_features, watched
 from d2m_models.topk import set_top_k
 
@@ -145,19 +146,10 @@ def diff_checkpoints(
 
 def diff_table(errors: dict[str, BlockError]) -> str:
     """Worst block first."""
-    width = max(len(name) for name in errors)
-    head = (
-        f"{'block':{width}}  {'own image':>10}  {'own text':>10}  "
-        f"{'image after':>11}  {'text after':>10}"
-    )
-    lines = [head, "-" * len(head)]
-    for name, e in errors.items():
-        after = ["" if v is None else f"{v:.3e}" for v in (e.output_image, e.output_text)]
-        lines.append(
-            f"{name:{width}}  {e.own_image:>10.3e}  {e.own_text:>10.3e}  {after[0]:>11}  "
-            f"{after[1]:>10}"
-        )
-    return "\n".join(lines)
+    rows = [("block", "own image", "own text", "image after", "text after")]
+    for name, error in errors.items():
+        rows.append((name, *("" if v is None else f"{v:.3e}" for v in astuple(error))))
+    return text_table(rows)
 
 
 def draw_diff(errors: dict[str, BlockError], path: str | Path) -> Path:
@@ -171,7 +163,6 @@ def draw_diff(errors: dict[str, BlockError], path: str | Path) -> Path:
     values = {}
     for name in sorted(errors, key=place):
         short = f"{'S' if name.startswith('single') else 'D'}{name.split('.')[1]}"
-        values[f"{short} image"], values[f"{short} text"] = (
-            errors[name].own_image, errors[name].own_text,
-        )  # fmt: skip
+        values[f"{short} image"] = errors[name].own_image
+        values[f"{short} text"] = errors[name].own_text
     return dots(path, values, "error relative to the block's update")

@@ -91,7 +91,8 @@ def _meta_model(path: str) -> Any:
         return classes[kind].from_config(config)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text under a header, the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for n, row in enumerate(rows):
@@ -128,7 +129,7 @@ def module_table(found: Inspection) -> str:
     if found.paper is not None:
         flops, params = found.paper
         rows.append(("the paper", "", "", f"{1000 * params:,.1f}", "", f"{flops:.2f}"))
-    return _table(rows)
+    return text_table(rows)
 
 
 def _unit(value: float, least: Mapping[str, float]) -> tuple[float, str]:
@@ -149,7 +150,7 @@ def family_table(found: Sequence[Inspection]) -> str:
         cells.append(f"{paper[1]:.2f}" if paper else "")
         cells += [f"{c.flops / 1e12:.2f}", f"{c.flops_half_attention / 1e12:.2f}"]
         rows.append((one.name, *cells, f"{paper[0]:.2f}" if paper else ""))
-    return _table(rows)
+    return text_table(rows)
 
 
 def draw(found: Sequence[Inspection], path: str | Path) -> Path:

@@ -209,8 +209,7 @@ def plan(config: DistillConfig, gpus: int | None = None, size: int = 1024) -> li
 
 def token_counts(config: DistillConfig, size: int) -> tuple[int, int]:
     """(image, text) tokens of a sample; a token is 16 x 16 pixels."""
-    if config.data.name in ("digits", "photos"):
-        source = Digits if config.data.name == "digits" else Photos
+    if source := {"digits": Digits, "photos": Photos}.get(config.data.name):
         return source.image_tokens, source.text_tokens
     return (size // 16) ** 2, config.data.max_sequence_length
 

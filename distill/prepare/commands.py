@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import fields
 from typing import Any
 
 from distill.errors import UserError
 
 HELP = "turn images with captions into latent shards for training; resumable"
 FORMATS = ("float16", "bfloat16", "float32")
+READING = ("layout", "caption_column", "image_column", "split", "name", "streaming")
 
 
 def add_command(commands: Any) -> argparse.ArgumentParser:
@@ -106,34 +108,17 @@ def run_prepare(args: argparse.Namespace) -> None:
     from distill.device import pick_device
     from distill.prepare.prepare import Settings, prepare
 
+    given = vars(args) | {"length": args.max_sequence_length}
     manifest = prepare(
         args.source,
         args.out,
         args.model,
-        Settings(
-            size=args.size,
-            max_aspect=args.max_aspect,
-            max_upscale=args.max_upscale,
-            latents=args.latents,
-            dtype=args.dtype,
-            precision=args.precision,
-            text_embeddings=args.text_embeddings,
-            length=args.max_sequence_length,
-            text_precision=args.text_precision,
-            shard_mb=args.shard_mb,
-            batch=args.batch,
-            seed=args.seed,
-        ),
+        Settings(**{field.name: given[field.name] for field in fields(Settings)}),
         device=pick_device(args.device),
         workers=args.workers,
         max_bad=args.max_bad,
-        layout=args.layout,
-        caption_column=args.caption_column,
-        image_column=args.image_column,
-        split=args.split,
-        name=args.name,
-        streaming=args.streaming,
         part=(int(part[1]), int(part[2])),
+        **{name: given[name] for name in READING},
     )
     for name, bucket in manifest["buckets"].items():
         print(f"{name:>10}  {bucket['samples']:>9} samples")

@@ -235,7 +235,7 @@ def recorder():
         session=types.SimpleNamespace(attention=None),
         race=lambda runs, ours, rounds, budget: race.race(runs, rounds, CPU, budget),
         model=lambda name, record: kept.set("models", name, record),
-        model_line=lambda name, record: None,
+        backend=lambda: "torch",
     )  # fmt: skip
 
 
