@@ -62,6 +62,7 @@ def python_snippets():
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("code", python_snippets())
 def test_snippet_runs(code, tmp_path):
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

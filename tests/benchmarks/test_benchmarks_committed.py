@@ -62,6 +62,7 @@ def words_and_pictures(page: Path) -> tuple[str, list[bytes]]:
     return re.sub(r'base64,[^"]*', "", text), [base64.b64decode(d) for d in data]
 
 
+@pytest.mark.long
 def test_the_committed_report_is_current(tmp_path):
     """Words, numbers and tables; the pictures' bytes belong to matplotlib's version."""
     for path in RESULTS.glob("*.json"):
@@ -167,6 +168,7 @@ def test_a_page_with_bad_markers_is_refused(folder, text, message):
         report_page.update_page(readme, folder)
 
 
+@pytest.mark.slow
 def test_draw_command(folder):
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks/draw.py", "--results", folder],

@@ -153,6 +153,7 @@ def test_compare_says_in_a_line_what_is_wrong_with_a_file(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_compare_says_in_a_line_what_git_said(tmp_path):
     """As a program: nothing was measured, no work tree stays behind, no traceback."""
     (tmp_path / "benchmarks/harness").mkdir(parents=True)

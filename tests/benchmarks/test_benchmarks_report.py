@@ -181,6 +181,7 @@ def test_report_is_self_contained_and_described(folder):
         assert (folder / file).stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_rendering_twice_gives_the_same_bytes(folder):
     def files():
         report_page.render(folder)

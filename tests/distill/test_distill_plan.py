@@ -179,6 +179,7 @@ def test_flops_and_time_by_hand():
     assert f"{2 * 32 * planned.flops / 1e9 / 3600:.2f} hours in all at 0.001 TFLOP/s" in text
 
 
+@pytest.mark.long
 def test_the_command_loads_nothing(tmp_path, monkeypatch, capsys):
     from distill.cli import main
 

@@ -61,6 +61,7 @@ def _config(tmp_path, flux, **data):
     return path
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("guidance", [False, True])
 def test_from_images_to_a_student(tmp_path, guidance, capsys):
     flux = flux_folder(tmp_path / "flux", guidance=guidance)

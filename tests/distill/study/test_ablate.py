@@ -48,6 +48,7 @@ def test_a_worker_that_is_ended_leaves_its_task_in_order(tmp_path):
     assert (tmp_path / "left").exists()
 
 
+@pytest.mark.slow
 def test_a_task_beside_is_waited_for_and_may_fail(tmp_path):
     with beside(ablate_jobs.double, {"value": 1, "wait": 0.3, "marks": str(tmp_path)}):
         pass

@@ -191,6 +191,7 @@ def test_report_renders_again(demo, d2m):
 # --- the other commands ---------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_help_is_quick_and_lists_commands(d2m):
     process = d2m("--help")
     for command in ("demo", "convert", "distill", "sample", "inspect", "report"):
@@ -251,6 +252,7 @@ def test_distill_writes_a_model_and_logs(distilled, d2m):
     assert "wrote" in d2m("distill", distilled.parent / "config.yaml", "--out", distilled).stdout
 
 
+@pytest.mark.slow
 def test_changed_settings_are_refused(distilled, d2m):
     process = d2m(
         "distill", distilled.parent / "config.yaml", "--out", distilled, "--seed", "5", check=False
