@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError
-from distill.files import fingerprint
 from distill.prepare.item import Captions, Item, caption_of
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
@@ -60,6 +59,8 @@ def open_hf(
         rows = (data.skip(start) if start else data) if streaming else range(start, len(data))
         for number, row in enumerate(rows, start):
             yield Item(f"{split}/{number}", lambda row=row: load(row))
+
+    from distill.files import fingerprint  # brings torch, which `d2m --help` does without
 
     # A streamed dataset has no fingerprint of its own: its name, split and revision must do.
     version = getattr(data.info, "version", None)
