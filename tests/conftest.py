@@ -13,8 +13,8 @@ import pytest
 CPU_SECONDS = 5.0  # more than that takes the mark `slow`
 EXEMPT = ("slow", "long", "gpu")
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: the workers are the threads
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+if os.environ.pop("PYTEST_XDIST_WORKER", None):  # a pytest that a test starts is none
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: workers are threads
 
 
 def pytest_addoption(parser):
