@@ -161,7 +161,7 @@ def test_compare_says_in_a_line_what_git_said(tmp_path):
         shutil.copy(ROOT / "benchmarks" / name, tmp_path / "benchmarks" / name)
 
     def run(*command):
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
     def compared():
         return run(sys.executable, "benchmarks/compare.py", "--run", "no-such-branch", ".")

@@ -218,7 +218,7 @@ def test_report_opens_without_a_console_message(folder, tmp_path, scheme):
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
          f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000", *flags,
          "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert run.returncode == 0 and "<h1>" in run.stdout, run.stderr[-2000:]
     assert "CONSOLE" not in run.stderr, run.stderr[-2000:]

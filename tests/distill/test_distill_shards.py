@@ -131,7 +131,7 @@ def test_two_ranks_learn_the_same(tmp_path):
         start_new_session=True,
     )
     try:
-        output, _ = run.communicate(timeout=240)
+        output, _ = run.communicate(timeout=900)
     except subprocess.TimeoutExpired:
         os.killpg(run.pid, 9)
         raise AssertionError(f"hung: {run.communicate()[0][-3000:]}") from None

@@ -246,7 +246,7 @@ def main(jobs: list[dict]) -> None:
     from distill.errors import UserError
     from distill.loop.parallel import start_world, stop_world
 
-    world = start_world(ParallelConfig(**jobs[0].get("parallel", {}), timeout_minutes=2), "cpu")
+    world = start_world(ParallelConfig(**jobs[0].get("parallel", {}), timeout_minutes=10), "cpu")
     try:
         for job in jobs:
             try:

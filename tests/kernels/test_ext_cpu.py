@@ -266,7 +266,7 @@ def run_python(code, **env):
 
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True, text=True, timeout=120, env={**os.environ, **env},
+        capture_output=True, text=True, timeout=400, env={**os.environ, **env},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     return run.stdout

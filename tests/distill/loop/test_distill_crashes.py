@@ -196,7 +196,7 @@ def test_a_file_that_cannot_be_written_is_one_message(tmp_path):
         run(folder, on_step=stop)
     queue = multiprocessing.get_context("forkserver").Queue()
     process = spawn(limited, folder, queue)
-    message = queue.get(timeout=120)
+    message = queue.get(timeout=600)
     process.join(60)
     assert "cannot write the checkpoint of step 9" in message and "step-0000006 remains" in message
     assert not list(folder.glob(".step-*")) and complete_and_readable(folder) == [3, 6]

@@ -24,7 +24,7 @@ from distill.loop.parallel import World, start_world
 from distill.loop.progress import read_log
 
 slow = pytest.mark.slow
-LIMIT = 240  # seconds after which a run that hangs is ended
+LIMIT = 1200  # seconds after which a run that hangs is ended
 
 
 def launch(jobs, processes, folder, check=True, **options):

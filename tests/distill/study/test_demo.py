@@ -171,7 +171,7 @@ def test_interrupted_demo_continues_to_the_same_result(demo, d2m, cache, tmp_pat
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=400)
     assert process.returncode == 130 and "interrupted" in errors and "Traceback" not in errors
     assert not list(out.rglob("*.tmp")) and not (out / "results.json").exists()
     process = d2m("demo", "--quick", "--out", out, "--device", "cpu")
