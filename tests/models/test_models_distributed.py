@@ -11,7 +11,7 @@ from d2m_models import MixtureOfBlocks
 from d2m_models.mob import pool_tokens
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is absent"),
 ]
 X, C = torch.arange(96.0).view(2, 6, 8).sin(), torch.arange(32.0).view(2, 2, 8).cos()
