@@ -5,8 +5,10 @@ Shapes: B samples, I image tokens, X text tokens, D width, A AdaLN input.
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ import torch
 from diffusers import FluxTransformer2DModel, ModelMixin  # noqa: F401
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import apply_lora_scale
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
@@ -43,9 +46,22 @@ DENSE_ARGUMENTS = (
 private.register_blocks(FluxMoETransformerBlock, FluxMoESingleTransformerBlock)
 
 
+def _promised(folder: Path) -> set[str]:
+    """Tensors that a local folder's index names and no shard holds. diffusers goes by the index: a
+    buffer it does not find stays as it was made."""
+    absent = set()
+    for index in folder.glob("diffusion_pytorch_model.safetensors.index.json"):
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        absent |= shards.keys()
+        for file in set(shards.values()):
+            with safe_open(folder / file, framework="pt") as shard:
+                absent -= set(shard.keys())
+    return absent
+
+
 def refuse_missing(path: Any, model: nn.Module, info: dict[str, Any]) -> None:
     """Raises where a model that diffusers loaded has tensors that were not in the files."""
-    missing = set(info.get("missing_keys") or ())
+    missing = set(info.get("missing_keys") or ()) | _promised(Path(path))
     if not getattr(model, "hf_device_map", None):  # what its index promises, but no shard holds
         missing |= {name for name, tensor in model.state_dict().items() if tensor.is_meta}
     missing = sorted(missing)
@@ -289,7 +305,7 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
         """As diffusers', but a checkpoint that lacks tensors is refused, not filled at random."""
         wanted = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)
-        refuse_missing(path, model, info)
+        refuse_missing(Path(path, kwargs.get("subfolder") or ""), model, info)
         return (model, info) if wanted else model
 
     @classmethod

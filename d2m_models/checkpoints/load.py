@@ -62,7 +62,7 @@ def _load(kind: Any, path: Path | str, folder: Path, what: str, **options: Any) 
         model, info = kind.from_pretrained(
             path, use_safetensors=True, output_loading_info=True, **options
         )
-        refuse_missing(path, model, info)
+        refuse_missing(folder, model, info)
         return model
     except Exception as err:  # diffusers, safetensors and the hub client raise many kinds
         raise ValueError(f"cannot load {what}: {' '.join(str(err).split())}") from err
