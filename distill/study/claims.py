@@ -1,4 +1,4 @@
-"""Verdicts on claims: the rule, the file claims.json, and the README's table of it.
+"""Verdicts on claims: the rule, the file claims.json, and the table of it in docs/claims.md.
 
 The rule. A claim says that one measured value, `low`, is lower than another, `high`: the error of
 the method said to be better, or what chance gives. Both are measured under the same seeds, and seed
