@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from distill.configs.checked import load_config
 from distill.configs.sections import LossConfig
 from distill.configs.training import TrainConfig
+from distill.data.batch import held_out_batch
 from distill.data.digits import Digits
 from distill.loop.objective import Distillation
 from distill.loop.train import train
@@ -27,7 +28,7 @@ from distill.students import make_student, record_activations
 from distill.study.comparators import Context
 from distill.study.config import DemoConfig
 from distill.study.demo import start
-from distill.study.measure import held_out_batch, predict, relative_mse
+from distill.study.measure import predict, relative_mse
 
 MARKS = (0, 25, 50, 100, 200, 400)
 

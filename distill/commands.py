@@ -12,7 +12,7 @@ from distill.errors import UserError, library_errors
 
 
 def add_commands(commands: Any) -> None:
-    """Adds `distill` and `sample` to the parser of `d2m`."""
+    """Adds `distill`, `teacher` and `sample` to the parser of `d2m`."""
     distil = commands.add_parser("distill", help="distil a student as a YAML file says; resumable")
     distil.add_argument("config", metavar="CONFIG.yaml", help="e.g. digits.yaml, which is built in")
     distil.add_argument("--out", help="output folder instead of the configuration's")
@@ -35,6 +35,16 @@ def add_commands(commands: Any) -> None:
     )  # fmt: skip
     add_device(distil)
     distil.set_defaults(run=run_distill)
+
+    teacher = commands.add_parser("teacher", help="train a small dense FLUX; resumable")
+    teacher.add_argument("config", metavar="CONFIG.yaml", help="e.g. icons.yaml, which is built in")
+    teacher.add_argument("--out", help="output folder instead of the configuration's")
+    teacher.add_argument(
+        "--accept-changed-config", action="store_true",
+        help="go on with a run that was begun with other settings",
+    )  # fmt: skip
+    add_device(teacher)
+    teacher.set_defaults(run=run_teacher)
 
     sample = commands.add_parser("sample", help="draw digits from a distilled model into a PNG")
     sample.add_argument("model", metavar="MODEL", help="folder of a saved model")
@@ -82,6 +92,21 @@ def run_distill(args: argparse.Namespace) -> None:
         folder = distill(config, device, accept_changed=args.accept_changed_config)
     if os.environ.get("RANK", "0") == "0":
         print(f"wrote {folder}")
+
+
+def run_teacher(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from distill.configs.checked import load_config
+    from distill.configs.sections import TeacherRun
+    from distill.teacher import train_teacher
+
+    config = load_config(TeacherRun, args.config)
+    if args.out is not None:
+        config = replace(config, out=args.out)
+    device = pick_device(args.device)
+    with library_errors():
+        print(f"wrote {train_teacher(config, device, args.accept_changed_config)}")
 
 
 def run_sample(args: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
-"""The dense teacher: a small FLUX trained on real digits and cached, or a saved one."""
+"""The dense teacher: a small FLUX trained on data that is built in, or a saved one."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,16 @@ from torch import Tensor, nn
 from d2m_models.checkpoints.load import load_flux
 from distill import files as ckpt
 from distill.configs.checked import to_dict
-from distill.configs.sections import DataConfig, TeacherConfig
+from distill.configs.sections import DataConfig, TeacherConfig, TeacherRun
 from distill.configs.training import TrainConfig, settings
+from distill.data.batch import held_out_batch
 from distill.data.digits import ClassPrompts, Digits
+from distill.data.sources import built_in
 from distill.errors import library_errors
 from distill.importance import flow_matching_loss
-from distill.loop.train import train
+from distill.loop.parallel import World
+from distill.loop.train import Preview, train
+from distill.sampling import Previews, evaluating
 
 # Raise when the data, the model or the loss changes, so that cached teachers are retrained.
 VERSION = 1
@@ -52,7 +57,7 @@ def build_teacher(config: TeacherConfig, seed: int, data: type[ClassPrompts] = D
 
 def train_dense(
     model: nn.Module, source: Any, config: TrainConfig, folder: Path, *, seed: int, run_id: str,
-    progress: bool,
+    progress: bool, preview: Preview | None = None, accept_changed: bool = False,
 ) -> nn.Module:  # fmt: skip
     """A dense model, trained by flow matching or found trained in `folder`; frozen, eval mode."""
     device = next(model.parameters()).device
@@ -61,7 +66,8 @@ def train_dense(
         batch = source.batch(seed, step, config.batch_size)
         return {"loss": flow_matching_loss(model, batch.to(device))}
 
-    train(model, objective, config, folder, run_id=run_id, label="teacher", progress=progress)
+    train(model, objective, config, folder, run_id=run_id, label="teacher", progress=progress,
+          preview=preview, accept_changed=accept_changed)  # fmt: skip
     return model.eval().requires_grad_(False)
 
 
@@ -86,9 +92,10 @@ def load_teacher(
     run_id = ckpt.fingerprint(
         VERSION, settings(config), to_dict(data), seed, torch.device(device).type
     )
+    source = built_in(data)
     return train_dense(
-        build_teacher(config, seed).to(device),
-        Digits("train", data.timesteps, data.timestep_grid),
+        build_teacher(config, seed, type(source)).to(device),
+        source,
         config.train,
         cache_folder() / f"teacher-{run_id}",
         seed=seed,
@@ -108,3 +115,42 @@ def modulation_inputs(teacher: nn.Module, source: Any, count: int, seed: int) ->
     with torch.no_grad():
         temb = teacher.time_text_embed(*(v * 1000 for v in times), pooled.to(weight.dtype))
     return temb.float()
+
+
+def train_teacher(run: TeacherRun, device: str = "cpu", accept_changed: bool = False) -> Path:
+    """`d2m teacher`: OUT/model, the trained model in fp16; OUT/training has checkpoints and log.
+
+    Every `train.preview_every` steps OUT/previews gets samples, and OUT/held-out.jsonl the loss on
+    fixed triples of the training data and of what it leaves out.
+    """
+    config, out, train_config = run.teacher, ckpt.make_folder(run.out), run.teacher.train
+    assert train_config is not None
+    source = built_in(run.data)
+    model = build_teacher(config, run.seed, type(source))
+    if run.start is not None:
+        with library_errors():
+            ckpt.load_state(model, load_flux(run.start).float().state_dict(), run.start)
+    splits = source.splits
+    held = {s: held_out_batch(built_in(run.data, s), 512, run.seed) for s in splits}
+    draw = Previews(source, out / "previews", run.seed, World(), run.data, train_config)
+
+    def check(model: nn.Module, step: int) -> None:
+        row: dict[str, float] = {"step": step}
+        with evaluating(model):
+            for split, batch in held.items():
+                losses = [float(flow_matching_loss(model, batch[i : i + 64].to(device)))
+                          for i in range(0, 512, 64)]  # fmt: skip
+                row[split] = sum(losses) / len(losses)
+        with (out / "held-out.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(row) + "\n")
+        draw(model, step)
+
+    parts = (VERSION, settings(config), to_dict(run.data), run.seed, run.start)
+    run_id = ckpt.fingerprint(*parts, torch.device(device).type)
+    train_dense(model.to(device), source, train_config, out / "training", seed=run.seed,
+                run_id=run_id, progress=True, preview=check,
+                accept_changed=accept_changed)  # fmt: skip
+    target = out / "model"
+    if not target.exists():
+        ckpt.write_folder(target, model.cpu().half().save_pretrained)
+    return target

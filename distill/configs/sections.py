@@ -46,15 +46,18 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which data: "digits" (scikit-learn's) and "photos" (scikit-image's) are built in, "shards" is
-    a folder that `d2m prepare` wrote.
+    """Which data: "digits" (scikit-learn's), "photos" (scikit-image's) and "icons" (QtAwesome's)
+    are built in, "shards" is a folder that `d2m prepare` wrote.
 
     timesteps: how noise levels are drawn, see `distill.data.batch.sample_timesteps`.
     timestep_grid: the noise levels, each in (0, 1], for timesteps "grid".
 
+    fonts: of the icons, see `distill.data.icons`. caption_dropout: share of samples that get the
+    empty prompt (icons, shards).
+
     The rest is for shards. folder: theirs. text_encoders: FLUX folder or hub name whose T5 and CLIP
     run during training; not needed where the embeddings are in the shards. max_sequence_length: T5
-    tokens a caption. caption_dropout: share of samples that get the empty prompt. guidance: the
+    tokens a caption. guidance: the
     scale a guidance-distilled teacher is told. prefetch: batches read ahead. verify: compare every
     shard's SHA-256 at the start. max_bad_shards: how many may be damaged before it is an error. The
     result does not depend on these three.
@@ -63,6 +66,7 @@ class DataConfig:
     name: str = "digits"
     timesteps: str = "uniform"
     timestep_grid: list[float] | None = None
+    fonts: list[str] = field(default_factory=lambda: ["mdi"])
     folder: str | None = None
     text_encoders: str | None = None
     max_sequence_length: int = 512
@@ -73,7 +77,7 @@ class DataConfig:
     max_bad_shards: int = 1
 
     def __post_init__(self):
-        check_choice("data", "name", self.name, ("digits", "photos", "shards"))
+        check_choice("data", "name", self.name, ("digits", "photos", "icons", "shards"))
         if (self.name == "shards") != (self.folder is not None):
             raise ConfigError(
                 f"data.folder is {self.folder!r} and data.name {self.name!r}; expected the folder "
@@ -96,6 +100,24 @@ class DataConfig:
             )
         if grid is not None and not (grid and all(0 < t <= 1 for t in grid)):
             raise ConfigError(f"data.timestep_grid is {grid}; expected numbers in (0, 1]")
+
+
+@dataclass(frozen=True)
+class TeacherRun:
+    """`d2m teacher`: one small dense FLUX, trained by flow matching on data that is built in.
+
+    start: folder of a saved model of the same sizes whose weights it begins with.
+    """
+
+    teacher: TeacherConfig
+    data: DataConfig
+    start: str | None = None
+    out: str = "d2m-teacher"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.teacher.path is not None or self.data.name == "shards":
+            raise ConfigError("d2m teacher needs teacher.train, and a data.name that is built in")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -90,6 +90,19 @@ def image_ids(rows: int, columns: int) -> Tensor:
     ids[..., 1] = torch.arange(rows)[:, None]
     ids[..., 2] = torch.arange(columns)[None]
     return ids.reshape(rows * columns, 3)
+
+
+def held_out_batch(
+    source: Any, count: int, seed: int, grid: Sequence[float] | None = None
+) -> Batch:
+    """`count` triples (x_t, t, c) from test data, t spread evenly over (0, 1) or over the entries
+    of `grid`."""
+    batch = source.batch(seed, 0, count, "test")
+    if grid is None:
+        t = (torch.arange(count) + 0.5) / count
+    else:
+        t = torch.tensor(grid)[torch.arange(count) % len(grid)]
+    return replace(batch, t=t[torch.randperm(count, generator=generator(seed, "test", 1))])
 
 
 TIMESTEPS = ("uniform", "logit-normal", "flux-shift", "grid")

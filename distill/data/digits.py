@@ -20,6 +20,7 @@ class ClassPrompts:
         split: "train" or "test". timesteps, timestep_grid: see `sample_timesteps`.
     """
 
+    splits: tuple[str, ...] = ("train", "test")
     num_classes: int
     side: int
     patch: int
@@ -35,10 +36,13 @@ class ClassPrompts:
     ):
         if split not in ("train", "test"):
             raise ValueError(f"split is {split!r}; expected 'train' or 'test'")
-        self.split, self.timesteps, self.timestep_grid = split, timesteps, timestep_grid
+        self._positions(split, timesteps, timestep_grid)
         table, size = generator(0, "weights"), (self.num_classes, self.text_tokens, self.text_dim)
         self.text_table = torch.randn(size, generator=table)
         self.pooled_table = torch.randn(self.num_classes, self.pooled_dim, generator=table)
+
+    def _positions(self, split: str, timesteps: str, grid: Sequence[float] | None) -> None:
+        self.split, self.timesteps, self.timestep_grid = split, timesteps, grid
         across = self.side // self.patch
         self.img_ids = image_ids(across, across)
         self.txt_ids = torch.zeros(self.text_tokens, 3)
@@ -47,6 +51,17 @@ class ClassPrompts:
         """Timesteps [count] as configured."""
         grid, tokens = self.timestep_grid, self.image_tokens
         return sample_timesteps(count, gen, self.timesteps, image_tokens=tokens, grid=grid)
+
+    def epochs(self, seed: int, step: int, size: int) -> Tensor:
+        """Which of `len(self)` samples are in a batch: every one once an epoch, position p is entry
+        p mod n of epoch p // n's permutation."""
+        n = len(self)  # of sources that have a length
+        pos = torch.arange(step * size, (step + 1) * size)
+        perms = {
+            int(e): torch.randperm(n, generator=generator(seed, "order", int(e)))
+            for e in set((pos // n).tolist())
+        }
+        return torch.stack([perms[p // n][p % n] for p in pos.tolist()])
 
     def prompts(self, labels: Tensor) -> dict[str, Tensor]:
         """Text tokens and pooled vector of each class label."""
@@ -59,7 +74,10 @@ class ClassPrompts:
 
     def noise_batch(self, seed: int, per_class: int) -> Batch:
         """Pure noise (t = 1) for `per_class` samples of every class."""
-        labels = torch.arange(self.num_classes).repeat_interleave(per_class)
+        return self.noise_for(torch.arange(self.num_classes).repeat_interleave(per_class), seed)
+
+    def noise_for(self, labels: Tensor, seed: int) -> Batch:
+        """Pure noise (t = 1) for a sample of each label."""
         gen, size = generator(seed, "sample"), (len(labels), self.image_tokens, self.channels)
         noise = torch.randn(size, generator=gen)
         return self.gather(labels, torch.zeros_like(noise), noise, torch.ones(len(labels)))
@@ -97,16 +115,6 @@ class Digits(ClassPrompts):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def _indices(self, seed: int, step: int, size: int) -> Tensor:
-        """Every sample once an epoch: position p is entry p mod n of epoch p // n's permutation."""
-        n = len(self)
-        pos = torch.arange(step * size, (step + 1) * size)
-        perms = {
-            int(e): torch.randperm(n, generator=generator(seed, "order", int(e)))
-            for e in set((pos // n).tolist())
-        }
-        return torch.stack([perms[p // n][p % n] for p in pos.tolist()])
-
     def batch(
         self, seed: int, step: int, count: int, stream: str = "train", rows: slice | None = None
     ) -> Batch:
@@ -116,7 +124,7 @@ class Digits(ClassPrompts):
         Args:
             rows: only these samples of it, a rank's share; exactly `batch(...)[rows]`.
         """
-        idx = self._indices(seed, step, count)
+        idx = self.epochs(seed, step, count)
         gen, x0 = generator(seed, stream, step), self.latents[idx]
         noise = torch.randn(x0.shape, generator=gen)
         batch = self.gather(self.labels[idx], x0, noise, self.times(count, gen))

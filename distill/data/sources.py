@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from distill.configs.sections import DataConfig
-from distill.data.digits import Digits
+from distill.data.digits import ClassPrompts, Digits
+from distill.data.icons import Icons
 from distill.data.photos import Photos
 from distill.errors import UserError
 
@@ -30,11 +31,18 @@ def open_source(config: DataConfig, model: nn.Module | None = None, device: str 
         embeds = model is not None and getattr(model.config, "guidance_embeds", False)
         source = open_shards(config, device, config.guidance if embeds else None)
     else:
-        kind = Digits if config.name == "digits" else Photos
-        source = kind("train", config.timesteps, config.timestep_grid)
+        source = built_in(config)
     if model is not None:
         check_fit(source, model, config.name)
     return source
+
+
+def built_in(config: DataConfig, split: str = "train") -> ClassPrompts:
+    """The source of a `data.name` that is not "shards"."""
+    times = (split, config.timesteps, config.timestep_grid)
+    if config.name == "icons":
+        return Icons(*times, fonts=config.fonts, dropout=config.caption_dropout)
+    return (Digits if config.name == "digits" else Photos)(*times)
 
 
 def data_fingerprint(config: DataConfig) -> str | None:

@@ -17,13 +17,13 @@ from torch import nn
 from distill import files as ckpt
 from distill.configs.checked import bundled, from_dict, load_config, to_dict
 from distill.configs.training import settings
+from distill.data.batch import held_out_batch
 from distill.data.digits import Digits
 from distill.device import environment
 from distill.stages import VERSION
 from distill.study import claims, comparators, demo_page
 from distill.study.comparators import Context
 from distill.study.config import DemoConfig
-from distill.study.measure import held_out_batch
 from distill.study.outcome import measure
 from distill.study.workers import beside, cores
 from distill.teacher import load_teacher

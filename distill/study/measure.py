@@ -5,32 +5,18 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distill.data.batch import Batch, generator
+from distill.data.batch import Batch, held_out_batch
 from distill.data.digits import Digits
 from distill.data.photos import Photos
 from distill.errors import UserError
 from distill.sampling import StepHook, evaluating, sample
 from distill.study.config import EvalConfig
-
-
-def held_out_batch(
-    source: Any, count: int, seed: int, grid: Sequence[float] | None = None
-) -> Batch:
-    """`count` triples (x_t, t, c) from test data, t spread evenly over (0, 1) or over the entries
-    of `grid`."""
-    batch = source.batch(seed, 0, count, "test")
-    if grid is None:
-        t = (torch.arange(count) + 0.5) / count
-    else:
-        t = torch.tensor(grid)[torch.arange(count) % len(grid)]
-    return replace(batch, t=t[torch.randperm(count, generator=generator(seed, "test", 1))])
 
 
 def predict(model: nn.Module, batch: Batch, chunk: int = 256) -> Tensor:

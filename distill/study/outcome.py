@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill import files as ckpt
+from distill.data.batch import held_out_batch
 from distill.data.digits import Digits
 from distill.loop.train import read_log
 from distill.study import measure as ev
@@ -37,12 +38,12 @@ def measure(context: Context, models: dict[str, nn.Module]) -> Outcome:
     from d2m_models import account
 
     config, seed, test = context.config.evaluate, context.seed, Digits("test")
-    held_out = ev.held_out_batch(test, config.held_out, seed)
+    held_out = held_out_batch(test, config.held_out, seed)
     noise = test.noise_batch(seed, config.per_class)
     target = ev.predict(context.teacher, held_out)
     judge = ev.Judge(context.source)
     seconds = ev.measure_latency(
-        models, ev.held_out_batch(test, config.latency_batch, seed), config.latency_rounds
+        models, held_out_batch(test, config.latency_batch, seed), config.latency_rounds
     )
     layers, groups = report_layers(models["moe-l"], models["mob-s"])
     experts, blocks = Choices(len(noise), layers), Choices(len(noise), groups)

@@ -14,6 +14,7 @@ pytest.importorskip("sklearn")
 from d2m_models import FluxMoEConfig, MoBConfig, MoEConfig, moe_layers, set_top_k
 from distill.configs.sections import LossConfig, StageConfig, TeacherConfig
 from distill.configs.training import TrainConfig
+from distill.data.batch import held_out_batch
 from distill.data.digits import Digits
 from distill.importance import ffn_linears, flow_matching_loss, taylor_importance
 from distill.loop.losses import distill_loss
@@ -24,7 +25,7 @@ from distill.stages import (
     run_stage,
 )
 from distill.students import group_blocks, make_student, measure_importance
-from distill.study.measure import held_out_batch, predict, relative_mse
+from distill.study.measure import predict, relative_mse
 from distill.teacher import build_teacher, modulation_inputs
 
 SMALL = TeacherConfig(
