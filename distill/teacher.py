@@ -26,6 +26,7 @@ from distill.sampling import Previews, evaluating
 
 # Raise when the data, the model or the loss changes, so that cached teachers are retrained.
 VERSION = 1
+HELD_OUT = 256  # triples a split on which a teacher in training is judged
 
 
 def cache_folder() -> Path:
@@ -131,7 +132,7 @@ def train_teacher(run: TeacherRun, device: str = "cpu", accept_changed: bool = F
         with library_errors():
             ckpt.load_state(model, load_flux(run.start).float().state_dict(), run.start)
     splits = source.splits
-    held = {s: held_out_batch(built_in(run.data, s), 512, run.seed) for s in splits}
+    held = {s: held_out_batch(built_in(run.data, s), HELD_OUT, run.seed) for s in splits}
     draw = Previews(source, out / "previews", run.seed, World(), run.data, train_config)
 
     def check(model: nn.Module, step: int) -> None:
@@ -139,7 +140,7 @@ def train_teacher(run: TeacherRun, device: str = "cpu", accept_changed: bool = F
         with evaluating(model):
             for split, batch in held.items():
                 losses = [float(flow_matching_loss(model, batch[i : i + 64].to(device)))
-                          for i in range(0, 512, 64)]  # fmt: skip
+                          for i in range(0, HELD_OUT, 64)]  # fmt: skip
                 row[split] = sum(losses) / len(losses)
         with (out / "held-out.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(row) + "\n")
