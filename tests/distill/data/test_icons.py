@@ -128,6 +128,7 @@ teacher:
 """
 
 
+@pytest.mark.slow
 def test_teacher_command(tmp_path, capsys):
     pytest.importorskip("diffusers")
     from safetensors.torch import load_file
