@@ -22,6 +22,33 @@ BACKENDS = ("triton",) if INTERPRETED else CPU_BACKENDS
 UP = {"gelu_tanh": "up", "swiglu": "up_gated"}
 
 
+def patch_once_a_launch() -> None:
+    """The interpreter patches Triton's language at a launch, and again at every call of a device
+    function, which takes a third of its time. Here once a launch for each module it is seen as."""
+    from triton.runtime import interpreter
+
+    launch, patch, done = interpreter.GridExecutor.__call__, interpreter._patch_lang, {}
+
+    def run(self, *args, **kwargs):
+        done.clear()
+        return launch(self, *args, **kwargs)
+
+    def patch_first(fn):
+        seen = frozenset(
+            id(value) for value in fn.__globals__.values()
+            if value is interpreter.tl or value is interpreter.tl.core
+        )  # fmt: skip
+        if seen not in done:
+            done[seen] = patch(fn)
+        return done[seen]
+
+    interpreter.GridExecutor.__call__, interpreter._patch_lang = run, patch_first
+
+
+if INTERPRETED:
+    patch_once_a_launch()
+
+
 def run_interpreted(file: str, *options: str, seconds: float = 1800) -> str:
     """pytest on `file` with every kernel interpreted: what it printed; fails if it did."""
     pytest.importorskip("triton")

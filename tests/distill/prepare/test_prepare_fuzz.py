@@ -202,7 +202,8 @@ def cut_tar(data, work):
     return path, [any_source.Piece([], None)]
 
 
-@pytest.mark.parametrize("count", [10, pytest.param(500, marks=pytest.mark.slow)])
+# 500 in all
+@pytest.mark.parametrize("count", [10, pytest.param(125, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("source", [any_folder, any_tar, any_table, cut_tar])
 def test_of_any_source_every_entry_is_accounted_for(source, count, flux):
     @given(data=st.data())
