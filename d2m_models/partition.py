@@ -111,6 +111,38 @@ def coactivation_neuron_order(
     return torch.cat([start_F[:shared], routed_R[by_expert_R]])
 
 
+def cluster_neuron_order(
+    shared_score_F: Tensor, score_CF: Tensor, shared: int, num_experts: int
+) -> Tensor:
+    """Shared neurons by score, the others to the cluster of tokens that they serve most.
+
+    Each of C clusters owns E / C experts; a neuron goes where the largest share of its score lies
+    (clearest preference first, a full cluster takes no more).
+
+    Args:
+        shared_score_F: one score a neuron over all tokens. score_CF: over each cluster's tokens.
+
+    Returns:
+        LongTensor[F]; the neurons of one cluster in falling score, dealt to its experts in turn.
+    """
+    scores_F = _check_scores(shared_score_F)
+    size = _check_split(scores_F.numel(), shared, num_experts)
+    clusters = len(score_CF)
+    if not clusters or num_experts % clusters or score_CF.shape[1:] != scores_F.shape:
+        raise ValueError(
+            f"score is {tuple(score_CF.shape)}; expected [C, {scores_F.numel()}] with C clusters "
+            f"that divide {num_experts} experts"
+        )
+    each = num_experts // clusters
+    ranked_F = scores_F.argsort(descending=True, stable=True)
+    routed_R = ranked_F[shared:]
+    score_RC = score_CF.detach().double().cpu().t()[routed_R]
+    share_RC = score_RC / score_RC.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    cluster_R = _balanced_assignment(share_RC, size * each)
+    parts = [routed_R[cluster_R == c].view(size, each).t().reshape(-1) for c in range(clusters)]
+    return torch.cat([ranked_F[:shared], *parts])
+
+
 def _balanced_assignment(similarity_RE: Tensor, capacity: int) -> Tensor:
     """Cluster of each row: clearest preference first, to the most similar cluster with room."""
     preference_RE = similarity_RE.argsort(dim=1, descending=True, stable=True)

@@ -41,10 +41,10 @@ LAYERS = {
     "distill": """
         errors
         files device configs
-        data
+        page data
         loop prepare
         importance sampling
-        students teacher stages
+        students teacher stages survey
         pipeline
         study plan
         commands

@@ -11,7 +11,8 @@ from report.paper import TABLE1
 from report.read import Results, ceilings_of, machine_label, ran, run_id
 from report.tables import how_measured
 
-from distill.study.pictures import COLOURS, FAINT, picture
+from d2m_models.inspection.figures import COLOURS
+from distill.page import FAINT, picture
 
 _MODELS = {"flux-moe-l": "L", "flux-moe-m": "M", "flux-moe-s": "S", "flux-moe-xs": "XS"}
 

@@ -13,7 +13,8 @@ so that the experts chosen are those that matter for the token, before any train
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -35,16 +36,24 @@ class FFNRecord(NamedTuple):
 
 @torch.no_grad()
 def record_ffns(
-    dense: nn.Module, batches: Iterable[Mapping[str, Any]], tokens: int = 2048, seed: int = 0
+    dense: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    tokens: int = 2048,
+    seed: int = 0,
+    names: Collection[str] | None = None,
 ) -> dict[str, FFNRecord]:
     """Runs a dense FLUX and keeps a random `tokens` of every FFN's inputs and activations.
 
     Args:
         batches: keyword arguments of the model's forward: noised images and prompts of training.
+        names: of the FFNs to record, None for all; which tokens are kept of one does not depend on
+            what else is recorded.
     """
-    generator = torch.Generator().manual_seed(seed)
     samples, handles = {}, []
     for name, (up, down, _) in ffn_linears(dense).items():
+        if names is not None and name not in names:
+            continue
+        generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
         samples[name] = sample = _Sample(tokens, up.out_features, generator)
         handles.append(up.register_forward_pre_hook(sample.see_input))
         handles.append(down.register_forward_pre_hook(sample.see_activation))

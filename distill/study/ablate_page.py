@@ -15,9 +15,9 @@ from torch import Tensor
 
 from distill import files as ckpt
 from distill.errors import CheckpointError
+from distill.page import FAINT, INK, facts, figure, page, picture, table
 from distill.study import claims
-from distill.study.page import facts, figure, page, table
-from distill.study.pictures import COLOURS, FAINT, INK, heat_map, picture
+from distill.study.pictures import COLOURS, heat_map
 
 VERDICT_COLOURS = {"holds": COLOURS[0], "does not hold": COLOURS[1], "undecided": FAINT}
 

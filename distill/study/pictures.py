@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,40 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2m_models.inspection.figures import COLOURS, new_figure
-from distill.files import write_atomic
-
-INK, FAINT, HAIR = "#1f2430", "#8a90a0", "#d6dae3"
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.edgecolor": FAINT,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "figure.facecolor": "white",
-}
-
-
-@contextmanager
-def picture(
-    path: Path, width: float, height: float, rows: int = 1, columns: int = 1, **layout: Any
-) -> Iterator[tuple[Any, Any]]:
-    """`new_figure` in the reports' style, written as a PNG when the block ends; the same data give
-    the same bytes. Axes are moved to fit once, unless layout="constrained" or None."""
-    import matplotlib
-
-    engine = layout.pop("layout", "tight")
-    with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure(
-            width, height, rows, columns, layout=None if engine == "tight" else engine, **layout
-        )
-        yield figure, axes
-        if engine == "tight":
-            figure.tight_layout()
-        options = {"dpi": 150, "format": "png", "metadata": {"Software": None}}
-        write_atomic(path, lambda tmp: figure.savefig(tmp, **options))
+from d2m_models.inspection.figures import COLOURS
+from distill.page import FAINT, HAIR, picture
 
 
 def heat_map(axis: Any, table: Tensor, cmap: str, most: float | None, **labels: Any) -> Any:

@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from d2m_models.inspection.figures import new_figure
+from distill.files import write_atomic
 
 STYLE = """
 :root{color-scheme:light dark;
@@ -77,3 +82,38 @@ def facts(values: Mapping[str, Any]) -> str:
         f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in values.items()
     )
     return f"<dl>{items}</dl>"
+
+
+# --- pictures -------------------------------------------------------------------------------
+
+INK, FAINT, HAIR = "#1f2430", "#8a90a0", "#d6dae3"
+PLOT = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.edgecolor": FAINT,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "figure.facecolor": "white",
+}
+
+
+@contextmanager
+def picture(
+    path: Path, width: float, height: float, rows: int = 1, columns: int = 1, **layout: Any
+) -> Iterator[tuple[Any, Any]]:
+    """`new_figure` in the reports' style, written as a PNG when the block ends; the same data give
+    the same bytes. Axes are moved to fit once, unless layout="constrained" or None."""
+    import matplotlib
+
+    engine = layout.pop("layout", "tight")
+    with matplotlib.rc_context(PLOT):
+        figure, axes = new_figure(
+            width, height, rows, columns, layout=None if engine == "tight" else engine, **layout
+        )
+        yield figure, axes
+        if engine == "tight":
+            figure.tight_layout()
+        options = {"dpi": 150, "format": "png", "metadata": {"Software": None}}
+        write_atomic(path, lambda tmp: figure.savefig(tmp, **options))
