@@ -18,13 +18,13 @@ from tempfile import TemporaryDirectory
 from torch import Tensor, nn
 
 from distill.configs.checked import load_config
-from distill.configs.sections import LossConfig
+from distill.configs.sections import LossConfig, StudentConfig
 from distill.configs.training import TrainConfig
 from distill.data.batch import held_out_batch
 from distill.data.digits import Digits
 from distill.loop.objective import Distillation
 from distill.loop.train import train
-from distill.students import make_student, record_activations
+from distill.students import make_student, measure
 from distill.study.comparators import Context
 from distill.study.config import DemoConfig
 from distill.study.demo import start
@@ -73,14 +73,15 @@ def compare(
         context = start(config, seed, "cpu", Path(folder), progress=False)
     held_out = held_out_batch(Digits("test"), config.evaluate.held_out, seed)
     target = predict(context.teacher, held_out)
-    records = record_activations(context.teacher, context.source, 4, seed)
     structure = context.structure({**config.structure, "mob": None, "adaln_dim": None})
     for name, (initialisation, routers, scale) in variants(float(structure.moe.top_k)).items():
         if only in name:
             scaled = replace(structure, moe=replace(structure.moe, routed_scale=scale))
+            way = StudentConfig("-", None, initialisation, routers, importance_batches=4)
+            how = measure(context.teacher, context.source, scaled, way, seed)
             student = make_student(
-                context.teacher, scaled, context.importance, None, seed,
-                initialisation=initialisation, routers=routers, records=records,
+                context.teacher, scaled, temb=None, seed=seed,
+                **how | {"importance": context.importance},
             )  # fmt: skip
             yield (
                 name,

@@ -37,7 +37,8 @@ def student_structure(config: DistillConfig, teacher: nn.Module) -> Any:
     except (TypeError, ValueError) as err:
         key = "structure" if student.preset is None else "preset"
         raise ConfigError(f"student.{key}: {err}") from err
-    for name, plain in (("initialisation", "taylor"), ("routers", "random")):
+    ways = {"initialisation": "taylor", "routers": "random", "outputs": "dense"}
+    for name, plain in ways.items():
         if structure.moe is None and getattr(student, name) != plain:
             raise ConfigError(
                 f"student.{name} is {getattr(student, name)!r}, but the student's structure "
@@ -124,7 +125,7 @@ def start_student(
         model = skeleton(teacher, replace(structure, mob=None))
     else:
         seed = config.seed
-        how = measure(teacher, source, config.student, seed)
+        how = measure(teacher, source, structure, config.student, seed)
         temb = modulation_inputs(teacher, source, config.student.calibration, seed)
         if world.size > 1:
             teacher.cpu()

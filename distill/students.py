@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from d2m_models import (
     FluxMoETransformer2DModel,
-    coactivation_orders,
     convert_flux,
-    fit_routers,
+    moe_layers,
     neuron_order_from_importance,
-    record_ffns,
 )
-from d2m_models.conversion.flux import ffn_widths, model_arguments, skeleton
+from d2m_models.conversion.flux import ffn_linears, ffn_widths, model_arguments, skeleton
+from d2m_models.conversion.formation import each_record
+from d2m_models.conversion.start import Start, start_ffn
 from distill.configs.sections import StudentConfig
 from distill.data.batch import Batch, generator
 from distill.importance import taylor_importance
@@ -77,57 +77,69 @@ def measure_importance(
             teacher.disable_gradient_checkpointing()
 
 
-def record_activations(
-    teacher: nn.Module, source: Any, batches: int, seed: int, rows: int | None = None
-) -> dict[str, Any]:
-    """`d2m_models.record_ffns` on the samples that `measure_importance` sees."""
+def measure_starts(
+    teacher: nn.Module, source: Any, moe: Any, scores: Mapping[str, Tensor], config: StudentConfig,
+    seed: int,
+) -> dict[str, Start]:  # fmt: skip
+    """`start_ffn` of every FFN on `config.tokens` tokens of the samples that `measure_importance`
+    sees, as many FFNs at once as 4 GiB of host memory hold.
 
-    def parts() -> Iterator[dict[str, Any]]:
-        for batch in _calibration(teacher, source, batches, seed, rows):
+    Args:
+        moe: the `MoEConfig`. scores: a neuron's importance; random ones for initialisation
+            "random".
+    """
+    formation = "taylor" if config.initialisation == "random" else config.initialisation
+    refit = config.outputs == "refitted"
+    sizes = (config.importance_batches, seed, config.importance_rows)
+    linears = ffn_linears(teacher)
+
+    def batches() -> Iterator[dict[str, Any]]:
+        for batch in _calibration(teacher, source, *sizes):
             for part in [batch] if isinstance(batch, Batch) else batch:
                 yield part.inputs()
 
+    starts = {}
     with _compute(teacher):
-        return record_ffns(teacher, parts(), seed=seed)
+        for name, record in each_record(teacher, batches, config.tokens, seed):
+            _, down, first = linears[name]
+            w2_DF = down.weight[:, first:].detach().float().cpu()
+            gen = generator(seed, "weights", 3)
+            starts[name] = start_ffn(record, scores[name], w2_DF, moe, formation, gen, refit)
+    return starts
 
 
-def measure(teacher: nn.Module, source: Any, config: StudentConfig, seed: int) -> dict[str, Any]:
+def measure(
+    teacher: nn.Module, source: Any, structure: Any, config: StudentConfig, seed: int
+) -> dict[str, Any]:
     """What `make_student` needs to know for these settings, and the settings: its keywords."""
-    sizes = (config.importance_batches, seed, config.importance_rows)
-    scored = config.initialisation != "random"
-    recorded = config.initialisation == "coactivation" or config.routers == "fitted"
-    return {
-        "initialisation": config.initialisation,
-        "routers": config.routers,
-        "importance": measure_importance(teacher, source, *sizes) if scored else None,
-        "records": record_activations(teacher, source, *sizes) if recorded else None,
-    }
+    scores = None
+    if config.initialisation != "random":
+        sizes = (config.importance_batches, seed, config.importance_rows)
+        scores = measure_importance(teacher, source, *sizes)
+    how = {"initialisation": config.initialisation, "routers": config.routers, "importance": scores}
+    if structure.moe is not None and (
+        config.initialisation in ("coactivation", "clusters") or config.routers == "fitted"
+    ):
+        known = random_scores(teacher, seed) if scores is None else scores
+        how["starts"] = measure_starts(teacher, source, structure.moe, known, config, seed)
+    return how
 
 
 # --- students -------------------------------------------------------------------------------
 
 
-def neuron_orders(
-    teacher: nn.Module,
-    structure: Any,
-    importance: Mapping[str, Tensor] | None,
-    seed: int,
-    initialisation: str = "taylor",
-    records: Mapping[str, Any] | None = None,
-) -> dict[str, Tensor]:
-    """FFN name -> which neurons are shared and which expert has which of the others.
+def random_scores(teacher: nn.Module, seed: int) -> dict[str, Tensor]:
+    """A random importance for every neuron: the baseline of Table 5."""
+    gen = generator(seed, "weights", 2)
+    return {name: torch.rand(width, generator=gen) for name, width in ffn_widths(teacher).items()}
 
-    taylor: the most important ones are shared, the rest dealt evenly to the experts (the paper's).
-    random: the baseline of Table 5. coactivation: the most important ones are shared, those that
-    fire together make an expert.
-    """
+
+def neuron_orders(
+    teacher: nn.Module, structure: Any, scores: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """FFN name -> its neurons' order: the best-scored are shared, the rest dealt evenly to the
+    experts."""
     moe = structure.moe
-    if initialisation == "coactivation":
-        return coactivation_orders(records, importance, moe)
-    scores = importance
-    if initialisation == "random":
-        gen, widths = generator(seed, "weights", 2), ffn_widths(teacher)
-        scores = {name: torch.rand(width, generator=gen) for name, width in widths.items()}
     shared, _ = moe.sizes(teacher.inner_dim, 4 * teacher.inner_dim)
     return {
         name: neuron_order_from_importance(score, shared, moe.num_experts)
@@ -144,7 +156,7 @@ def make_student(
     *,
     initialisation: str = "taylor",
     routers: str = "random",
-    records: Mapping[str, Any] | None = None,
+    starts: Mapping[str, Start] | None = None,
 ) -> nn.Module:
     """`convert_flux` with neurons in order and a calibrated AdaLN basis; MoB groups come later, in
     stage (c).
@@ -153,11 +165,15 @@ def make_student(
         importance: eq. (6), not needed for initialisation "random".
         temb: calibration samples of the AdaLN basis, None where AdaLN stays whole.
         initialisation, routers: see `StudentConfig`.
-        records: `record_activations`, for initialisation "coactivation" and routers "fitted".
+        starts: `measure_starts`, for all but initialisation "taylor" and "random" with random
+            routers.
     """
     orders = None
-    if structure.moe is not None:
-        orders = neuron_orders(teacher, structure, importance, seed, initialisation, records)
+    if structure.moe is not None and starts is not None:
+        orders = {name: start.order for name, start in starts.items()}
+    elif structure.moe is not None:
+        scores = random_scores(teacher, seed) if initialisation == "random" else importance
+        orders = neuron_orders(teacher, structure, scores)
     student = convert_flux(
         teacher,
         replace(structure, mob=None),
@@ -165,9 +181,21 @@ def make_student(
         adaln_calibration=temb if structure.adaln_dim is not None else None,
         generator=generator(seed, "weights"),
     ).to(next(teacher.parameters()).device)
-    if routers == "fitted":
-        fit_routers(student, records)
+    if starts is not None:
+        for name, layer in moe_layers(student).items():
+            apply_start(layer, starts[name], routers == "fitted")
     return student
+
+
+@torch.no_grad()
+def apply_start(layer: nn.Module, start: Start, router: bool) -> None:
+    """Router and output weights of a fresh MoE layer, in place."""
+    if router:
+        layer.router.weight.copy_(start.router)
+    if start.w2 is not None:
+        _, down = layer.linears()
+        down.weight[:, -start.w2.shape[1] :].copy_(start.w2)
+        down.bias.add_(start.b2.to(down.bias))
 
 
 def group_blocks(model: nn.Module, mob: Any, seed: int) -> nn.Module:

@@ -14,7 +14,7 @@ so that the experts chosen are those that matter for the token, before any train
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,12 @@ from torch import Tensor, nn
 
 from d2m_models.config import MoEConfig
 from d2m_models.conversion.flux import ffn_linears
-from d2m_models.partition import coactivation_neuron_order
+from d2m_models.conversion.least_squares import contribution, least_squares, token_clusters
+from d2m_models.partition import (
+    cluster_neuron_order,
+    coactivation_neuron_order,
+    inverse_order,
+)
 from d2m_models.topk import moe_layers
 from d2m_models.weights import effective_weight
 
@@ -66,6 +71,31 @@ def record_ffns(
     if any(sample.h is None for sample in samples.values()):
         raise ValueError("batches is empty; pass at least one batch of calibration inputs")
     return {name: FFNRecord(sample.x, sample.h) for name, sample in samples.items()}
+
+
+def each_record(
+    dense: nn.Module,
+    batches: Callable[[], Iterable[Mapping[str, Any]]],
+    tokens: int,
+    seed: int = 0,
+    names: Sequence[str] | None = None,
+    memory_gib: float = 4.0,
+) -> Iterator[tuple[str, FFNRecord]]:
+    """The records of `record_ffns` one by one, no more at once than `memory_gib` holds: the model
+    runs again for those that are left. FLUX.1's at 147k tokens would take 680 GB.
+
+    Args:
+        batches: gives the same batches whenever it is called.
+    """
+    linears = ffn_linears(dense)
+    names = list(linears if names is None else names)
+    most = max((sum(linears[n][0].weight.shape) for n in names), default=1)
+    at_once = max(1, int(memory_gib * 2**30 / (4 * tokens * most)))
+    for start in range(0, len(names), at_once):
+        part = names[start : start + at_once]
+        records = record_ffns(dense, batches(), tokens, seed, part)
+        for name in part:
+            yield name, records.pop(name)
 
 
 class _Sample:
@@ -113,6 +143,51 @@ def coactivation_orders(
 
 
 @torch.no_grad()
+def form_clusters(
+    record: FFNRecord, score_F: Tensor, w2_DF: Tensor, config: MoEConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Experts for clusters of tokens: (neuron order [F], router [E, D]) of one FFN.
+
+    Tokens form E / k clusters, k = top_k (E of them if k does not divide E), and k experts with one
+    router row serve each. Shared neurons go by `score_F`; of the others each goes to the cluster in
+    whose tokens most of its `contribution` lies.
+    """
+    x_nD, h_nF = record
+    shared, _ = config.sizes(x_nD.shape[1], h_nF.shape[1])
+    experts, top_k = config.num_experts, config.top_k
+    each = top_k if isinstance(top_k, int) and top_k and experts % top_k == 0 else 1
+    router_DC = token_clusters(x_nD, experts // each, generator)
+    own_n = (x_nD @ router_DC).argmax(1)
+    score_CF = torch.stack([
+        contribution(h_nF[own_n == c], w2_DF) * (own_n == c).float().mean()
+        for c in range(experts // each)
+    ])  # fmt: skip
+    order_F = cluster_neuron_order(score_F, score_CF, shared, experts)
+    return order_F, router_DC.t().repeat_interleave(each, dim=0)
+
+
+def contribution_router(
+    record: FFNRecord,
+    w2_DF: Tensor,
+    order_F: Tensor,
+    shared: int,
+    experts: int,
+    ridge: float = 1e-2,
+) -> tuple[Tensor, float]:
+    """The router [E, D] of this module's equation for one FFN whose neurons are to lie in
+    `order_F`, and the share of its targets' variance that it explains."""
+    columns = [
+        (record.h[:, own] @ w2_DF[:, own].t()).norm(dim=1)
+        for own in order_F[shared:].view(experts, -1)
+    ]
+    target_nE = torch.stack(columns, dim=1).clamp(min=1e-12).log().double()
+    target_nE -= target_nE.mean(1, keepdim=True)  # softmax does not see it
+    weight_DE, _ = least_squares(record.x, target_nE, ridge, intercept=False)
+    rest = (target_nE - record.x.double() @ weight_DE).square().sum()
+    return weight_DE.t().float(), float(1 - rest / target_nE.square().sum())
+
+
+@torch.no_grad()
 def fit_routers(
     model: nn.Module, records: Mapping[str, FFNRecord], ridge: float = 1e-2
 ) -> dict[str, float]:
@@ -134,18 +209,11 @@ def fit_routers(
         _, down = layer.linears()
         w2_DX, _ = effective_weight(down)
         w2_DF = w2_DX[:, -h_nF.shape[1] :].float().cpu()
-        h_nF = h_nF[:, layer.neuron_order.long().cpu()]
-        columns = []
-        for e in range(layer.num_experts):
-            own = slice(layer.shared + e * layer.expert, layer.shared + (e + 1) * layer.expert)
-            columns.append((h_nF[:, own] @ w2_DF[:, own].t()).norm(dim=1))
-        target_nE = torch.stack(columns, dim=1).clamp(min=1e-12).log().double()
-        target_nE -= target_nE.mean(1, keepdim=True)  # softmax does not see it
-        x = x_nD.double()
-        covariance = x.t() @ x / len(x)
-        covariance.diagonal().add_(ridge * covariance.diagonal().mean())
-        w_DE = torch.linalg.solve(covariance, x.t() @ target_nE / len(x))
-        rest = (target_nE - x @ w_DE).square().sum()
-        explained[name] = float(1 - rest / target_nE.square().sum())
-        layer.router.weight.copy_(w_DE.t())
+        order_F = layer.neuron_order.long().cpu()
+        # the model's w2 lies in the layer's order already
+        w2_DF = w2_DF[:, inverse_order(order_F)]
+        router_ED, explained[name] = contribution_router(
+            FFNRecord(x_nD, h_nF), w2_DF, order_F, layer.shared, layer.num_experts, ridge
+        )
+        layer.router.weight.copy_(router_ED)
     return explained

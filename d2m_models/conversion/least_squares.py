@@ -27,18 +27,21 @@ class Linear(NamedTuple):
         return x_nI.double() @ self.weight + self.bias
 
 
-def least_squares(x_nI: Tensor, y_nO: Tensor, ridge: float = RIDGE) -> Linear:
+def least_squares(
+    x_nI: Tensor, y_nO: Tensor, ridge: float = RIDGE, intercept: bool = True
+) -> Linear:
     """argmin over (W, b) of |x W + b - y|^2 / n + r |W|^2, r = `ridge` times x's mean variance.
 
     Solved in fp64 by Cholesky's method on the centred covariance, which is well enough posed with
-    the ridge: inputs that are never active get weight 0.
+    the ridge: inputs that are never active get weight 0. Without `intercept` b is 0, and x's mean
+    square stands for its variance.
     """
     if x_nI.shape[0] != y_nO.shape[0] or not len(x_nI):
         raise ValueError(
             f"x is {tuple(x_nI.shape)}, y {tuple(y_nO.shape)}; expected as many rows, at least one"
         )
     x, y = x_nI.double(), y_nO.double()
-    x_mean, y_mean = x.mean(0), y.mean(0)
+    x_mean, y_mean = x.mean(0) * intercept, y.mean(0) * intercept
     x, y = x - x_mean, y - y_mean
     covariance = x.t() @ x / len(x)
     scale = covariance.diagonal().mean()
@@ -68,9 +71,10 @@ def contribution(h_nF: Tensor, w2_DF: Tensor) -> Tensor:
 
 def token_clusters(
     x_nD: Tensor, count: int, generator: torch.Generator, rounds: int = 20
-) -> Linear:
-    """Scores [C] of a token whose largest names its cluster: k-means on the standardised x, then
-    the regression of one-hots of the clusters on x, which is what a router can compute."""
+) -> Tensor:
+    """Weights [D, C] of the scores whose largest names a token's cluster: k-means on the
+    standardised x, then the regression of one-hots of the clusters on x, without intercept, as
+    routers have none."""
     if len(x_nD) < count:
         raise ValueError(f"{len(x_nD)} tokens cannot form {count} clusters; give more")
     z = ((x_nD - x_nD.mean(0)) / x_nD.std(0).clamp(min=1e-6)).float()
@@ -81,4 +85,6 @@ def token_clusters(
         found = one_hot.sum(0)[:, None]
         centres = torch.where(found > 0, one_hot.t() @ z / found.clamp(min=1), centres)
     own = torch.cdist(z, centres).argmin(1)
-    return least_squares(x_nD, torch.nn.functional.one_hot(own, count).float(), ridge=1e-2)
+    one_hot = torch.nn.functional.one_hot(own, count).float()
+    target = one_hot - 1 / count  # what is common to all scores changes no choice
+    return least_squares(x_nD, target, ridge=1e-2, intercept=False).weight.float()

@@ -165,8 +165,12 @@ class StudentConfig:
 
     initialisation: which neurons are shared and which make an expert. "taylor": the paper's, the
     most important ones (eq. 6) are shared, the rest is dealt evenly; "random": the baseline of
-    Table 5; "coactivation": shared ones by eq. (6), neurons that fire together make an expert.
-    routers: they start at "random", the paper's, or "fitted" to what each expert contributes.
+    Table 5; "coactivation": shared ones by eq. (6), neurons that fire together make an expert;
+    "clusters": of tokens, each with the neurons that serve it most.
+    routers: they start at "random", the paper's, or "fitted" to what each expert contributes, or to
+    the clusters. outputs: w2 and b2 start as the "dense" ones, or "refitted" by least squares, so
+    that they make up for what a token's experts leave out; then top_k "dense" is not the teacher.
+    tokens: of each FFN that all but "taylor" and "random" are measured on.
     importance_batches: batches of eq. (6), 128 samples each. importance_rows: how many of them go
     through the teacher at once; null for all. calibration: samples of silu(temb) for the AdaLN
     basis.
@@ -176,18 +180,24 @@ class StudentConfig:
     structure: dict[str, Any] | None = None
     initialisation: str = "taylor"
     routers: str = "random"
+    outputs: str = "dense"
+    tokens: int = 2048
     importance_batches: int = 8
     importance_rows: int | None = None
     calibration: int = 1024
 
     def __post_init__(self):
-        check_choice(
-            "student", "initialisation", self.initialisation, ("taylor", "random", "coactivation")
-        )
+        ways = ("taylor", "random", "coactivation", "clusters")
+        check_choice("student", "initialisation", self.initialisation, ways)
+        check_choice("student", "outputs", self.outputs, ("dense", "refitted"))
+        if self.outputs == "refitted" and self.routers != "fitted":
+            raise ConfigError("student.outputs 'refitted' needs student.routers 'fitted'")
         check_choice("student", "routers", self.routers, ("random", "fitted"))
         if (self.preset is None) == (self.structure is None):
             raise ConfigError("student needs exactly one of the keys 'preset' and 'structure'")
-        check_least(self, "student", importance_batches=1, importance_rows=1, calibration=1)
+        check_least(
+            self, "student", importance_batches=1, importance_rows=1, calibration=1, tokens=2
+        )
 
 
 @dataclass(frozen=True)

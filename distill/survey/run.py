@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from d2m_models.config import MoEConfig
 from d2m_models.conversion.flux import ffn_linears
-from d2m_models.conversion.formation import FFNRecord, record_ffns
+from d2m_models.conversion.formation import each_record
 from d2m_models.conversion.grouping import measure_block_mse, propose_groups
 from distill import files as ckpt
 from distill.data.batch import generator
@@ -79,23 +80,22 @@ def survey(
         ckpt.write_text(path, json.dumps(content, indent=1) + "\n")
 
     todo = [name for name in linears if name not in content["layers"]]
-    held = max(2 * tokens * 4 * (width + linears[n][0].out_features) for n in linears)
-    at_once = max(1, int(memory_gib * 2**30 / held))
     bar = tqdm(total=len(linears), initial=len(linears) - len(todo), desc="survey", unit=" layers",
                disable=not progress)  # fmt: skip
     with bar, torch.no_grad():
-        for start in range(0, len(todo), at_once):
-            names = todo[start : start + at_once]
-            records = [record_ffns(model, batches(p), tokens, seed + p, names) for p in (0, 1)]
-            for name in names:
-                _, down, first = linears[name]
-                w2_DF = down.weight[:, first:].detach().float()
-                fit, judge = (Sample.of(FFNRecord(*r.pop(name)), w2_DF) for r in records)
-                content["layers"][name] = survey_ffn(
-                    fit, judge, w2_DF, RATIOS, candidates, generator(seed, "weights")
-                )
-                write()
-                bar.update()
+        records = (
+            each_record(model, partial(batches, p), tokens, seed + p, todo, memory_gib / 2)
+            for p in (0, 1)
+        )
+        for (name, fitted), (_, judged) in zip(*records, strict=True):
+            _, down, first = linears[name]
+            w2_DF = down.weight[:, first:].detach().float()
+            fit, judge = Sample.of(fitted, w2_DF), Sample.of(judged, w2_DF)
+            content["layers"][name] = survey_ffn(
+                fit, judge, w2_DF, RATIOS, candidates, generator(seed, "weights")
+            )
+            write()
+            bar.update()
     if "groups" not in content:
         content["groups"] = _survey_groups(model, batches, tokens, seed)
         write()

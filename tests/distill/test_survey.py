@@ -15,9 +15,10 @@ pytest.importorskip("diffusers")
 from d2m_models.config import MoEConfig
 from d2m_models.conversion.formation import FFNRecord
 from d2m_models.conversion.least_squares import least_squares, token_clusters, unexplained
+from d2m_models.conversion.start import FORMATIONS
 from d2m_models.partition import cluster_neuron_order
 from distill.errors import UserError
-from distill.survey.ffn import FORMATIONS, Sample, survey_ffn
+from distill.survey.ffn import Sample, survey_ffn
 from distill.survey.groups import Tokens, gated_least_squares, survey_group
 from distill.survey.run import suggest
 
@@ -54,7 +55,7 @@ def test_a_true_mixture_is_found_and_wins():
     best = {m["formation"]: m["error"] for m in found["mixtures"]}
     assert set(best) == set(FORMATIONS)
     assert best["clusters"] < 1e-3  # exact but for the ridge
-    assert best["coactivation"] < 0.1 and best["dealt"] > 0.1
+    assert best["coactivation"] < 0.1 and best["taylor"] > 0.1
     assert found["pruned"][1.0] > 0.1
     assert found["pruned"][4.0] < 1e-3  # all neurons: nothing is lost
     assert found["linear"] > 0.2
