@@ -168,6 +168,6 @@ def test_stages_of_other_batch_sizes_see_each_sample_once(sizes):
     for size in sizes:
         first = first_batch(stages, size)
         for step in range(first, first + 6):
-            seen += digits._indices(0, step, size).tolist()
+            seen += digits.epochs(0, step, size).tolist()
         stages.append(train_config(6, size))
     assert len(seen) == len(set(seen)) == 6 * sum(sizes)
