@@ -26,6 +26,16 @@ def floating(name: str, t: torch.Tensor) -> None:
         raise TypeError(f"{name}: expected bf16, fp16, fp32 or fp64, got {shape_of(t)}")
 
 
+def no_transform(name: str) -> None:
+    """torch's own message names a Function and not the op; the setup_context that it asks for costs
+    a call 60 us and buffers for the gradients of what is saved."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{name}: under a torch.func transform (grad, vjp, vmap, ...), which the ops of "
+            f"d2m_kernels do not take; use autograd: torch.autograd.grad, or backward()"
+        )
+
+
 def shape(name: str, t, expected: tuple[int, ...], legend: str) -> None:
     tensor(name, t)
     if t.shape != expected:
@@ -69,6 +79,7 @@ def activation(value) -> None:
 def input_and_router(x, router) -> None:
     """x [..., D] and router [E, D] on one device."""
     tensor("x", x, None, "[..., D]")
+    no_transform("x")
     floating("x", x)
     if x.dim() < 1:
         raise ValueError(f"x: expected [..., D], got {shape_of(x)}")

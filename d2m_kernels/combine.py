@@ -38,6 +38,7 @@ def combine(y, routing: Routing, *, shared=None, bias=None, scale: float = 1.0, 
         TypeError, ValueError: an argument's type, dtype, shape or device is wrong.
     """
     checks.tensor("y", y, 2, "[N, D]")
+    checks.no_transform("y")
     checks.floating("y", y)
     if not isinstance(routing, Routing):
         raise TypeError(f"routing: expected a Routing, got {type(routing).__name__}")

@@ -47,6 +47,7 @@ def grouped_gemm(
         TypeError, ValueError: an argument's type, dtype, shape or device is wrong.
     """
     checks.tensor("x", x, 2, "[R, K]")
+    checks.no_transform("x")
     checks.floating("x", x)
     checks.tensor("w", w, 3, "[E, N, K]")
     E, N, K = w.shape
