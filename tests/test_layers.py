@@ -39,12 +39,12 @@ LAYERS = {
         __init__
     """,
     "distill": """
-        errors
+        errors page
         files device configs
         data
         loop prepare
         importance sampling
-        students teacher stages
+        students teacher stages evaluate
         pipeline
         study plan
         commands

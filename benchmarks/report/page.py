@@ -13,9 +13,9 @@ from report.tables import TABLES, filled, markdown, origin
 from distill import files as ckpt
 from distill.errors import UserError
 from distill.study import claims
-from distill.study.page import figure
-from distill.study.page import page as html_page
-from distill.study.page import table as html_table
+from distill.page import figure
+from distill.page import page as html_page
+from distill.page import table as html_table
 
 _TITLES = {
     "table1": ("Table 1", "The paper's cost columns (one H20, 1024x1024), our counts, and what was "

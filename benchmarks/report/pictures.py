@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from report import roofline
-from report.paper import TABLE1
+from distill.evaluate.paper import TABLE1
 from report.read import Results, ceilings_of, machine_label, ran, run_id
 from report.tables import how_measured
 

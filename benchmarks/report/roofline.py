@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from report.paper import DENSE, TABLE1, PaperRow, first_row
+from distill.evaluate.paper import DENSE, TABLE1, PaperRow, first_row
 from report.read import ceilings_of, peer_rows
 
 from d2m_models import PRESETS, FluxMoEConfig, account

@@ -12,7 +12,7 @@ from typing import Any
 
 from report import roofline
 from report.layers import layers, peers, scaling, stages, unavailable
-from report.paper import DENSE, TABLE1
+from distill.evaluate.paper import DENSE, TABLE1
 from report.read import (
     Results,
     Table,

@@ -16,7 +16,7 @@ from torch import Tensor
 from distill import files as ckpt
 from distill.errors import CheckpointError
 from distill.study import claims
-from distill.study.page import facts, figure, page, table
+from distill.page import facts, figure, page, table
 from distill.study.pictures import COLOURS, FAINT, INK, heat_map, picture
 
 VERDICT_COLOURS = {"holds": COLOURS[0], "does not hold": COLOURS[1], "undecided": FAINT}

@@ -13,7 +13,7 @@ from typing import Any
 
 from distill import files as ckpt
 from distill.errors import CheckpointError
-from distill.study.page import facts, figure, page, table
+from distill.page import facts, figure, page, table
 from distill.study.pictures import experts_png, loss_png, samples_png
 
 FIELDS = ("kind", "total_params", "activated_params", "flops", "step_seconds", "latency_ratio",

@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib")
 from helpers.benchmark_machine import later_run, machine, seconds
 from report import page as report_page
 from report import roofline
-from report.paper import TABLE1
+from distill.evaluate.paper import TABLE1
 from report.read import config_of, load_results, ran, run_ids
 from report.tables import TABLES, markdown, origin
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from distill.study.page import STYLE
+from distill.page import STYLE
 
 PROPERTIES = set(
     "background border border-bottom border-collapse border-radius color color-scheme display font "
