@@ -91,7 +91,8 @@ def _by_name(name: str) -> Path:
 
 
 def _category(file: Path) -> str | None:
-    return next((name for name in CATEGORIES if file.stem.startswith(name)), None)
+    named = (name for name in CATEGORIES if f"{file.stem}_".startswith(f"{name}_"))
+    return next(named, None)
 
 
 def _lines(file: Path) -> Iterator[Prompt]:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from distill import files as ckpt
 from distill.errors import CheckpointError
-from distill.study import claims
 from distill.page import facts, figure, page, table
+from distill.study import claims
 from distill.study.pictures import COLOURS, FAINT, INK, heat_map, picture
 
 VERDICT_COLOURS = {"holds": COLOURS[0], "does not hold": COLOURS[1], "undecided": FAINT}
