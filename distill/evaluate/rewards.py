@@ -144,9 +144,11 @@ class MPS:
     NEW)` inside the MPS repository makes the state dict of it.
     """
 
-    CONDITION = ("light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, "
-                 "hands, limbs, structure, instance, texture, quantity, attributes, position, number, "
-                 "location, word, things.")  # fmt: skip
+    CONDITION = (
+        "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, "
+        "structure, instance, texture, quantity, attributes, position, number, location, word, "
+        "things."
+    )
     RELEVANT = 0.01  # of the largest similarity to the condition; other tokens are masked
 
     def __init__(self, name: str, clip: Any, device: torch.device):
