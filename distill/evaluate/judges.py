@@ -85,7 +85,10 @@ class Judges:
                 f"let the hub be reached, or say --judge {self.metric}.{role}=FOLDER"
             ) from err
         model = getattr(judge, "model", None)
-        self.used[role] = {"judge": name, **(identity(model) if model is not None else {})}
+        self.used[role] = {
+            "judge": name,
+            **(identity(model) if isinstance(model, nn.Module) else {}),
+        }
         return judge
 
     def need(self, role: str, make: Callable[[str], Any]) -> Any:

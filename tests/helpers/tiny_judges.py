@@ -88,9 +88,8 @@ def mask2former(folder, labels=("cat", "dog", "bench")):
 
 
 def owl(folder):
-    from helpers.flux_folder import _clip_tokenizer
     from transformers import (
-        AutoTokenizer,
+        CLIPTokenizer,
         Owlv2Config,
         Owlv2ForObjectDetection,
         Owlv2ImageProcessor,
@@ -100,14 +99,19 @@ def owl(folder):
     torch.manual_seed(3)
     size = {"intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Owlv2Config(
-        text_config={**size, "hidden_size": 16, "vocab_size": 64, "max_position_embeddings": 16},
+        text_config={**size, "hidden_size": 16, "vocab_size": 64, "max_position_embeddings": 16,
+                     "bos_token_id": 1, "eos_token_id": 2},
         vision_config={**size, "hidden_size": 20, "image_size": 32, "patch_size": 8},
         projection_dim=16,
     )  # fmt: skip
     Owlv2ForObjectDetection(config).save_pretrained(folder)
-    _clip_tokenizer(folder)
+    # a query that starts with token 0 is none
+    letters = sorted(set("".join(WORDS)))
+    names = ["!", "<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters)]
+    vocab = {name: i for i, name in enumerate(names)}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=16)
     images = Owlv2ImageProcessor(size={"height": 32, "width": 32})
-    Owlv2Processor(images, AutoTokenizer.from_pretrained(folder)).save_pretrained(folder)
+    Owlv2Processor(images, tokenizer).save_pretrained(folder)
     return Path(folder)
 
 

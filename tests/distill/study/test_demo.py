@@ -33,6 +33,8 @@ FIELDS = [
     "latency_ratio",
     "rel_mse",
     "class_accuracy",
+    "psnr",
+    "ssim",
 ]
 
 
