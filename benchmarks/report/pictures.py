@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from report import roofline
-from distill.evaluate.paper import TABLE1
 from report.read import Results, ceilings_of, machine_label, ran, run_id
 from report.tables import how_measured
 
+from distill.evaluate.paper import TABLE1
 from distill.study.pictures import COLOURS, FAINT, picture
 
 _MODELS = {"flux-moe-l": "L", "flux-moe-m": "M", "flux-moe-s": "S", "flux-moe-xs": "XS"}

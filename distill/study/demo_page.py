@@ -137,7 +137,7 @@ def _figures(models: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
 
 def _over_seeds(models: Mapping[str, Any], full: Mapping[str, Any]) -> str:
     """Means over seeds, and the verdicts."""
-    header = ["model", "kind", *(f"{k} (mean ± s.d.)" for k in ("rel_mse", "class_accuracy", "psnr", "ssim"))]
+    header = ["model", "kind", *(f"{k} (mean ± s.d.)" for k in ("rel_mse", "class_accuracy"))]
     cells = [
         [name, models[name]["kind"], "{mean:.2e} ± {spread:.1e}".format(**s["rel_mse"]),
          "{mean:.3f} ± {spread:.3f}".format(**s["class_accuracy"])]

@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib")
 
 from helpers.benchmark_machine import later_run, machine
 from report import roofline
+
 from distill.evaluate.paper import DENSE, TABLE1
 
 ROOT = Path(__file__).resolve().parents[2]
