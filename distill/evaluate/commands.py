@@ -117,12 +117,13 @@ def _nothing() -> Any:
 
 def _compare(folders: list[str], out: Path) -> None:
     from distill.evaluate.page import write_comparison
-    from distill.evaluate.scores import differences, label, read_scores, table
+    from distill.evaluate.scores import differences, label, read_scores, same_images, table
 
     all_scores = [read_scores(folder) for folder in folders]
     places = {
-        f"{i}: {label(s)}": Path(f)
-        for i, (f, s) in enumerate(zip(folders, all_scores, strict=True))
+        f"{i}: {label(scores)}": Path(folder)
+        for i, (folder, scores) in enumerate(zip(folders, all_scores, strict=True), 1)
+        if same_images(scores, all_scores[0])
     }
     page = write_comparison(out, all_scores, places, all_scores[0]["texts"])
     _print(*table(all_scores))

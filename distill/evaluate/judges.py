@@ -33,14 +33,20 @@ class Item:
         """The image as a PIL image in RGB."""
         from PIL import Image
 
-        path = image_path(folder or self.folder, self.key)
-        try:
-            return Image.open(path).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as err:
-            raise UserError(
-                f"cannot read the image {path} ({err}); remove it, and the same command makes it "
-                "again"
-            ) from err
+        return Image.open(image_path(folder or self.folder, self.key)).convert("RGB")
+
+    def broken(self) -> Path | None:
+        """The path of its image, or the teacher's, that cannot be read."""
+        from PIL import Image
+
+        for folder in filter(None, (self.folder, self.other)):
+            path = image_path(folder, self.key)
+            try:
+                with Image.open(path) as image:
+                    image.verify()
+            except (OSError, SyntaxError, ValueError):
+                return path
+        return None
 
 
 def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

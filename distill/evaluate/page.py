@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,9 @@ def write_grid(path: Path, folders: Mapping[str, Path], prompts: Sequence[str]) 
         words = "\n".join(textwrap.wrap(text, 30)[:14])
         draw.multiline_text((6, top + 4), words, "#1f2430", font=font)
         for column, folder in enumerate(folders.values()):
-            with Image.open(image_path(folder, key_of(i, 0))) as image:
-                small = image.convert("RGB").resize((CELL - 4, CELL - 4))
-            grid.paste(small, (TEXT + CELL * column, top))
+            with suppress(OSError, SyntaxError):  # one that cannot be read stays white
+                image = Image.open(image_path(folder, key_of(i, 0))).convert("RGB")
+                grid.paste(image.resize((CELL - 4, CELL - 4)), (TEXT + CELL * column, top))
     ckpt.write_atomic(path, lambda tmp: grid.save(tmp, format="PNG"))
 
 

@@ -94,7 +94,8 @@ def evaluate(
     if unknown := sorted(set(metrics) - set(METRICS)):
         raise UserError(f"--metrics has {unknown}; expected some of {', '.join(METRICS)}")
     named = judges_of(judges)
-    made = {"batch": batch, "offload": offload, "progress": progress}
+    made = {"batch": batch, "offload": offload, "progress": progress,
+            "latents": "fidelity" in metrics}  # fmt: skip
     generate(out, prompts, settings, world, **made)
     other = None
     if against is not None:
@@ -108,6 +109,12 @@ def evaluate(
     items = [Item(key, prompts[prompt_of(key)], out, other) for key in keys]
     columns: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
+    if broken := {item.key: path for item in items if (path := item.broken()) is not None}:
+        items = [item for item in items if item.key not in broken]
+        failed["images"] = (
+            f"{len(broken)} images that cannot be read are left out, {next(iter(broken.values()))} "
+            "first; remove them, and the same command makes them again"
+        )
     groups = {i: prompt.group for i, prompt in enumerate(prompts)}
     for name in metrics:
         metric = METRICS[name]
@@ -138,7 +145,7 @@ def _score(
     error = None
     if metric.kind is not None:
         items = [item for item in items if item.prompt.kind == metric.kind]
-    if not items:
+    if not items and metric.kind is not None:
         error = f"{judges.metric}: no prompt is in the format of {metric.kind}; see --prompts"
     try:
         if mine := items[world.rank :: world.size]:

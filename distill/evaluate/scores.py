@@ -78,13 +78,18 @@ def _scaled(model: Mapping[str, Any], key: str, unit: float) -> str:
     return f"{model[key] / unit:.4g}" if key in model else ""
 
 
+def same_images(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether they began with the same prompts and noise."""
+    return all(a["settings"][k] == b["settings"][k] for k in ("prompts_hash", "seed", "size"))
+
+
 def differences(all_scores: Sequence[Mapping[str, Any]]) -> Table:
     """Every model less the first, in pairs of images of the same prompt and noise."""
     first, *others = all_scores
     header = ["column", "model", f"less {label(first)}", "images"]
     rows = []
     for scores in others:
-        if scores["settings"]["prompts_hash"] != first["settings"]["prompts_hash"]:
+        if not same_images(scores, first):
             continue
         for name, column in scores["columns"].items():
             base = first["columns"].get(name, {})

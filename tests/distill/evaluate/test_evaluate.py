@@ -132,10 +132,21 @@ def test_fidelity_and_a_page(teacher, student, prompts, tmp_path, capsys):
     again = json.loads((tmp_path / "same" / "scores.json").read_text())["columns"]
     assert again["psnr"]["mean"] == 100 and again["latent_mse"]["mean"] == 0
 
+    # an image that cannot be read is named, and the others are judged
+    path = image_path(tmp_path / "same", "00001-0")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert main(same) == 0
+    again = json.loads((tmp_path / "same" / "scores.json").read_text())
+    assert again["columns"]["psnr"]["images"] == 2
+    assert "1 images that cannot be read are left out" in again["failed"]["images"]
+    assert str(path) in again["failed"]["images"]
+    path.unlink()
+
     # a second metric joins the first in scores.json
     assert main([*same, "--metrics", "clip", "--judge", f"clip={clip}"]) == 0
     again = json.loads((tmp_path / "same" / "scores.json").read_text())["columns"]
-    assert {"psnr", "clip"} <= set(again)
+    assert {"psnr", "clip"} <= set(again) and path.read_bytes() == whole
 
     capsys.readouterr()
     assert main(["evaluate", "--compare", str(out), str(tmp_path / "same"), "--out",

@@ -52,8 +52,9 @@ def test_paired_differences_see_what_intervals_hide():
 def scores(name, preset="flux-moe-l", steps=28, shift=0.0, hash_="x"):
     values = {key_of(p, 0): p / 10 + shift for p in range(5)}
     column = {**summarise(values), "values": values, "metric": "clip", "judges": {}}
+    settings = {"prompts_hash": hash_, "seed": 0, "size": None}
     return {"schema": SCHEMA, "model": {"model": f"/m/{name}", "preset": preset, "steps": steps,
-            "flops": 50.9e12}, "settings": {"prompts_hash": hash_}, "columns": {"clip": column},
+            "flops": 50.9e12}, "settings": settings, "columns": {"clip": column},
             "groups": [None] * 5, "failed": {}, "texts": ["a"] * 5}  # fmt: skip
 
 
