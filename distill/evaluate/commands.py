@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,51 +20,29 @@ def add_commands(commands: Any) -> None:
     p.add_argument("model", metavar="MODEL", nargs="?", help="pipeline or transformer to judge")
     p.add_argument("--against", metavar="TEACHER", help="a model, or the OUT of its evaluation")
     p.add_argument("--base", help="pipeline whose other parts a MODEL that is a transformer takes")
-    p.add_argument(
-        "--metrics",
-        default="fidelity",
-        help="with commas between: fidelity, clip, "
-        "image-reward, mps, geneval, dpg, t2i-compbench (default: %(default)s)",
-    )
-    p.add_argument(
-        "--prompts",
-        metavar="FILE|NAME",
-        help="text, JSONL, a benchmark's own file, or mjhq-30k, geneval, dpg, t2i-compbench",
-    )
+    p.add_argument("--metrics", default="fidelity", help="with commas between: fidelity, clip, "
+        "image-reward, mps, geneval, dpg, t2i-compbench (default: %(default)s)")  # fmt: skip
+    p.add_argument("--prompts", metavar="FILE|NAME", help="text, JSONL, a benchmark's own file, or "
+        "mjhq-30k, geneval, dpg, t2i-compbench")  # fmt: skip
     p.add_argument("--out", default="d2m-evaluate", help="folder (default: %(default)s)")
-    p.add_argument(
-        "--images",
-        type=int,
-        help="a prompt (default: as the benchmark is published: "
-        "GenEval and DPG 4, T2I-CompBench 10, else 1)",
-    )
+    p.add_argument("--images", type=int, help="a prompt (default: as the benchmark is published: "
+        "GenEval and DPG 4, T2I-CompBench 10, else 1)")  # fmt: skip
     p.add_argument("--limit", type=int, help="only the first prompts")
     p.add_argument("--batch", type=int, default=1, help="images at once (default: %(default)s)")
     p.add_argument("--steps", type=int, help="default: the pipeline's")
     p.add_argument("--guidance", type=float, help="default: the pipeline's")
     p.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     p.add_argument("--size", type=int, help="side in pixels (default: the pipeline's)")
-    p.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the model is saved"
-    )
-    p.add_argument(
-        "--offload", choices=("model", "sequential", "group"), help="parts wait in host memory"
-    )
-    p.add_argument(
-        "--judge",
-        action="append",
-        default=[],
-        metavar="METRIC.ROLE=NAME",
-        help="a local folder or hub name[@revision] instead of the published judge",
-    )
-    p.add_argument(
-        "--compare",
-        nargs="+",
-        metavar="OUT",
-        help="only set evaluations side by side in the paper's columns",
-    )
+    dtypes = ("float32", "bfloat16", "float16")
+    p.add_argument("--dtype", choices=dtypes, help="default: as the model is saved")
+    offloads = ("model", "sequential", "group")
+    p.add_argument("--offload", choices=offloads, help="parts wait in host memory for their turn")
+    p.add_argument("--judge", action="append", default=[], metavar="METRIC.ROLE=NAME",
+        help="a local folder or hub name[@revision] instead of the published one")  # fmt: skip
+    p.add_argument("--compare", nargs="+", metavar="OUT",
+        help="only set evaluations side by side in the paper's columns")  # fmt: skip
     add_device(p)
-    p.set_defaults(run=run_evaluate)  # fmt: skip
+    p.set_defaults(run=run_evaluate)
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
@@ -76,9 +55,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
         if getattr(args, name) is None:
             raise UserError(f"{'MODEL' if name == 'model' else '--prompts'} is missing")
     for name, value in vars(args).items():
-        if name in ("images", "limit", "batch", "steps", "size") and not (
-            value is None or value > 0
-        ):
+        counts = ("images", "limit", "batch", "steps", "size")
+        if name in counts and value is not None and value < 1:
             raise UserError(f"--{name} is {value}; expected at least 1")
     from distill.configs.training import ParallelConfig
     from distill.evaluate.generate import Settings
@@ -96,7 +74,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     world = start_world(parallel, pick_device(args.device))
     try:
         metrics = [name for name in args.metrics.split(",") if name]
-        with locked(out, "`d2m evaluate`") if world.main else _nothing():
+        with locked(out, "`d2m evaluate`") if world.main else nullcontext():
             page = evaluate(out, settings, prompts, metrics, world, against=args.against,
                             judges=args.judge, batch=args.batch, offload=args.offload)  # fmt: skip
     finally:
@@ -107,12 +85,6 @@ def run_evaluate(args: argparse.Namespace) -> None:
             print(f"not computed: {why}")
         _print(*table([scores]))
         print(f"wrote {page}")
-
-
-def _nothing() -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext()
 
 
 def _compare(folders: list[str], out: Path) -> None:

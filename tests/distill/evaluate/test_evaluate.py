@@ -21,7 +21,7 @@ from helpers.flux_folder import flux_folder
 
 from distill.cli import main
 from distill.errors import UserError
-from distill.evaluate.generate import Settings, generate, image_path, noise
+from distill.evaluate.generate import Settings, describe, generate, image_path, noise
 from distill.evaluate.prompts import Prompt
 from distill.loop.parallel import World
 
@@ -99,6 +99,27 @@ def test_other_settings_are_refused(teacher, tmp_path):
         generate(tmp_path, PROMPTS[:1], settings(teacher, images=1, seed=1), World())
     with pytest.raises(UserError, match="prompts: 1 -> 2"):
         generate(tmp_path, PROMPTS[:2], settings(teacher, images=1), World())
+
+
+@pytest.mark.parametrize(
+    "layers, preset", [((19, 38), "flux-dense"), ((8, 38), "flux-lite"), ((3, 3), None)]
+)
+def test_a_structure_is_known_by_the_papers_name(layers, preset):
+    from diffusers import FluxTransformer2DModel
+
+    class Pipe:
+        def __call__(self, prompt, num_inference_steps=28):
+            raise NotImplementedError
+
+    pipe = Pipe()
+    with torch.device("meta"):
+        pipe.transformer = FluxTransformer2DModel(
+            num_layers=layers[0], num_single_layers=layers[1], guidance_embeds=True
+        )
+    facts = describe(pipe, Settings("m"))
+    assert (facts["preset"], facts["steps"]) == (preset, 28)
+    if preset == "flux-dense":
+        assert facts["activated_params"] / 1e9 == pytest.approx(11.901, abs=1e-3)
 
 
 @pytest.mark.long
