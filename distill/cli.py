@@ -12,8 +12,11 @@ from d2m_models import commands as models
 from distill import commands as distilling
 from distill.device import add_device
 from distill.errors import UserError, library_errors
+from distill.evaluate import commands as evaluating
 from distill.prepare import commands as prepare
 from distill.study import commands as study
+
+EXTRAS = {"prepare": "data", "evaluate": "evaluate"}  # what a command needs; the others: demo
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
 
     study.add_commands(commands)  # demo, ablate, report
     distilling.add_commands(commands)  # distill, sample
+    evaluating.add_commands(commands)
     add_device(prepare.add_command(commands))
     models.add_commands(commands)  # convert, inspect, diff
     return top
@@ -63,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(
             f"d2m: error: the package {err.name!r} is missing; pip install "
-            f"'dense2moe[{'data' if args.command == 'prepare' else 'demo'}]' brings it",
+            f"'dense2moe[{EXTRAS.get(args.command, 'demo')}]' brings it",
             file=sys.stderr,
         )
         return 2

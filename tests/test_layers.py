@@ -44,7 +44,7 @@ LAYERS = {
         page data
         loop prepare
         importance sampling
-        students teacher stages survey
+        students teacher stages survey evaluate
         pipeline
         study plan
         commands

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from report.pictures import FIGURES
+from report.quality import with_quality
 from report.read import Results, load_results, machine_label, rows_of
 from report.tables import TABLES, filled, markdown, origin
 
@@ -70,7 +71,8 @@ def render(folder: Path | str) -> Path:
         else:
             parts.append(figure((folder / file).read_bytes(), title, words))
     for name, (title, caption) in _TITLES.items():
-        header, rows = filled(TABLES[name](results))
+        made = TABLES[name](results)
+        header, rows = filled(with_quality(made, folder) if name == "table1" else made)
         if rows:
             caption = f"{caption} {origin(name, results)}".strip()
             parts.append(f'<h2 id="{name}">{html.escape(title)}</h2>')
@@ -112,6 +114,7 @@ def with_tables(text: str, results: Results, folder: Path | str) -> str:
             table, under = claims.table(claims.read(Path(folder) / "claims.json")), ""
         elif name in TABLES:
             table, under = TABLES[name](results), origin(name, results)
+            table = with_quality(table, folder) if name == "table1" else table
         else:
             known = sorted([*TABLES, "claims"])
             raise UserError(f"marker begin:{name} is unknown; tables are {known}")

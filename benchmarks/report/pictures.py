@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from report import roofline
-from report.paper import TABLE1
 from report.read import Results, ceilings_of, machine_label, ran, run_id
 from report.tables import how_measured
 
 from d2m_models.inspection.figures import COLOURS
+from distill.evaluate.paper import TABLE1
 from distill.page import FAINT, picture
 
 _MODELS = {"flux-moe-l": "L", "flux-moe-m": "M", "flux-moe-s": "S", "flux-moe-xs": "XS"}

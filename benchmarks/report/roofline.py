@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from report.paper import DENSE, TABLE1, PaperRow, first_row
 from report.read import ceilings_of, peer_rows
 
 from d2m_models import PRESETS, FluxMoEConfig, account
+from distill.evaluate.paper import DENSE, TABLE1, PaperRow, first_row
 
 PARTS = ("attention", "ffn", "gemm", "adaln", "rest")
 IMAGE, TEXT = 4096, 512  # tokens at 1024x1024

@@ -12,7 +12,6 @@ from typing import Any
 
 from report import roofline
 from report.layers import layers, peers, scaling, stages, unavailable
-from report.paper import DENSE, TABLE1
 from report.read import (
     Results,
     Table,
@@ -26,6 +25,8 @@ from report.read import (
     run_id,
     run_ids,
 )
+
+from distill.evaluate.paper import DENSE, TABLE1
 
 
 def how_measured(results: Mapping[str, Any]) -> str:

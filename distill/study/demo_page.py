@@ -17,7 +17,7 @@ from distill.page import facts, figure, page, table
 from distill.study.pictures import experts_png, loss_png, samples_png
 
 FIELDS = ("kind", "total_params", "activated_params", "flops", "step_seconds", "latency_ratio",
-          "rel_mse", "class_accuracy")  # fmt: skip
+          "rel_mse", "class_accuracy", "psnr", "ssim")  # fmt: skip
 KINDS = ("teacher", "moe", "mob", "prune-mlp", "prune-depth")
 
 
@@ -97,6 +97,8 @@ def table_rows(models: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         "latency / dense": lambda m: f"{m['latency_ratio']:.2f}",
         "rel. MSE": lambda m: "0" if m["rel_mse"] == 0 else f"{m['rel_mse']:.2e}",
         "class accuracy": lambda m: f"{m['class_accuracy']:.3f}",
+        "PSNR": lambda m: f"{m['psnr']:.2f}" if "psnr" in m else "",  # runs of before it was there
+        "SSIM": lambda m: f"{m['ssim']:.3f}" if "ssim" in m else "",
     }
     cells = [[name, *(cell(m) for cell in columns.values())] for name, m in models.items()]
     return ["model", *columns], cells

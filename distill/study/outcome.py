@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from distill import files as ckpt
 from distill.data.batch import held_out_batch
 from distill.data.digits import Digits
+from distill.evaluate import fidelity
 from distill.loop.train import read_log
 from distill.study import measure as ev
 from distill.study.comparators import Context
@@ -61,6 +62,7 @@ def measure(context: Context, models: dict[str, nn.Module]) -> Outcome:
             "latency_ratio": seconds[name] / seconds["teacher"],
             "rel_mse": ev.relative_mse(target, ev.predict(model, held_out)),
             "class_accuracy": accuracy,
+            **fidelity.pixels(images, tensors.get("samples/teacher", images)),
         }
         tensors[f"samples/{name}"] = images
     for layer in layers:
@@ -84,7 +86,9 @@ def measure(context: Context, models: dict[str, nn.Module]) -> Outcome:
             "models taking turns. Relative MSE: ||student - teacher||² / ||teacher||² over "
             f"{config.held_out} held-out (x_t, t, prompt). Class accuracy: share of {len(noise)} "
             "samples that a classifier trained on the real digits reads as their prompt; it reads "
-            f"{real:.1%} of real test digits."
+            f"{real:.1%} of real test digits. PSNR (dB) and SSIM: means of the same samples to the "
+            "teacher's from the same noise, as `d2m evaluate` computes them; equal images have "
+            f"{fidelity.HIGHEST_PSNR:.0f} dB."
         ),
     }
     return Outcome(models, rows, tensors, meta)

@@ -17,9 +17,12 @@ pytest.importorskip("matplotlib")
 from helpers.benchmark_machine import later_run, machine, seconds
 from report import page as report_page
 from report import roofline
-from report.paper import TABLE1
+from report.quality import with_quality
 from report.read import config_of, load_results, ran, run_ids
 from report.tables import TABLES, markdown, origin
+
+from distill.evaluate.paper import TABLE1
+from distill.evaluate.scores import SCHEMA
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -55,6 +58,25 @@ def test_a_measured_machine_is_no_longer_predicted(folder):
     header, rows = TABLES["table1"](results)
     assert [cell for cell in header if "predicted" in cell] == ["A100 s, predicted from NVIDIA H20"]
     assert all(len(row) == len(header) for row in rows)
+
+
+def test_scores_join_table_1(folder):
+    """One table: costs as before, then the paper's quality and ours by structure and steps."""
+    plain = TABLES["table1"](load_results(folder))
+    assert with_quality(plain, folder) == plain
+    (folder / "scores").mkdir()
+    column = {"mean": 0.561, "interval": [0.55, 0.572]}
+    for name, preset, steps in (("l", "flux-moe-l", 8), ("odd", None, 28)):
+        scores = {"schema": SCHEMA, "model": {"preset": preset, "steps": steps},
+                  "columns": {"geneval": column}}  # fmt: skip
+        (folder / "scores" / f"{name}.json").write_text(json.dumps(scores))
+    header, rows = with_quality(plain, folder)
+    assert [row[: len(plain[0])] for row in rows] == plain[1]
+    cells = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    assert cells["HyperFLUX-MoE-L"]["ours: GenEval"] == "0.561 [0.55, 0.572]"
+    assert cells["HyperFLUX-MoE-L"]["paper: GenEval"] == "0.5917"
+    assert cells["FLUX.1-MoE-L"]["ours: GenEval"] == "" == cells["FLUX.1 [dev]"]["ours: CLIP"]
+    assert "0.561 [0.55, 0.572]" in report_page.render(folder).read_text()
 
 
 def test_peers_are_one_column_a_shape(folder):

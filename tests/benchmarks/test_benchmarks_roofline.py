@@ -12,7 +12,8 @@ pytest.importorskip("matplotlib")
 
 from helpers.benchmark_machine import later_run, machine
 from report import roofline
-from report.paper import DENSE, TABLE1
+
+from distill.evaluate.paper import DENSE, TABLE1
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -33,6 +33,8 @@ FIELDS = [
     "latency_ratio",
     "rel_mse",
     "class_accuracy",
+    "psnr",
+    "ssim",
 ]
 
 
@@ -120,6 +122,8 @@ def test_demo_numbers_make_sense(demo):
     # the quick teacher is barely trained, but far from guessing (0.1); students follow it closely
     assert teacher["class_accuracy"] > 0.6 and moe["class_accuracy"] > 0.5
     assert 0 < moe["rel_mse"] < 0.02 and moe["rel_mse"] < mob["rel_mse"] < 0.3
+    assert (teacher["psnr"], teacher["ssim"]) == (100, pytest.approx(1))
+    assert 10 < mob["psnr"] < moe["psnr"] < 100 and 0 < mob["ssim"] < moe["ssim"] < 1
 
 
 @pytest.mark.slow
