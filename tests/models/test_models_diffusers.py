@@ -120,7 +120,7 @@ def test_flux_pipeline_runs_and_reloads(tmp_path):
     assert images.isfinite().all()
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["transformer"] == ["d2m_models.flux", "FluxMoETransformer2DModel"]
+    assert index["transformer"] == ["d2m_models", "FluxMoETransformer2DModel"]
     again = FluxPipeline.from_pretrained(tmp_path, tokenizer=None, tokenizer_2=None)
     assert type(again.transformer) is FluxMoETransformer2DModel
     torch.testing.assert_close(sample(again), images)
