@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-# ModelMixin is not used below, but must be in this namespace: pipelines that were saved when classes
-# were named by this module are loaded only if it has ModelMixin.
+# ModelMixin is not used below, but must be in this namespace: pipelines of before, which name this
+# module, are loaded only if it has ModelMixin.
 from diffusers import FluxTransformer2DModel, ModelMixin  # noqa: F401
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import apply_lora_scale
@@ -88,8 +88,8 @@ def refuse_missing(path: Any, model: nn.Module, info: dict[str, Any]) -> None:
 
 
 UNTRAINED = (
-    "is converted, but not distilled: its routers choose at random, so its images are of no use yet "
-    "(d2m distill trains; set_top_k(model, 'dense') runs all experts)"
+    "is converted, but not distilled: its routers choose at random, so its images are of no use "
+    "yet (d2m distill trains; set_top_k(model, 'dense') runs all experts)"
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import diffusers
 import torch
 from torch import nn
 
-from d2m_models.checkpoints.places import may_be_hub_name, refuse_pickles
+from d2m_models.checkpoints.places import may_be_hub_name
+from d2m_models.checkpoints.source import open_source
 from d2m_models.flux import FluxMoETransformer2DModel
 
 INDEX = "model_index.json"
@@ -59,7 +61,7 @@ def load_pipeline(
     index = whole if base is model else read_index(base)
     if index is None:
         raise ValueError(f"base is {base}, which has no {INDEX}; expected a whole pipeline")
-    parts = {part_of(index, base): transformer, "dtype": dtype or dtype_of(transformer)}
+    parts = {part_of(index, base): transformer, "dtype": dtype or transformer.dtype}
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(_place(base), **parts)
     except Exception as error:  # diffusers, transformers, safetensors and the hub raise many kinds
@@ -70,25 +72,24 @@ def load_pipeline(
 def load_transformer(
     model: str | Path, subfolder: str | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """The model of a folder or hub id: ours, or the diffusers class that its config.json names."""
-    config = _read(model, f"{subfolder}/config.json" if subfolder else "config.json")
-    if config is None:
-        raise ValueError(
-            f"{model} has neither {INDEX} nor config.json; expected the folder of a saved model or "
-            "of a pipeline"
-        )
-    name = config.get("_class_name")
+    """The model of a folder or hub id: ours, or the diffusers class that its config.json names.
+
+    Args:
+        dtype: by default the one that most of the saved weights have.
+    """
+    source = open_source(model, subfolder)
+    name = source.config.get("_class_name")
     kind = FluxMoETransformer2DModel
     if name != kind.__name__:
         kind = getattr(diffusers, str(name), None)
         if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
             raise ValueError(f"{model} holds the class {name}; expected a model of diffusers")
-    local = Path(model).expanduser()
-    refuse_pickles(local / (subfolder or ""))
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in source.tensors.values():
+        sizes[tensor.dtype] += tensor.nbytes * tensor.dtype.is_floating_point
+    dtype = dtype or max(sizes, key=lambda found: sizes[found], default=None)
     try:
-        return kind.from_pretrained(
-            _place(model), subfolder=subfolder, dtype=dtype, use_safetensors=True
-        ).eval()
+        return kind.from_pretrained(source.folder, dtype=dtype, use_safetensors=True).eval()
     except Exception as error:
         raise ValueError(f"cannot load {name} from {model}: {_one_line(error)}") from error
 
@@ -96,15 +97,6 @@ def load_transformer(
 def base_of(transformer: nn.Module) -> str | None:
     """The pipeline that a converted model was made of, as it records it itself."""
     return (transformer.config.get("origin") or {}).get("base")
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """The floating dtype that most of a model's weights have."""
-    sizes: dict[torch.dtype, int] = {}
-    for p in model.parameters():
-        if p.is_floating_point():
-            sizes[p.dtype] = sizes.get(p.dtype, 0) + p.numel()
-    return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def read_index(model: str | Path) -> dict[str, Any] | None:
