@@ -118,6 +118,8 @@ def run_convert(args: argparse.Namespace) -> None:
 
 def _convert(args: argparse.Namespace, config: Any, where: dict, dtype: Any) -> None:
     from d2m_models.checkpoints.convert import convert_checkpoint
+    from d2m_models.checkpoints.origin import base_pipeline
+    from d2m_models.inspection.card import write_card
     from d2m_models.inspection.table import inspect
 
     record = convert_checkpoint(
@@ -126,6 +128,7 @@ def _convert(args: argparse.Namespace, config: Any, where: dict, dtype: Any) -> 
         seed=args.seed, progress=not args.quiet, **where,
     )  # fmt: skip
     counts = inspect(args.target).counts
+    write_card(Path(args.target).expanduser())
     print(
         f"wrote {args.target}: {counts.total_params:,} parameters, "
         f"{counts.activated_params:,} of them activated"
@@ -137,6 +140,23 @@ def _convert(args: argparse.Namespace, config: Any, where: dict, dtype: Any) -> 
             f"AdaLN compression: relative error {sum(errors.values()) / len(errors):.2%} on "
             f"average, {errors[worst]:.2%} at worst ({worst}); all are in d2m_conversion.json"
         )
+    print(_next(args.target, base_pipeline(args.source, args.subfolder), args.preset))
+
+
+def _next(target: str, base: str, preset: str | None) -> str:
+    """What a model is that was only converted, and the commands that come next."""
+    config = f"{preset}.yaml" if preset else "CONFIG.yaml"
+    rows = (
+        (f"d2m prepare photos/ latents/ --model {base}", "your images and captions"),
+        (f"d2m distill {config} --plan", "memory and hours"),
+        (f"d2m distill {config}", "trains; starts from the dense model itself"),
+        (f'd2m sample {target} "a cat" --base {base} --top-k dense', "all experts, as the dense"),
+    )
+    width = max(len(command) for command, _ in rows)
+    lines = [f"  {command:{width}}  # {what}" for command, what in rows]
+    return "\n".join(
+        [f"{target} is converted, not distilled: its routers choose at random. Next:", *lines]
+    )
 
 
 def _structure(args: argparse.Namespace) -> Any:

@@ -114,7 +114,7 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
             `FluxMoEConfig`, as plain dicts, lists and numbers.
         ff_dims: {FFN name: neurons} where a dense FFN does not have 4 D of them (pruned models).
         origin: what the model was made of and how: "state" ("converted" or "distilled"), "base"
-            (the dense pipeline), and more; see `d2m_models.checkpoints.card`. Computes nothing.
+            (the dense pipeline), and more; see `d2m_models.inspection.card`. Computes nothing.
     """
 
     _no_split_modules = ["FluxMoETransformerBlock", "FluxMoESingleTransformerBlock"]

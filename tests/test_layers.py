@@ -46,7 +46,7 @@ LAYERS = {
         importance sampling
         students teacher stages
         pipeline
-        study plan
+        study plan prompts
         commands
         cli
         __main__ __init__

@@ -27,6 +27,7 @@ from d2m_models.checkpoints.calibration import (
 )
 from d2m_models.checkpoints.jobs import Job, run_job
 from d2m_models.checkpoints.lora_file import read_lora
+from d2m_models.checkpoints.origin import base_pipeline
 from d2m_models.checkpoints.restore import DENSE_ADALN
 from d2m_models.checkpoints.source import check_dense_source, check_dtypes, open_source
 from d2m_models.checkpoints.tasks import (
@@ -125,7 +126,12 @@ def convert_checkpoint(
         names = [name for linear in adaln_linears(dense) for name in parts(linear)]
         everything[DENSE_ADALN] = [reader.task(name) for name in names]
 
+    origin = {"state": "converted", "base": base_pipeline(source, subfolder)}
+    if isinstance(config, str):
+        origin["preset"] = config
+
     def finish(folder: Path) -> None:
+        student.register_to_config(origin=origin)
         describe(folder, student, files)
         write_json(folder / RECORD, {**record, "adaln_error": report})
 
