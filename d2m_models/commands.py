@@ -117,11 +117,12 @@ def run_convert(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace, config: Any, where: dict, dtype: Any) -> None:
-    from d2m_models.checkpoints.convert import convert_checkpoint
+    from d2m_models.checkpoints.convert import RECORD, convert_checkpoint
     from d2m_models.checkpoints.origin import base_pipeline
     from d2m_models.inspection.card import write_card
     from d2m_models.inspection.table import inspect
 
+    again = (Path(args.target).expanduser() / RECORD).is_file()
     record = convert_checkpoint(
         args.source, args.target, config, neuron_order=args.order, keep_adaln=args.keep_adaln,
         adaln_calibration=args.adaln_calibration, lora_scale=args.lora_scale, dtype=dtype,
@@ -130,7 +131,8 @@ def _convert(args: argparse.Namespace, config: Any, where: dict, dtype: Any) -> 
     counts = inspect(args.target).counts
     write_card(Path(args.target).expanduser())
     print(
-        f"wrote {args.target}: {counts.total_params:,} parameters, "
+        f"{'already there: ' if again else 'wrote '}{args.target}: "
+        f"{counts.total_params:,} parameters, "
         f"{counts.activated_params:,} of them activated"
     )
     errors = record["adaln_error"]
@@ -150,7 +152,7 @@ def _next(target: str, base: str, preset: str | None) -> str:
         (f"d2m prepare photos/ latents/ --model {base}", "your images and captions"),
         (f"d2m distill {config} --plan", "memory and hours"),
         (f"d2m distill {config}", "trains; starts from the dense model itself"),
-        (f'd2m sample {target} "a cat" --base {base} --top-k dense', "all experts, as the dense"),
+        (f'd2m sample {target} "a cat" --base {base} --top-k dense', "every expert runs"),
     )
     width = max(len(command) for command, _ in rows)
     lines = [f"  {command:{width}}  # {what}" for command, what in rows]
