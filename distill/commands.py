@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ def run_distill(args: argparse.Namespace) -> None:
                 "positive numbers, the size a multiple of 16"
             )
         gpus = args.gpus or (config.parallel.shard or 1) * config.parallel.replicate
-        print(render(plan(config, gpus, args.size), gpus, args.tflops))
+        plans = plan(config, gpus, args.size, lambda text: print(text, file=sys.stderr))
+        print(render(plans, gpus, args.tflops))
         return
     from distill.files import make_folder
 
