@@ -42,11 +42,12 @@ def units(config: FluxMoEConfig) -> list[Unit]:
     return found
 
 
-def fewer(whole: list[Unit], most: int) -> list[Unit]:
-    """At most `most` >= 2 units of a kind in a row; the one before the last stands for the rest."""
+def fewer(whole: list[Unit], tight: tuple | None = None) -> list[Unit]:
+    """At most three units of a kind in a row, two of the signature `tight`; the one before the last
+    stands for the rest."""
     kept: list[Unit] = []
-    for _, run in groupby(whole, key=lambda unit: unit.signature):
-        row = list(run)
+    for signature, run in groupby(whole, key=lambda unit: unit.signature):
+        row, most = list(run), 2 if signature == tight else 3
         if len(row) > most:
             middle = replace(row[most - 2], repeat=len(row) - most + 1)
             row = [*row[: most - 2], middle, row[-1]]

@@ -153,31 +153,35 @@ def activations(
     """(bytes kept after each block and at the end, bytes of one more block's inside).
 
     The second is what gradient checkpointing recomputes; 0 without it. Of blocks that are alike in
-    a row three are run and the others take what the second keeps; what the loss keeps grows evenly
-    with the blocks, and is found from two lengths.
+    a row three are run and the others take what the second keeps. What the loss keeps of one is
+    the difference to a model that has one less.
     """
     whole = units(student.d2m_config)
 
-    def run(kept: list[Unit]) -> tuple[list[int], int, int]:
+    def run(kept: list[Unit], recompute: bool) -> tuple[list[int], int, int]:
         models = [shortened(model, kept) for model in (teacher, student)]
-        return _kept(*models, stage, samples, image_tokens, text_tokens)
+        return _kept(*models, stage, samples, image_tokens, text_tokens, recompute)
 
-    def compared(of: list[Unit]) -> int:
-        """Features that the loss compares."""
-        return sum(u.grouped for u in of) if stage.stage == "mob" else len(of)
-
-    most = fewer(whole, 3)
-    after, loss, inside = run(most)
-    if left_out := compared(whole) - compared(most):
-        fewest = fewer(whole, 2)
-        each = (loss - run(fewest)[1]) / (compared(most) - compared(fewest))
-        loss += round(each * left_out)
+    most = fewer(whole)
+    after, loss, inside = run(most, stage.train.gradient_checkpointing)
+    added = loss
+    for unit in (u for u in most if u.repeat > 1):
+        if stage.stage != "mob" or unit.grouped:  # others the loss does not compare
+            without = fewer(whole, unit.signature)
+            each = (loss - run(without, False)[1]) / (len(most) - len(without))
+            added += round(each * (unit.repeat - 1))
     after = spread(after, most)
-    return [*after, after[-1] + loss], inside
+    return [*after, after[-1] + added], inside
 
 
 def _kept(
-    teacher: nn.Module, student: nn.Module, stage: StageConfig, samples: int, image: int, text: int
+    teacher: nn.Module,
+    student: nn.Module,
+    stage: StageConfig,
+    samples: int,
+    image: int,
+    text: int,
+    recompute: bool,
 ) -> tuple[list[int], int, int]:
     """Bytes after each block, what the loss adds, and the inside of a block, all by running."""
     source = _Shapes(teacher, image, text)
@@ -195,7 +199,7 @@ def _kept(
         with kept.counting(model), autocast(stage.train, torch.device("cpu")):
             terms = objective.terms(objective.batch(0))
             objective.loss(terms, terms.statistics)
-        if stage.train.gradient_checkpointing:
+        if recompute:
             inside = _largest_inside(model, objective, stage)
     after: list[int] = []
     for name in named_blocks(model):  # one that does not run keeps nothing
