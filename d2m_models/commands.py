@@ -1,4 +1,4 @@
-"""The commands `d2m convert`, `inspect` and `diff`: their options, and what they print.
+"""The commands `d2m convert`, `inspect`, `diff` and `push`: their options, and what they print.
 
 Everything heavy is imported when a command runs, so that `d2m --help` stays quick.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def add_commands(commands: Any) -> None:
-    """Adds the three to an argparse sub-parser; each sets `run`."""
+    """Adds them to an argparse sub-parser; each sets `run`."""
     _add_convert(commands)
     inspect = commands.add_parser("inspect", help="parameters and FLOPs of models and presets")
     inspect.add_argument(
@@ -33,6 +33,15 @@ def add_commands(commands: Any) -> None:
     diff.add_argument("--seed", type=int, default=0)
     diff.add_argument("--plot", metavar="PNG")
     diff.set_defaults(run=run_diff)
+    push = commands.add_parser("push", help="a saved model to the Hugging Face hub, with its card")
+    push.add_argument("model", metavar="MODEL", help="folder of a converted model or a pipeline")
+    push.add_argument("repository", metavar="OWNER/NAME")
+    push.add_argument("--base", help="hub id of the base (default: as the model records it)")
+    push.add_argument("--private", action="store_true", help="if the repository is new")
+    push.add_argument(
+        "--dry-run", action="store_true", help="print files and card; needs no network"
+    )
+    push.set_defaults(run=run_push)
 
 
 def _add_convert(commands: Any) -> None:
@@ -207,3 +216,17 @@ def run_diff(args: argparse.Namespace) -> None:
     print(diff_table(errors))
     if args.plot:
         print(f"\nwrote {draw_diff(errors, args.plot)}")
+
+
+def run_push(args: argparse.Namespace) -> None:
+    from d2m_models.inspection.push import plan_push, push
+
+    uploads = plan_push(args.model, args.repository, args.base)
+    if not args.dry_run:
+        print(f"pushed {len(uploads)} files to {push(uploads, args.repository, args.private)}")
+        return
+    for upload in uploads:
+        print(f"{upload.nbytes:>14,}  {upload.name}")
+    print("\nREADME.md:\n")
+    print(next(u.content for u in uploads if u.name == "README.md").decode())
+    print("dry run: nothing was uploaded")

@@ -50,6 +50,10 @@ logger = logging.getLogger(__name__)
 # d2m_models.py: with that file beside it, diffusers would take the class of a saved pipeline from
 # there alone, and ask for trust_remote_code in a process that has imported d2m_models.
 CLASS_FILE = "flux_moe.py"
+CLASS_CODE = (
+    "# pip install dense2moe brings the class; this file says where it is\n"
+    "from d2m_models import FluxMoETransformer2DModel\n"
+)
 
 private.register_blocks(FluxMoETransformerBlock, FluxMoESingleTransformerBlock)
 
@@ -91,16 +95,6 @@ UNTRAINED = (
     "is converted, but not distilled: its routers choose at random, so its images are of no use "
     "yet (d2m distill trains; set_top_k(model, 'dense') runs all experts)"
 )
-
-
-def write_class_file(folder: Path, name: str) -> None:
-    """A module for diffusers' `trust_remote_code`, which finds our class where d2m is installed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(
-        "# pip install dense2moe brings the class; this file says where it is\n"
-        "from d2m_models import FluxMoETransformer2DModel\n",
-        encoding="utf-8",
-    )
 
 
 class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
@@ -336,7 +330,8 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
         """As diffusers', with the file and the entry by which its AutoModel finds this class."""
         entry = f"{Path(CLASS_FILE).stem}.{type(self).__name__}"
         self.register_to_config(auto_map={"AutoModel": entry})
-        write_class_file(Path(save_directory), CLASS_FILE)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        Path(save_directory, CLASS_FILE).write_text(CLASS_CODE, encoding="utf-8")
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod

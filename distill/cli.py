@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     study.add_commands(commands)  # demo, ablate, report
     distilling.add_commands(commands)  # distill, sample
     add_device(prepare.add_command(commands))
-    models.add_commands(commands)  # convert, inspect, diff
+    models.add_commands(commands)  # convert, inspect, diff, push
     return top
 
 

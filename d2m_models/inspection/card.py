@@ -94,9 +94,11 @@ def _recipe(folder: Path, origin: Mapping[str, Any]) -> str:
             )
         if found["lora"]:
             rows["LoRA fused first"] = found["lora"]
+    for key in ("initialisation", "routers"):
+        rows[key] = origin.get(key)
     for stage in origin.get("stages", ()):
         rows[f"stage {stage['stage']}"] = ", ".join(
-            f"{key} {value}" for key, value in stage.items() if key != "stage"
+            f"{key} {stage[key]}" for key in ("steps", "batch_size", "lr") if key in stage
         )
     rows["data"] = origin.get("data")
     lines = [f"| {key} | {value} |" for key, value in rows.items() if value is not None]

@@ -1,5 +1,6 @@
 """docs/models.md from FLUX.1 [dev] on disk to an image: its first page, line by line, in small."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -76,7 +77,8 @@ def test_every_line_of_the_page(place, monkeypatch, capfd):
         small = block.replace('"a cat"', '"a cat", height=64, width=64, num_inference_steps=2')
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{small}"
         run = subprocess.run(
-            [sys.executable, "-c", code], cwd=place, capture_output=True, text=True
-        )
+            [sys.executable, "-c", code], cwd=place, capture_output=True, text=True,
+            env={**os.environ, "HF_MODULES_CACHE": str(place / "modules")},
+        )  # fmt: skip
         assert run.returncode == 0, run.stderr[-2000:]
     assert Image.open(place / "cat-too.png").size == (64, 64)
