@@ -138,7 +138,9 @@ def _convert(args: argparse.Namespace, config: Any, where: dict, dtype: Any) -> 
         seed=args.seed, progress=not args.quiet, **where,
     )  # fmt: skip
     counts = inspect(args.target).counts
-    write_card(Path(args.target).expanduser())
+    target = Path(args.target).expanduser()
+    if not (target / "README.md").exists():  # which may have been edited since
+        write_card(target)
     print(
         f"{'already there: ' if again else 'wrote '}{args.target}: "
         f"{counts.total_params:,} parameters, "

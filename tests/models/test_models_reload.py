@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    UNet2DModel,
+)
 from helpers.flux_folder import flux_folder
 
 from d2m_models import FluxMoETransformer2DModel, MoEConfig, convert_flux, load_pipeline
@@ -66,6 +75,32 @@ def test_another_transformer_of_a_whole_pipeline(folder, tmp_path):
     assert type(dense.transformer) is FluxTransformer2DModel
     parts = (dense.transformer, dense.vae, dense.text_encoder)
     assert {part.dtype for part in parts} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("part", ["transformer", "unet"])
+def test_pipelines_of_other_families(tmp_path, part):
+    """The class comes from the base's model_index.json, the part's from its own configuration."""
+    if part == "transformer":
+        model = DiTTransformer2DModel(
+            num_attention_heads=1, attention_head_dim=8, in_channels=4, num_layers=1, sample_size=4,
+            num_embeds_ada_norm=3, norm_num_groups=4,
+        )  # fmt: skip
+        vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2)
+        whole = DiTPipeline(model, vae, DDIMScheduler())
+    else:
+        model = UNet2DModel(
+            sample_size=8, block_out_channels=(4,), norm_num_groups=2, layers_per_block=1,
+            down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+        )  # fmt: skip
+        whole = DDIMPipeline(model, DDIMScheduler())
+    whole.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "alone")
+    for pipe in (
+        load_pipeline(tmp_path / "whole"),
+        load_pipeline(tmp_path / "alone", tmp_path / "whole"),
+    ):
+        assert type(pipe) is type(whole)
+        assert type(getattr(pipe, part)) is type(model)
 
 
 def test_the_model_says_in_which_dtype(folder, tmp_path):
