@@ -27,6 +27,7 @@ _EXPORTS = {
     "MoBRouting": "mob",
     "AdaLNBasis": "adaln",
     "FluxMoETransformer2DModel": "flux",
+    "load_pipeline": "checkpoints.pipelines",
     "FluxMoEOutput": "output",
     "FluxMoEAux": "output",
     "block_features": "output",
@@ -60,6 +61,9 @@ __all__ = sorted(_EXPORTS)
 
 
 def __getattr__(name: str):
+    # diffusers loads the class of a saved pipeline only from a module that has ModelMixin as well
+    if name == "ModelMixin":
+        return import_module("diffusers").ModelMixin
     if name not in _EXPORTS:
         raise AttributeError(f"module 'd2m_models' has no attribute {name!r}")
     value = getattr(import_module(f"d2m_models.{_EXPORTS[name]}"), name)

@@ -1,4 +1,4 @@
-"""The commands `d2m convert`, `inspect` and `diff`: their options, and what they print.
+"""The commands `d2m convert`, `inspect`, `diff` and `push`: their options, and what they print.
 
 Everything heavy is imported when a command runs, so that `d2m --help` stays quick.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def add_commands(commands: Any) -> None:
-    """Adds the three to an argparse sub-parser; each sets `run`."""
+    """Adds them to an argparse sub-parser; each sets `run`."""
     _add_convert(commands)
     inspect = commands.add_parser("inspect", help="parameters and FLOPs of models and presets")
     inspect.add_argument(
@@ -33,6 +33,15 @@ def add_commands(commands: Any) -> None:
     diff.add_argument("--seed", type=int, default=0)
     diff.add_argument("--plot", metavar="PNG")
     diff.set_defaults(run=run_diff)
+    push = commands.add_parser("push", help="a saved model to the Hugging Face hub, with its card")
+    push.add_argument("model", metavar="MODEL", help="folder of a converted model or a pipeline")
+    push.add_argument("repository", metavar="OWNER/NAME")
+    push.add_argument("--base", help="hub id of the base (default: as the model records it)")
+    push.add_argument("--private", action="store_true", help="if the repository is new")
+    push.add_argument(
+        "--dry-run", action="store_true", help="print files and card; needs no network"
+    )
+    push.set_defaults(run=run_push)
 
 
 def _add_convert(commands: Any) -> None:
@@ -117,17 +126,24 @@ def run_convert(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace, config: Any, where: dict, dtype: Any) -> None:
-    from d2m_models.checkpoints.convert import convert_checkpoint
+    from d2m_models.checkpoints.convert import RECORD, convert_checkpoint
+    from d2m_models.checkpoints.origin import base_pipeline
+    from d2m_models.inspection.card import write_card
     from d2m_models.inspection.table import inspect
 
+    again = (Path(args.target).expanduser() / RECORD).is_file()
     record = convert_checkpoint(
         args.source, args.target, config, neuron_order=args.order, keep_adaln=args.keep_adaln,
         adaln_calibration=args.adaln_calibration, lora_scale=args.lora_scale, dtype=dtype,
         seed=args.seed, progress=not args.quiet, **where,
     )  # fmt: skip
     counts = inspect(args.target).counts
+    target = Path(args.target).expanduser()
+    if not (target / "README.md").exists():  # which may have been edited since
+        write_card(target)
     print(
-        f"wrote {args.target}: {counts.total_params:,} parameters, "
+        f"{'already there: ' if again else 'wrote '}{args.target}: "
+        f"{counts.total_params:,} parameters, "
         f"{counts.activated_params:,} of them activated"
     )
     errors = record["adaln_error"]
@@ -137,6 +153,23 @@ def _convert(args: argparse.Namespace, config: Any, where: dict, dtype: Any) -> 
             f"AdaLN compression: relative error {sum(errors.values()) / len(errors):.2%} on "
             f"average, {errors[worst]:.2%} at worst ({worst}); all are in d2m_conversion.json"
         )
+    print(_next(args.target, base_pipeline(args.source, args.subfolder), args.preset))
+
+
+def _next(target: str, base: str, preset: str | None) -> str:
+    """What a model is that was only converted, and the commands that come next."""
+    config = f"{preset}.yaml" if preset else "CONFIG.yaml"
+    rows = (
+        (f"d2m prepare photos/ latents/ --model {base}", "your images and captions"),
+        (f"d2m distill {config} --plan", "memory and hours"),
+        (f"d2m distill {config}", "trains; starts from the dense model itself"),
+        (f'd2m sample {target} "a cat" --base {base} --top-k dense', "every expert runs"),
+    )
+    width = max(len(command) for command, _ in rows)
+    lines = [f"  {command:{width}}  # {what}" for command, what in rows]
+    return "\n".join(
+        [f"{target} is converted, not distilled: its routers choose at random. Next:", *lines]
+    )
 
 
 def _structure(args: argparse.Namespace) -> Any:
@@ -185,3 +218,17 @@ def run_diff(args: argparse.Namespace) -> None:
     print(diff_table(errors))
     if args.plot:
         print(f"\nwrote {draw_diff(errors, args.plot)}")
+
+
+def run_push(args: argparse.Namespace) -> None:
+    from d2m_models.inspection.push import plan_push, push
+
+    uploads = plan_push(args.model, args.repository, args.base)
+    if not args.dry_run:
+        print(f"pushed {len(uploads)} files to {push(uploads, args.repository, args.private)}")
+        return
+    for upload in uploads:
+        print(f"{upload.nbytes:>14,}  {upload.name}")
+    print("\nREADME.md:\n")
+    print(next(u.content for u in uploads if u.name == "README.md").decode())
+    print("dry run: nothing was uploaded")

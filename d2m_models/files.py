@@ -84,7 +84,9 @@ def write_json(path: Path, data: object) -> None:
 
 
 def check_new(path: Path) -> None:
-    """Refuses a folder that is neither absent nor empty."""
+    """Refuses a folder that is neither absent nor empty, and a file."""
+    if path.is_file():
+        raise Refused(f"{path} is a file; expected a folder that does not exist yet")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise Refused(f"{path} already exists and is not empty; choose another folder or remove it")
 

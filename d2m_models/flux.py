@@ -6,15 +6,16 @@ Shapes: B samples, I image tokens, X text tokens, D width, A AdaLN input.
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-# ModelMixin is not used below, but must be in this namespace: a pipeline that is loaded again finds
-# our class through this module and accepts it only if the module has ModelMixin.
+# ModelMixin is not used below, but must be in this namespace: pipelines of before, which name this
+# module, are loaded only if it has ModelMixin.
 from diffusers import FluxTransformer2DModel, ModelMixin  # noqa: F401
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import apply_lora_scale
@@ -43,6 +44,17 @@ DENSE_ARGUMENTS = (
     "joint_attention_dim", "pooled_projection_dim", "guidance_embeds", "axes_dims_rope",
 )  # fmt: skip
 
+logger = logging.getLogger(__name__)
+
+# what AutoModel(..., trust_remote_code=True) runs where nothing is imported yet. Not called
+# d2m_models.py: with that file beside it, diffusers would take the class of a saved pipeline from
+# there alone, and ask for trust_remote_code in a process that has imported d2m_models.
+CLASS_FILE = "flux_moe.py"
+CLASS_CODE = (
+    "# pip install dense2moe brings the class; this file says where it is\n"
+    "from d2m_models import FluxMoETransformer2DModel\n"
+)
+
 private.register_blocks(FluxMoETransformerBlock, FluxMoESingleTransformerBlock)
 
 
@@ -57,6 +69,11 @@ def _promised(folder: Path) -> set[str]:
             with safe_open(folder / file, framework="pt") as shard:
                 absent -= set(shard.keys())
     return absent
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def refuse_missing(path: Any, model: nn.Module, info: dict[str, Any]) -> None:
@@ -74,6 +91,12 @@ def refuse_missing(path: Any, model: nn.Module, info: dict[str, Any]) -> None:
         )
 
 
+UNTRAINED = (
+    "is converted, but not distilled: its routers choose at random, so its images are of no use "
+    "yet (d2m distill trains; set_top_k(model, 'dense') runs all experts)"
+)
+
+
 class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
     """`FluxTransformer2DModel` whose FFNs may be MoE layers and whose blocks may form MoB groups.
 
@@ -84,6 +107,8 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
         moe, dense_double_blocks, dense_single_blocks, mob, adaln_dim: the fields of
             `FluxMoEConfig`, as plain dicts, lists and numbers.
         ff_dims: {FFN name: neurons} where a dense FFN does not have 4 D of them (pruned models).
+        origin: what the model was made of and how: "state" ("converted" or "distilled"), "base"
+            (the dense pipeline), and more; see `d2m_models.inspection.card`. Computes nothing.
     """
 
     _no_split_modules = ["FluxMoETransformerBlock", "FluxMoESingleTransformerBlock"]
@@ -115,6 +140,7 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
         mob: dict[str, Any] | None = None,
         adaln_dim: int | None = None,
         ff_dims: dict[str, int] | None = None,
+        origin: dict[str, Any] | None = None,
     ):
         structure = FluxMoEConfig(**{f.name: self.config[f.name] for f in fields(FluxMoEConfig)})
         # FLUX's own embedders and output head, without its blocks; the depth is registered again.
@@ -300,12 +326,34 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
         check_cache(self, config)
         super().enable_cache(config)
 
+    def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+        """As diffusers', with the file and the entry by which its AutoModel finds this class."""
+        entry = f"{Path(CLASS_FILE).stem}.{type(self).__name__}"
+        self.register_to_config(auto_map={"AutoModel": entry})
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        Path(save_directory, CLASS_FILE).write_text(CLASS_CODE, encoding="utf-8")
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        return super().extract_init_dict(
+            {k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs
+        )
+
     @classmethod
     def from_pretrained(cls, path, **kwargs):
-        """As diffusers', but a checkpoint that lacks tensors is refused, not filled at random."""
+        """As diffusers', but a checkpoint that lacks tensors is refused, not filled at random; of a
+        dense model, and of one that was converted and not distilled, it is said what it is."""
         wanted = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)
         refuse_missing(Path(path, kwargs.get("subfolder") or ""), model, info)
+        if "moe" in model.config.get("_use_default_values", ()):
+            _warn_once(
+                f"{path} holds a dense FLUX, and what was loaded is dense as well: "
+                "d2m_models.convert_flux makes a Mixture of Experts of it (d2m convert, on disk)"
+            )
+        elif (model.config.get("origin") or {}).get("state") == "converted":
+            _warn_once(f"{path} {UNTRAINED}")
         return (model, info) if wanted else model
 
     @classmethod
@@ -314,3 +362,8 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
             "single-file checkpoints hold the dense model: load them with "
             "diffusers.FluxTransformer2DModel.from_single_file and pass the result to convert_flux"
         )
+
+
+# What a saved pipeline's model_index.json names. diffusers takes classes only from modules that are
+# imported already: this one, unlike d2m_models.flux, is so after `import d2m_models`.
+FluxMoETransformer2DModel.__module__ = "d2m_models"

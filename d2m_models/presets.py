@@ -54,8 +54,9 @@ def resolve_config(
     A preset name is looked up; a bare `MoEConfig` converts every FFN: no dense blocks, no MoB, no
     AdaLN compression. A depth that differs from the configuration's is an error.
     """
+    what = "config"
     if isinstance(config, str):
-        config = find_preset(config)
+        what, config = f"the preset {config}", find_preset(config)
     if isinstance(config, MoEConfig):
         config = FluxMoEConfig(
             moe=config,
@@ -70,8 +71,9 @@ def resolve_config(
         )
     if (config.num_layers, config.num_single_layers) != (num_layers, num_single_layers):
         raise ValueError(
-            f"config is for {config.num_layers} double and {config.num_single_layers} single "
-            f"blocks, the dense model has {num_layers} and {num_single_layers}; set num_layers and "
-            f"num_single_layers, or use prune_depth to remove blocks"
+            f"{what} is for {config.num_layers} double and {config.num_single_layers} single "
+            f"blocks, the dense model has {num_layers} and {num_single_layers}; expected a "
+            f"structure (d2m convert --structure FILE) with num_layers: {num_layers} and "
+            f"num_single_layers: {num_single_layers}"
         )
     return config

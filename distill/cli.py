@@ -15,6 +15,7 @@ from distill.errors import UserError, library_errors
 from distill.evaluate import commands as evaluating
 from distill.prepare import commands as prepare
 from distill.study import commands as study
+from distill.survey import commands as surveying
 
 EXTRAS = {"prepare": "data", "evaluate": "evaluate"}  # what a command needs; the others: demo
 
@@ -29,10 +30,11 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
 
     study.add_commands(commands)  # demo, ablate, report
-    distilling.add_commands(commands)  # distill, sample
+    distilling.add_commands(commands)  # distill, teacher, sample
+    surveying.add_command(commands)
     evaluating.add_commands(commands)
     add_device(prepare.add_command(commands))
-    models.add_commands(commands)  # convert, inspect, diff
+    models.add_commands(commands)  # convert, inspect, diff, push
     return top
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,37 +47,38 @@ def add_commands(commands: Any) -> None:
     add_device(teacher)
     teacher.set_defaults(run=run_teacher)
 
-    survey = commands.add_parser(
-        "survey", help="is this dense model worth converting, and how? no training"
-    )
-    survey.add_argument("model", metavar="MODEL", help="folder or hub name of a dense FLUX")
-    survey.add_argument(
-        "--calibrate", required=True, metavar="DATA",
-        help="digits, photos or icons, which are built in, or a folder of `d2m prepare`",
-    )  # fmt: skip
-    survey.add_argument("--out", default="d2m-survey", help="folder (default: %(default)s)")
-    survey.add_argument(
-        "--budget", type=float, default=1.75,
-        help="activated FFN neurons a width, on average, for the suggestion (default: %(default)s)",
-    )  # fmt: skip
-    survey.add_argument("--samples", type=int, default=256, help="images (default: %(default)s)")
-    survey.add_argument("--rows", type=int, default=32, help="at once (default: %(default)s)")
-    survey.add_argument("--tokens", type=int, help="kept of each FFN (default: 48 x width)")
-    survey.add_argument("--text-encoders", help="for shards without embeddings: a FLUX folder")
-    survey.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    survey.add_argument("--seed", type=int, default=0)
-    add_device(survey)
-    survey.set_defaults(run=run_survey)
+    _add_sample(commands)
 
-    sample = commands.add_parser("sample", help="draw digits from a distilled model into a PNG")
-    sample.add_argument("model", metavar="MODEL", help="folder of a saved model")
-    sample.add_argument("--out", default="samples.png", help="PNG to write (default: %(default)s)")
-    sample.add_argument("--steps", type=int, default=12, help="Euler steps (default: %(default)s)")
-    sample.add_argument(
-        "--per-class", type=int, default=2, help="samples a digit (default: %(default)s)"
-    )
+
+def _add_sample(commands: Any) -> None:
+    sample = commands.add_parser(
+        "sample", help="draw images of a prompt, or digits from a model of digits, into a PNG",
+    )  # fmt: skip
+    sample.add_argument("model", metavar="MODEL", help="folder or hub id of a saved model")
+    sample.add_argument("prompt", metavar="PROMPT", nargs="?", help="none for models of digits")
+    sample.add_argument("-o", "--out", default="samples.png", help="PNG (default: %(default)s)")
+    sample.add_argument("--steps", type=int, help="default: the pipeline's own; 12 for digits")
     sample.add_argument("--top-k", help="experts a token uses: a number or 'dense'")
     sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument(
+        "--per-class", type=int, help="samples a digit (models of digits; default: 2)"
+    )
+    prompt = sample.add_argument_group("with a PROMPT")
+    prompt.add_argument(
+        "--base", help="folder or hub id of the pipeline whose other parts are used (default: the "
+        "one that MODEL was made of)",
+    )  # fmt: skip
+    prompt.add_argument("--guidance", type=float, help="scale (default: the pipeline's own)")
+    prompt.add_argument("--size", metavar="N or HxW", help="pixels (default: the pipeline's own)")
+    prompt.add_argument("--batch", type=int, help="images; seeds go up by one (default: 1)")
+    prompt.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: as saved"
+    )
+    prompt.add_argument(
+        "--offload", choices=["model", "sequential", "group"],
+        help="parts wait in host memory: one part, one layer, or block by block on the GPU",
+    )  # fmt: skip
+    prompt.add_argument("--compile", action="store_true", help="torch.compile on the blocks")
     add_device(sample)
     sample.set_defaults(run=run_sample)
 
@@ -101,7 +103,8 @@ def run_distill(args: argparse.Namespace) -> None:
                 "positive numbers, the size a multiple of 16"
             )
         gpus = args.gpus or (config.parallel.shard or 1) * config.parallel.replicate
-        print(render(plan(config, gpus, args.size), gpus, args.tflops))
+        plans = plan(config, gpus, args.size, lambda text: print(text, file=sys.stderr))
+        print(render(plans, gpus, args.tflops))
         return
     from distill.files import make_folder
 
@@ -131,48 +134,34 @@ def run_teacher(args: argparse.Namespace) -> None:
         print(f"wrote {train_teacher(config, device, args.accept_changed_config)}")
 
 
-def run_survey(args: argparse.Namespace) -> None:
-    from distill.configs.sections import DataConfig, TeacherConfig
-    from distill.data.sources import open_source
-    from distill.survey.page import describe, write_page
-    from distill.survey.run import suggest, survey, verdict
-    from distill.teacher import load_teacher
-
-    device = pick_device(args.device)
-    built_in = args.calibrate in ("digits", "photos", "icons")
-    data = (
-        DataConfig(name=args.calibrate) if built_in
-        else DataConfig("shards", folder=args.calibrate, text_encoders=args.text_encoders)
-    )  # fmt: skip
-    model = load_teacher(TeacherConfig(path=args.model, dtype=args.dtype), data, args.seed, device)
-    about = {"model": args.model, "data": args.calibrate, "dtype": args.dtype}
-    with library_errors():
-        content = survey(
-            model, open_source(data, model, device), args.out, about=about, samples=args.samples,
-            rows=args.rows, tokens=args.tokens, seed=args.seed,
-        )  # fmt: skip
-    best = suggest(content, args.budget)
-    page = write_page(args.out, content, best)
-    print(f"{verdict(content, best)}\nsuggested for r_a {args.budget:g}: {describe(best)}")
-    print(f"wrote {page}")
-
-
 def run_sample(args: argparse.Namespace) -> None:
     from distill.files import make_folder
 
+    for name in ("steps", "per_class", "batch"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
     make_folder(Path(args.out).parent)
+    device = pick_device(args.device)
+    if args.prompt is not None:
+        if args.per_class is not None:
+            raise UserError("--per-class goes without a PROMPT, with a model of digits")
+        from distill.prompts import sample_prompt
+
+        with library_errors():
+            print("wrote " + ", ".join(map(str, sample_prompt(args, device))))
+        return
+    for name in ("base", "guidance", "size", "batch", "dtype", "offload", "compile"):
+        if getattr(args, name):
+            raise UserError(f"--{name} goes with a PROMPT: d2m sample MODEL PROMPT --{name} ...")
+    from d2m_models import set_top_k
     from d2m_models.checkpoints.load import load_model
     from distill.study.measure import sample_digits
 
-    device = pick_device(args.device)
     with library_errors():
         model = load_model(args.model).to(device)
-    if args.top_k is not None:
-        from d2m_models import set_top_k
-
-        with library_errors():
+        if args.top_k is not None:
             set_top_k(model, int(args.top_k) if args.top_k.isdigit() else args.top_k)
-    if args.steps < 1 or args.per_class < 1:
-        raise UserError("--steps and --per-class must be at least 1")
-    accuracy = sample_digits(model, Path(args.out), args.steps, args.per_class, args.seed)
+    steps, per_class = args.steps or 12, args.per_class or 2
+    accuracy = sample_digits(model, Path(args.out), steps, per_class, args.seed)
     print(f"wrote {args.out}; the classifier reads {accuracy:.1%} as their prompt")

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from d2m_models.checkpoints.origin import base_pipeline
 from d2m_models.config import KINDS, FluxMoEConfig
 from d2m_models.conversion.flux import skeleton
+from d2m_models.inspection.card import write_card
 from d2m_models.presets import find_preset
 from distill import files as ckpt
 from distill.configs.sections import DistillConfig
@@ -108,9 +110,32 @@ def _distill(config: DistillConfig, world: World, progress: bool, accept_changed
             preview=previews,
         )
     if world.main:
-        ckpt.write_folder(target, model.cpu().save_pretrained)
+        model.register_to_config(origin=origin_of(config))
+
+        def write(folder: Path) -> None:
+            model.cpu().save_pretrained(folder)
+            write_card(folder, out.name)
+
+        ckpt.write_folder(target, write)
     world.barrier()
     return target
+
+
+def origin_of(config: DistillConfig) -> dict[str, Any]:
+    """What the saved model's configuration says of how it was made."""
+    path, data, student = config.teacher.path, config.data, config.student
+    stages = [
+        {"stage": s.stage, "steps": s.train.steps, "batch_size": s.train.batch_size,
+         "lr": s.train.lr}
+        for s in config.stages
+    ]  # fmt: skip
+    found = {
+        "state": "distilled", "base": None if path is None else base_pipeline(path),
+        "preset": student.preset, "initialisation": student.initialisation,
+        "routers": student.routers, "stages": stages,
+        "data": data.name if data.folder is None else f"{data.name}: {Path(data.folder).name}",
+    }  # fmt: skip
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def start_student(

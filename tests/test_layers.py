@@ -44,9 +44,9 @@ LAYERS = {
         page data
         loop prepare
         importance sampling
-        students teacher stages survey evaluate
+        students teacher stages evaluate
         pipeline
-        study plan
+        study plan prompts survey
         commands
         cli
         __main__ __init__

@@ -9,6 +9,7 @@ what `to_dense(...)` would. Both resume after a kill, see `jobs`.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -25,8 +26,9 @@ from d2m_models.checkpoints.calibration import (
     load_orders,
     parts,
 )
-from d2m_models.checkpoints.jobs import Job, run_job
+from d2m_models.checkpoints.jobs import Job, difference, run_job
 from d2m_models.checkpoints.lora_file import read_lora
+from d2m_models.checkpoints.origin import base_pipeline
 from d2m_models.checkpoints.restore import DENSE_ADALN
 from d2m_models.checkpoints.source import check_dense_source, check_dtypes, open_source
 from d2m_models.checkpoints.tasks import (
@@ -41,7 +43,7 @@ from d2m_models.checkpoints.tasks import (
 from d2m_models.checkpoints.tensor_files import TensorSpec
 from d2m_models.config import FluxMoEConfig, MoEConfig
 from d2m_models.conversion.flux import skeleton
-from d2m_models.files import check_new, write_json
+from d2m_models.files import Refused, check_new, write_json
 from d2m_models.moe import ROUTER_STD
 from d2m_models.presets import resolve_config
 
@@ -79,10 +81,12 @@ def convert_checkpoint(
         seed: of the routers (and of the stand-in calibration).
 
     Returns:
-        The record that is also written as d2m_conversion.json, with the AdaLN errors.
+        The record that is also written as d2m_conversion.json, with the AdaLN errors. Where
+        `target` is this very conversion already, finished, nothing is written.
     """
     target = Path(target).expanduser()
-    check_new(target)  # before anything that takes time
+    if not (target / RECORD).is_file():
+        check_new(target)  # before anything that takes time
     opened = open_source(source, subfolder, variant)
     dense = check_dense_source(opened)
     out_dtype = check_dtypes(opened, dtype)
@@ -119,19 +123,38 @@ def convert_checkpoint(
         "seed": seed,
         "files": {name: [spec.name for spec in specs_of(tasks)] for name, tasks in files.items()},
     }
+    if (target / RECORD).is_file():
+        return _finished(target, record)
     report = {} if adaln is None else adaln.errors
     everything = dict(files)
     if keep_adaln:
         names = [name for linear in adaln_linears(dense) for name in parts(linear)]
         everything[DENSE_ADALN] = [reader.task(name) for name in names]
 
+    origin = {"state": "converted", "base": base_pipeline(source, subfolder)}
+    if isinstance(config, str):
+        origin["preset"] = config
+
     def finish(folder: Path) -> None:
+        student.register_to_config(origin=origin)
         describe(folder, student, files)
         write_json(folder / RECORD, {**record, "adaln_error": report})
 
     prepare = {} if adaln is None else {"prepare": adaln.prepare}
     run_job(Job(everything, record, finish=finish, report=report, **prepare), target, progress)
     return {**record, "adaln_error": report}
+
+
+def _finished(target: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """The record of a conversion that is there already, if it is this one."""
+    found = json.loads((target / RECORD).read_text(encoding="utf-8"))
+    own = {key: value for key, value in found.items() if key != "adaln_error"}
+    if own != json.loads(json.dumps(record)):
+        raise Refused(
+            f"{target} holds another conversion ({difference(own, record)}); choose another folder "
+            "or remove it"
+        )
+    return found
 
 
 def _is_hyper(config: Any) -> bool:

@@ -58,9 +58,13 @@ def run_job(job: Job, target: Path, progress: bool = True) -> None:
         publish(folder, target)
     except OSError as error:
         hint = "; free some" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        kept = "; choose another place"
+        if (folder / "progress.json").is_file():
+            kept = (
+                f"{hint}. What is complete stays in {folder}, and the same command continues there"
+            )
         raise ValueError(
-            f"cannot write {error.filename or folder}: {error.strerror or error}{hint}. What is "
-            f"complete stays in {folder}, and the same command continues there"
+            f"cannot write {target}: {error.strerror or error} ({error.filename or folder}){kept}"
         ) from error
 
 
@@ -73,7 +77,7 @@ def _run(job: Job, folder: Path, progress: bool) -> None:
         if found["job"] != state["job"]:
             raise ValueError(
                 f"{folder} was begun with other settings or another source "
-                f"({_difference(found['settings'], state['settings'])}); repeat that command, or "
+                f"({difference(found['settings'], state['settings'])}); repeat that command, or "
                 f"remove the folder"
             )
         state = found
@@ -120,7 +124,8 @@ def _run(job: Job, folder: Path, progress: bool) -> None:
     (folder / ".lock").unlink(missing_ok=True)
 
 
-def _difference(old: Any, new: Any) -> str:
+def difference(old: Any, new: Any) -> str:
+    """The keys in which two settings differ."""
     names = sorted(set(old) | set(new))
     changed = [n for n in names if json.dumps(old.get(n)) != json.dumps(new.get(n))]
     return f"different: {', '.join(changed)}"

@@ -13,8 +13,11 @@ from d2m_models.checkpoints.places import may_be_hub_name, refuse_pickles
 
 
 def load_model(path: Path | str, dtype: torch.dtype | None = None) -> nn.Module:
-    """A saved MoE/MoB model or dense FLUX transformer, in eval mode."""
-    config = Path(path) / "config.json"
+    """A saved MoE/MoB model or dense FLUX transformer, or a pipeline's, in eval mode."""
+    path = Path(path).expanduser()
+    if (path / "model_index.json").is_file():
+        path = path / "transformer"
+    config = path / "config.json"
     try:
         kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
     except OSError as err:
@@ -28,12 +31,12 @@ def load_model(path: Path | str, dtype: torch.dtype | None = None) -> nn.Module:
     from d2m_models.checkpoints.source import check_dtypes, open_source
     from d2m_models.flux import FluxMoETransformer2DModel
 
-    refuse_pickles(Path(path))
+    refuse_pickles(path)
     source = open_source(path)
     if "quantization_config" not in source.config:
         check_dtypes(source, torch.float32)  # diffusers would cast whatever it finds
     what = f"the model in {path}"
-    return _load(FluxMoETransformer2DModel, path, Path(path), what, torch_dtype=dtype).eval()
+    return _load(FluxMoETransformer2DModel, path, path, what, dtype=dtype).eval()
 
 
 def load_flux(
@@ -50,7 +53,7 @@ def load_flux(
         state = "has no config.json" if folder.is_dir() else "does not exist"
         raise ValueError(f"{folder} {state}; expected the folder of a saved FluxTransformer2DModel")
     what = f"a FLUX transformer from {folder}"
-    return _load(FluxTransformer2DModel, path, folder, what, subfolder=subfolder, torch_dtype=dtype)
+    return _load(FluxTransformer2DModel, path, folder, what, subfolder=subfolder, dtype=dtype)
 
 
 def _load(kind: Any, path: Path | str, folder: Path, what: str, **options: Any) -> nn.Module:

@@ -11,6 +11,7 @@ import diffusers
 import torch
 from torch import nn
 
+from d2m_models.checkpoints.origin import base_pipeline
 from d2m_models.checkpoints.places import may_be_hub_name
 from d2m_models.checkpoints.source import open_source
 from d2m_models.flux import FluxMoETransformer2DModel
@@ -52,7 +53,7 @@ def load_pipeline(
     else:
         transformer = load_transformer(model, part_of(whole, model), dtype)
     if base is None:
-        base = model if whole is not None else base_of(transformer)
+        base = model if whole is not None else base_of(transformer, model)
     if base is None:
         raise ValueError(
             f"{model} is a transformer alone and does not say which pipeline it belongs to; name "
@@ -94,9 +95,11 @@ def load_transformer(
         raise ValueError(f"cannot load {name} from {model}: {_one_line(error)}") from error
 
 
-def base_of(transformer: nn.Module) -> str | None:
-    """The pipeline that a converted model was made of, as it records it itself."""
-    return (transformer.config.get("origin") or {}).get("base")
+def base_of(transformer: nn.Module, path: str | Path) -> str | None:
+    """The pipeline that a model was made of, as it records it itself, or the one it lies in."""
+    around = base_pipeline(path)
+    found = (transformer.config.get("origin") or {}).get("base")
+    return found or (around if (Path(around) / INDEX).is_file() else None)
 
 
 def read_index(model: str | Path) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from d2m_models.checkpoints.source import Source, check_dtypes, check_moe_source
 from d2m_models.checkpoints.tasks import FILE_BYTES, DenseReader, describe, permutations, plan_files
 from d2m_models.checkpoints.tensor_files import read_header
 from d2m_models.conversion.flux import dense_skeleton
-from d2m_models.files import check_new
+from d2m_models.files import Refused, check_new
 from d2m_models.partition import inverse_order
 from d2m_models.topk import moe_layers
 
@@ -35,6 +35,10 @@ def checkpoint_to_dense(
             converted with `keep_adaln`.
     """
     target = Path(target).expanduser()
+    if (target / "config.json").is_file():
+        raise Refused(
+            f"{target} holds a complete model already; choose another folder or remove it"
+        )
     check_new(target)
     opened = open_source(source)
     model = check_moe_source(opened)

@@ -146,7 +146,7 @@ def _refuse_single_files(files: list[Path]) -> None:
             raise ValueError(
                 f"{file} is a single-file checkpoint in Black Forest Labs' format; load it with "
                 f"diffusers.FluxTransformer2DModel.from_single_file({str(file)!r}, "
-                "torch_dtype=torch.bfloat16), save that with .save_pretrained(FOLDER), and convert "
+                "dtype=torch.bfloat16), save that with .save_pretrained(FOLDER), and convert "
                 "FOLDER"
             )
 
@@ -167,7 +167,7 @@ def check_moe_source(source: Source) -> FluxMoETransformer2DModel:
 def _check(source: Source, kind: str | None, cls: type) -> Any:
     if kind != cls.__name__:
         raise ValueError(
-            f"{source.folder} holds a {kind or 'model of unknown class'}; expected {cls.__name__}"
+            f"{source.folder} holds the class {kind or '(none)'}; expected {cls.__name__}"
         )
     if "quantization_config" in source.config:
         raise ValueError(

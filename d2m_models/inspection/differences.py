@@ -28,6 +28,12 @@ from d2m_models.inspection.table import text_table
 from d2m_models.output import block_features, watched
 from d2m_models.topk import set_top_k
 
+# what a student has as its teacher has it
+SIZES = (
+    "num_attention_heads", "attention_head_dim", "in_channels", "joint_attention_dim",
+    "pooled_projection_dim", "guidance_embeds",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class BlockError:
@@ -50,6 +56,12 @@ def relative_error(found: Tensor, expected: Tensor, scale: Tensor | None = None)
     return float(error / size) if float(size) > 0 else float(error)
 
 
+def is_converted(model: nn.Module) -> bool:
+    """Whether anything of a dense FLUX has been replaced."""
+    config = getattr(model, "d2m_config", None)
+    return config is not None and (config.moe, config.mob, config.adaln_dim) != (None,) * 3
+
+
 @torch.no_grad()
 def diff(
     teacher: FluxTransformer2DModel, student: FluxMoETransformer2DModel, **inputs: Any
@@ -64,6 +76,13 @@ def diff(
         counts = [len(getattr(model, kind)) for model in (teacher, student)]
         if counts[0] != counts[1]:
             raise ValueError(f"teacher has {counts[0]} {kind}, student {counts[1]}")
+    for name in SIZES:
+        values = [model.config[name] for model in (teacher, student)]
+        if values[0] != values[1]:
+            raise ValueError(
+                f"the teacher's {name} is {values[0]}, the student's {values[1]}; expected a "
+                "student that was made of this teacher"
+            )
     keys = ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb")
     seen: dict[str, tuple] = {}
 
@@ -130,9 +149,16 @@ def diff_checkpoints(
 
     models = []
     for path in (teacher, student):
-        if not Path(path).expanduser().is_dir():
-            raise ValueError(f"{path} does not exist; expected the folder of a saved model")
-        models.append(load_model(path, check_dtypes(open_source(path), None)))
+        source = open_source(path)
+        models.append(load_model(source.folder, check_dtypes(source, None)))
+    converted = [is_converted(model) for model in models]
+    if converted == [True, False]:
+        raise ValueError(
+            f"{teacher} is converted and {student} is dense; expected the dense teacher first, "
+            "then the student"
+        )
+    if converted[0]:
+        raise ValueError(f"{teacher} is converted; expected a dense teacher")
     if not isinstance(models[1], FluxMoETransformer2DModel):
         raise ValueError(f"{student} holds a dense model; expected a converted one")
     if top_k is not None:

@@ -86,7 +86,7 @@ def _meta_model(path: str) -> Any:
     kind = config.get("_class_name")
     classes = {c.__name__: c for c in (FluxTransformer2DModel, FluxMoETransformer2DModel)}
     if kind not in classes:
-        raise ValueError(f"{path} holds a {kind}; expected one of {sorted(classes)}")
+        raise ValueError(f"{path} holds the class {kind}; expected one of {sorted(classes)}")
     with torch.device("meta"):
         return classes[kind].from_config(config)
 

@@ -93,9 +93,7 @@ class LatentEncoder:
         from diffusers import AutoencoderKL
 
         _check_parts(model, "vae")
-        self.vae = _load(
-            AutoencoderKL, model, "vae", torch_dtype=DTYPES[dtype], use_safetensors=True
-        )
+        self.vae = _load(AutoencoderKL, model, "vae", dtype=DTYPES[dtype], use_safetensors=True)
         self.vae.eval().requires_grad_(False)
         config = self.vae.config
         self.shift, self.scale = float(config.shift_factor or 0), float(config.scaling_factor)

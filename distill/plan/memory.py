@@ -9,13 +9,13 @@ Shapes: b samples a GPU computes at once, S image tokens, L text tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from d2m_models.config import group_names, named_blocks
+from d2m_models.config import named_blocks
 from d2m_models.conversion.flux import skeleton
 from distill.configs.sections import DistillConfig, StageConfig
 from distill.data.digits import Digits
@@ -100,10 +100,7 @@ def plan_stage(
     at_once = min(train.micro_batch or share, share)
     parts = -(-share // at_once)
     trained = [p for p in student.parameters() if p.requires_grad]
-    features = list(group_names(student.d2m_config)) if stage.stage == "mob" else None
-    kept, inside = activations(
-        teacher, student, stage, features, at_once, image_tokens, text_tokens
-    )
+    kept, inside = activations(teacher, student, stage, at_once, image_tokens, text_tokens)
     blocks = named_blocks(student).values()
     gradients = [_bytes([p for p in b.parameters() if p.requires_grad]) for b in blocks]
     whole = _bytes(trained)
@@ -177,12 +174,18 @@ def sample_flops(
 # --- a run ----------------------------------------------------------------------------------
 
 
-def plan(config: DistillConfig, gpus: int | None = None, size: int = 1024) -> list[StagePlan]:
+def plan(
+    config: DistillConfig,
+    gpus: int | None = None,
+    size: int = 1024,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[StagePlan]:
     """Every stage of a run.
 
     Args:
         gpus: processes; by default parallel.shard x parallel.replicate.
         size: side of the (square) images in pixels; built-in data has its own.
+        say: is told what is being done.
     """
     from distill.pipeline import student_structure
 
@@ -198,7 +201,8 @@ def plan(config: DistillConfig, gpus: int | None = None, size: int = 1024) -> li
     teacher = teacher_skeleton(config.teacher).requires_grad_(False)
     structure = student_structure(config, teacher)
     plans = []
-    for stage in config.stages:
+    for number, stage in enumerate(config.stages, 1):
+        say(f"counting stage {number} of {len(config.stages)}, {stage.stage}: no weights are read")
         now = structure if stage.stage == "mob" else replace(structure, mob=None)
         student = skeleton(teacher, now)
         sizes = {"shard": shard, "gpus": gpus, "image_tokens": image, "text_tokens": text}

@@ -8,6 +8,7 @@ Shapes: b samples a GPU computes at once, S image tokens, L text tokens.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -18,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2m_models.config import named_blocks
+from d2m_models.config import group_names, named_blocks
 from d2m_models.output import watched
 from d2m_models.private import fake_mode, storage_key
 from distill.configs.sections import StageConfig, TeacherConfig
 from distill.data.batch import Batch
 from distill.loop.objective import Distillation
 from distill.loop.step import autocast
+from distill.plan.shorter import Unit, fewer, shortened, spread, units
 
 # --- models without memory ------------------------------------------------------------------
 
@@ -144,19 +146,51 @@ def activations(
     teacher: nn.Module,
     student: nn.Module,
     stage: StageConfig,
-    features: list[str] | None,
     samples: int,
     image_tokens: int,
     text_tokens: int,
 ) -> tuple[list[int], int]:
     """(bytes kept after each block and at the end, bytes of one more block's inside).
 
-    The second is what gradient checkpointing recomputes; 0 without it.
+    The second is what gradient checkpointing recomputes; 0 without it. Of blocks that are alike in
+    a row three are run and the others take what the second keeps. What the loss keeps of one is
+    the difference to a model that has one less.
     """
-    source = _Shapes(teacher, image_tokens, text_tokens)
+    whole = units(student.d2m_config)
+
+    def run(kept: list[Unit], recompute: bool) -> tuple[list[int], int, int]:
+        models = [shortened(model, kept) for model in (teacher, student)]
+        return _kept(*models, stage, samples, image_tokens, text_tokens, recompute)
+
+    most = fewer(whole)
+    after, loss, inside = run(most, stage.train.gradient_checkpointing)
+    added = loss
+    for unit in (u for u in most if u.repeat > 1):
+        if stage.stage != "mob" or unit.grouped:  # others the loss does not compare
+            without = fewer(whole, unit.signature)
+            each = (loss - run(without, False)[1]) / (len(most) - len(without))
+            added += round(each * (unit.repeat - 1))
+    after = spread(after, most)
+    return [*after, after[-1] + added], inside
+
+
+def _kept(
+    teacher: nn.Module,
+    student: nn.Module,
+    stage: StageConfig,
+    samples: int,
+    image: int,
+    text: int,
+    recompute: bool,
+) -> tuple[list[int], int, int]:
+    """Bytes after each block, what the loss adds, and the inside of a block, all by running."""
+    source = _Shapes(teacher, image, text)
+    features = list(group_names(student.d2m_config)) if stage.stage == "mob" else None
     inside = 0
     copies = [deepcopy(m) for m in (teacher, student)]
-    with fake_mode(), _blocks_in_turn():
+    with fake_mode(), _blocks_in_turn(), warnings.catch_warnings():
+        # of a norm in fp32 on bf16, which costs time where it is run and memory nowhere
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
         copies = [_fill(m) for m in copies]
         model, kept = copies[1], Kept(*copies)
         objective = Distillation(*copies, source, stage.loss, samples, 0, 0, features)
@@ -165,12 +199,12 @@ def activations(
         with kept.counting(model), autocast(stage.train, torch.device("cpu")):
             terms = objective.terms(objective.batch(0))
             objective.loss(terms, terms.statistics)
-        if stage.train.gradient_checkpointing:
+        if recompute:
             inside = _largest_inside(model, objective, stage)
-    after = []
+    after: list[int] = []
     for name in named_blocks(model):  # one that does not run keeps nothing
         after.append(kept.marks.get(name, after[-1] if after else 0))
-    return [*after, kept.bytes], inside
+    return after, kept.bytes - after[-1], inside
 
 
 def _fill(model: nn.Module) -> nn.Module:

@@ -88,4 +88,4 @@ def sidecar_caption(files: Mapping[str, bytes], columns: tuple[str, ...]) -> str
     if ".json" in files:
         row = json.loads(files[".json"])
         return caption_of(row if isinstance(row, dict) else {}, columns)
-    raise ValueError("no caption: neither .txt nor .json is there")
+    raise ValueError("no caption: neither a .txt nor a .json of its name lies beside it")

@@ -85,7 +85,7 @@ def _some(manifest: dict[str, Any], source: str, out: Path) -> dict[str, Any]:
     if not manifest["samples"]:
         why = [f"{e['count']} left out: {reason}" for reason, e in manifest["left_out"].items()]
         if bad := read_bad(out):
-            why.append(f"{len(bad)} could not be read (bad.jsonl), {commonest(bad)}")
+            why.append(f"{len(bad)} cannot be used (bad.jsonl), {commonest(bad)}")
         raise UserError(f"{source} gave no sample: {'; '.join(why) or 'it is empty'}")
     return manifest
 

@@ -211,15 +211,15 @@ class Run:
         if len(self.bad) > bad_limit(max_bad, item.number + 1):
             last = "; ".join(f"{b['key']}: {b['error']}" for b in self.bad[-3:])
             raise UserError(
-                f"{len(self.bad)} of {item.number + 1} entries could not be read, more than "
-                f"--max-bad {max_bad} allows; {commonest(self.bad)}; the last: {last}"
+                f"{len(self.bad)} of {item.number + 1} entries cannot be used, more than "
+                f"--max-bad {max_bad} allows: {commonest(self.bad)}; the last: {last}"
             )
 
 
 def commonest(bad: list[dict[str, Any]]) -> str:
     """The reason most items are bad for, with its number."""
     [(reason, count)] = Counter(b["error"] for b in bad).most_common(1)
-    return f"{count} of them with {reason}"
+    return f"{'all' if count == len(bad) else 'mostly'} for the same reason, {count} times {reason}"
 
 
 def bad_limit(text: str, seen: int) -> float:

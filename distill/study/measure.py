@@ -110,8 +110,8 @@ def _check_digits(model: nn.Module) -> None:
     want = (Digits.channels, Digits.text_dim, Digits.pooled_dim)
     if have != want:
         raise UserError(
-            f"the model takes (channels, text, pooled) = {have}, digits are {want}; for FLUX "
-            "models use diffusers' FluxPipeline(transformer=...)"
+            f"the model takes (channels, text, pooled) = {have}, digits are {want}; for "
+            "any other model give a prompt: d2m sample MODEL PROMPT"
         )
 
 

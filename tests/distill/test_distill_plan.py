@@ -185,7 +185,8 @@ def test_the_command_loads_nothing(tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(tmp_path)
     assert main(["distill", "digits.yaml", "--plan", "--tflops", "0.05"]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "counting stage 1 of 3, shared: no weights are read" in err and "Warning" not in err
     for word in ("optimizer", "activations", "peak", "TFLOP/sample", "hours in all at 0.05"):
         assert word in out
     assert list(tmp_path.iterdir()) == []
@@ -195,3 +196,46 @@ def test_the_command_loads_nothing(tmp_path, monkeypatch, capsys):
     with pytest.raises(ConfigError, match="expected the number of GPUs, 2"):
         config = load_config(DistillConfig, "digits.yaml")
         plan(replace(config, parallel=replace(config.parallel, shard=4)), gpus=2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "train"),
+    [
+        ("moe", {}),
+        pytest.param("mob", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_blocks_of_a_kind_are_counted_once(monkeypatch, stage, train):
+    """As many bytes, and after the same blocks, as when every block runs."""
+    from distill.plan import skeleton
+
+    config = small(stage, **train)
+    structure = {
+        "moe": {"shared_ratio": 1.0, "expert_ratio": 0.25, "num_experts": 12, "top_k": 2},
+        "dense_double_blocks": [0], "mob": {"double_groups": [[1, 2], [3, 4], [5, 6], [7, 8]],
+                                            "single_groups": [[1, 2]]},
+    }  # fmt: skip
+    config = replace(
+        config, teacher=replace(config.teacher, num_layers=10, num_single_layers=4),
+        student=replace(config.student, structure=structure, preset=None),
+    )  # fmt: skip
+    ran = []
+    kept = skeleton._kept
+    monkeypatch.setattr(
+        skeleton, "_kept", lambda *a: ran.append(len(a[1].transformer_blocks)) or kept(*a)
+    )
+    (short,) = plan(config)
+    assert max(ran) < 10
+    monkeypatch.setattr(skeleton, "fewer", lambda whole: whole)
+    (whole,) = plan(config)
+    assert ran[-1] == 10
+    assert short == whole
+
+
+@pytest.mark.slow
+def test_the_plan_of_flux_takes_seconds():
+    from time import process_time
+
+    start = process_time()
+    plan(load_config(DistillConfig, "flux-moe-s.yaml"))
+    assert process_time() - start < 20

@@ -164,7 +164,7 @@ def quantized_pair(tmp_path, config, dense_first=False):
     _, model = converted(moe=MoEConfig())
     model.save_pretrained(tmp_path)
     return model, FluxMoETransformer2DModel.from_pretrained(
-        tmp_path, quantization_config=config, torch_dtype=torch.float32
+        tmp_path, quantization_config=config, dtype=torch.float32
     )
 
 

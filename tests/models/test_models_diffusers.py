@@ -56,7 +56,7 @@ def test_compressed_adaln_is_saved_too(tmp_path):
 def test_routers_stay_in_fp32_when_loaded_in_bf16(tmp_path):
     _, model = mob_flux()
     model.save_pretrained(tmp_path)
-    half = FluxMoETransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    half = FluxMoETransformer2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     for name, parameter in half.named_parameters():
         expected = torch.float32 if "router" in name else torch.bfloat16
@@ -120,7 +120,7 @@ def test_flux_pipeline_runs_and_reloads(tmp_path):
     assert images.isfinite().all()
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["transformer"] == ["d2m_models.flux", "FluxMoETransformer2DModel"]
+    assert index["transformer"] == ["d2m_models", "FluxMoETransformer2DModel"]
     again = FluxPipeline.from_pretrained(tmp_path, tokenizer=None, tokenizer_2=None)
     assert type(again.transformer) is FluxMoETransformer2DModel
     torch.testing.assert_close(sample(again), images)

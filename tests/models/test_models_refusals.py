@@ -77,7 +77,10 @@ def test_disk_that_fills_up_keeps_what_is_done(tmp_path, dense, monkeypatch):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"_class_name": "SD3Transformer2DModel"}, "holds a SD3Transformer2DModel; expected Flux"),
+        (
+            {"_class_name": "SD3Transformer2DModel"},
+            "holds the class SD3Transformer2DModel; expected Flux",
+        ),
         ({"_class_name": "FluxMoETransformer2DModel"}, "converted already; --to-dense"),
         ({"quantization_config": {"load_in_8bit": True}}, "is quantized; start from"),
         ({"num_layers": 3}, "lacks transformer_blocks.2"),

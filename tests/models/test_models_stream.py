@@ -127,7 +127,7 @@ def test_other_dtype_and_channels(tmp_path):
     config = small_config(1, 1)
     convert(tmp_path / "dense", tmp_path / "moe", config, dtype=torch.bfloat16)
     model = FluxMoETransformer2DModel.from_pretrained(
-        tmp_path / "moe", torch_dtype=torch.bfloat16
+        tmp_path / "moe", dtype=torch.bfloat16
     ).float()
     model.set_top_k("dense")
     inputs = flux_inputs()

@@ -311,7 +311,7 @@ def test_unreadable_images_are_counted_listed_and_capped(flux, tmp_path):
     lost = bad(tmp_path / "out")
     assert [b["number"] for b in lost] == [1, 4, 6, 7]
     assert "UnidentifiedImageError" in lost[0]["error"] and "no caption" in lost[2]["error"]
-    with pytest.raises(UserError, match="4 of 8 entries could not be read.*--max-bad 3"):
+    with pytest.raises(UserError, match="4 of 8 entries cannot be used.*--max-bad 3"):
         run(source, tmp_path / "capped", flux, max_bad="3")
     # What was done until then is kept, and a larger limit goes on to the same result.
     assert run(source, tmp_path / "capped", flux, max_bad="4") == manifest
@@ -371,10 +371,13 @@ def test_nothing_left_is_an_error(flux, images, tmp_path):
 
 def test_images_without_captions_are_an_error_with_its_reason(flux, tmp_path):
     write_files(tmp_path / "s", {f"{i}.png": png(i) for i in range(12)})
-    most = "11 of them with ValueError: no caption: neither .txt nor .json is there"
-    with pytest.raises(UserError, match=f"--max-bad 1% allows; {most}"):
+    most = "11 times ValueError: no caption: neither a .txt nor a .json of its name lies"
+    with pytest.raises(UserError, match=f"--max-bad 1% allows: all for the same reason, {most}"):
         run(tmp_path / "s", tmp_path / "out", flux)
-    with pytest.raises(UserError, match=r"gave no sample: 12 could not be .*, 12 of them with Val"):
+    with pytest.raises(
+        UserError,
+        match=r"gave no sample: 12 cannot be used .*, all for the same reason, 12 times Val",
+    ):
         run(tmp_path / "s", tmp_path / "out", flux, max_bad="12")
 
 
