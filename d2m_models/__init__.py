@@ -10,6 +10,7 @@ from importlib import import_module
 
 _EXPORTS = {
     "MoEConfig": "config",
+    "MoEShare": "config",
     "MoBConfig": "config",
     "FluxMoEConfig": "config",
     "PRESETS": "presets",

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from d2m_kernels import Routing, Stream, moe_ffn, moe_ffn_pair, route
 from d2m_models.config import MoEConfig
@@ -105,6 +106,24 @@ class ExpertLayer(nn.Module):
             return (y if also is None else y + also(w1_XD, b1_X, w2_DX)), new_routing
 
         return self.with_weights(up, down, run)
+
+    def run_beside(
+        self,
+        x: Tensor,
+        beside: Tensor,
+        routing: Routing | None = None,
+        token_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Routing]:
+        """down(cat([beside, ffn(x)])), where beside [..., C] has down's first C columns."""
+        width = beside.shape[-1]
+        return self.run_experts(
+            x,
+            *self.linears(),
+            first_column=width,
+            routing=routing,
+            token_mask=token_mask,
+            also=(lambda _w1, _b1, w2: F.linear(beside, w2[:, :width])) if width else None,
+        )
 
     def settings(self) -> dict[str, Any]:
         """How `moe_ffn` is to run this layer."""
