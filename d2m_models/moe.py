@@ -21,6 +21,10 @@ from d2m_models.config import MoEConfig
 from d2m_models.private import is_bare
 from d2m_models.weights import effective_weight, stays_in_place
 
+SETTINGS = (
+    "shared", "expert", "num_experts", "top_k", "routed_scale", "activation", "gate_first",
+    "freeze_shared", "backend", "router", "neuron_order",
+)  # fmt: skip
 ROUTER_STD = 0.02  # never zero: ties would send every token to experts 0..K-1
 
 
@@ -41,7 +45,12 @@ class ExpertLayer(nn.Module):
     def add_experts(
         self, dim: int, hidden: int, config: MoEConfig, activation: str, gate_first: bool = False
     ) -> None:
-        """Adds router, neuron order and settings for an FFN of `hidden` neurons."""
+        """Adds router, neuron order and settings for an FFN of `hidden` neurons.
+
+        A part of the dense module that has a setting's name (Kandinsky's `activation`) goes.
+        """
+        for name in SETTINGS:
+            self._modules.pop(name, None)
         self.shared, self.expert = config.sizes(dim, hidden)
         self.num_experts = config.num_experts
         self.top_k = config.top_k

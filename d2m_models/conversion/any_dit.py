@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from d2m_kernels.activations import is_gated
 from d2m_models.config import MoEConfig, MoEShare
 from d2m_models.conversion.flux2 import convert_parallel, parallel_attentions
 from d2m_models.conversion.forms import (
@@ -149,7 +150,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
             continue
         up, down = layer.linears()
         neurons = (layer.num_experts - layer.top_k) * layer.expert
-        rows = 2 if layer.activation in ("geglu", "swiglu") else 1
+        rows = 2 if is_gated(layer.activation) else 1
         idle += neurons * (rows * up.in_features + down.out_features)
         idle += neurons * rows * (up.bias is not None)
     return ParameterCount(total, total - idle)
@@ -160,7 +161,7 @@ def _permute(layer: ExpertLayer, order_F: Tensor) -> None:
     layer.neuron_order.copy_(order_F)
     (up, down), gate = layer.linears(), layer.gate_linear()
     hidden, columns = order_F.numel(), down.in_features - order_F.numel()
-    stacks = 2 if gate is None and layer.activation in ("geglu", "swiglu") else 1
+    stacks = 2 if gate is None and is_gated(layer.activation) else 1
     for linear in (up, gate):
         for tensor in () if linear is None else (linear.weight, linear.bias):
             if tensor is not None:

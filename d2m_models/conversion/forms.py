@@ -31,7 +31,7 @@ _POINTWISE = {
 }
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # they have no forward of their own
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_GATED = {"geglu": F.gelu, "swiglu": F.silu}
+_GATED = {"geglu": F.gelu, "geglu_tanh": _POINTWISE["gelu_tanh"], "swiglu": F.silu}
 
 
 class NotConvertible(Exception):

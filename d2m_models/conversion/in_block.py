@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 
 from d2m_models.config import MoEConfig, MoEShare
 from d2m_models.conversion.forms import NotConvertible, guesses, matching, refuse_dropout
-from d2m_models.moe import ExpertLayer
+from d2m_models.moe import SETTINGS, ExpertLayer
 
 
 class InBlock(NamedTuple):
@@ -46,6 +46,7 @@ class RoutedBlock(ExpertLayer):
 
     dense_class: type
     place: InBlock
+    own: dict[str, Any]  # attributes of the dense block that have a setting's name
 
     def linears(self) -> tuple[nn.Module, nn.Module]:
         return getattr(self, self.place.up), getattr(self, self.place.down)
@@ -74,8 +75,7 @@ class _Call:
             exchanged[place.gate] = _no_neurons
         # where a block splits up's output by a width of its own
         widths = {k: 0 for k, v in vars(block).items() if type(v) is int and v == place.hidden}
-        own = ("shared", "expert", "num_experts", "top_k")
-        self.view = _View(block, exchanged | {k: v for k, v in widths.items() if k not in own})
+        self.view = _View(block, widths | block.own | exchanged)
 
     def up(self, x: Tensor) -> Tensor:
         self.x = x
@@ -116,8 +116,9 @@ def _unpickled(dense: type) -> nn.Module:
 
 def convert_in_block(block: nn.Module, place: InBlock, config: MoEConfig | MoEShare) -> nn.Module:
     """Turns a block into its routed form, in place: parameters and forward stay its own."""
+    own = {name: getattr(block, name) for name in SETTINGS if hasattr(block, name)}
     block.__class__ = _routed_class(type(block))
-    block.place = place
+    block.place, block.own = place, own
     dim = getattr(block, place.up).in_features
     block.add_experts(dim, place.hidden, config, place.activation, place.gate_first)
     device = getattr(block, place.down).weight.device
@@ -148,6 +149,9 @@ def find_in_block(block: nn.Module, config: MoEConfig | MoEShare) -> InBlock | N
         NotConvertible: it has Linears of an FFN's shapes and cannot be followed, or its form or
             size does not fit.
     """
+    taken = [n for n, m in block.named_children() if n in SETTINGS and [*m.parameters()]]
+    if taken:
+        raise NotConvertible(f"an MoE layer needs the names of its parts {taken}")
     try:
         graph = _Tracer().trace(block, _defaults(block))
     except Exception as error:

@@ -5,6 +5,7 @@ a batch. What a model needs of lists, masks and positions is in its inputs as it
 """
 
 # ruff: noqa: E501
+# fmt: off
 
 from __future__ import annotations
 
@@ -86,7 +87,7 @@ FLUX = dict(in_channels=4, num_layers=2, num_single_layers=2, joint_attention_di
 
 def flux_inputs(**more):
     return dict(hidden_states=R(B, 12, 4), encoder_hidden_states=text(), timestep=torch.tensor([0.1, 0.8]),
-                img_ids=grid(1, 3, 4), txt_ids=torch.zeros(TEXT, 3), **more)  # fmt: skip
+                img_ids=grid(1, 3, 4), txt_ids=torch.zeros(TEXT, 3), **more)
 
 
 @small("FluxTransformer2DModel")
