@@ -70,12 +70,15 @@ def convert(
         raise TypeError(f"for {type(model).__name__} use convert_flux, whose result can be saved")
     if moe_layers(model):
         raise ValueError("model is already converted")
+    if hasattr(model, "mob_routers"):
+        raise ValueError("model has MoB groups; call convert before add_mob")
     found, skipped = _find(model, config)
     orders = dict(neuron_order or {})
     unknown = sorted(set(orders) - set(found))
     if unknown:
         raise ValueError(f"neuron_order names no convertible FFN: {unknown}; there are {[*found]}")
     if not found:
+        model.d2m_report = {"converted": [], "skipped": skipped}
         raise ValueError(
             f"{type(model).__name__} has no FFN that can be converted in a list of blocks; "
             f"skipped: {skipped}"

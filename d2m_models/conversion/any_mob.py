@@ -11,7 +11,6 @@ the others hand on what they are given. Blocks stay where they are, under their 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,18 +21,21 @@ from torch import Tensor, nn
 from d2m_models import private
 from d2m_models.blocks import take_rows
 from d2m_models.config import MoBConfig
+from d2m_models.conversion.block_calls import (
+    Arguments,
+    bind,
+    called,
+    check_samples,
+    condition_of,
+    looks_like_time,
+    outputs_of,
+    run_in_eval,
+    same,
+    tensors_of,
+    watch,
+    way,
+)
 from d2m_models.mob import MixtureOfBlocks
-
-Arguments = dict[str, Any]
-
-
-@dataclass
-class _Call:
-    """One call of a block: its arguments by name, its outputs, and whether those are a tuple."""
-
-    arguments: Arguments
-    outputs: tuple
-    single: bool
 
 
 @dataclass
@@ -46,6 +48,7 @@ class _Group:
     streams: tuple[str, ...]  # of each output, the argument it goes on as
     single: bool
     condition: str
+    active: int
 
     def result(self, tokens: Sequence[Tensor]) -> Any:
         return tokens[0] if self.single else tuple(tokens)
@@ -58,13 +61,13 @@ class _Group:
         def place(index: int, x: Tensor, c: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
             own = arguments if rows is None else take_rows(arguments, rows, batch)
             own = own | dict(zip(self.streams, (x, c), strict=False))
-            outputs = _outputs(_called(self.blocks[index], own))
+            outputs = outputs_of(called(self.blocks[index], own, alone=True))
             return outputs[0], outputs[1] if rest else c
 
         x, c, _ = self.router(
             x,
             rest[0] if rest else x[:, :0],
-            _condition(arguments[self.condition]).flatten(1),
+            condition_of(arguments[self.condition]).flatten(1),
             run=place,
             group=private.token_group(self.model),
         )
@@ -74,13 +77,14 @@ class _Group:
 class GroupedBlock(nn.Module):
     """What a block of a group is beside its own class, see `add_mob`."""
 
+    ungrouped: type
     group: _Group
     leads: bool
 
     def forward(self, *args, alone: bool = False, **kwargs):
         if alone:
             return super().forward(*args, **kwargs)
-        arguments = _bind(self, args, kwargs)
+        arguments = bind(self, args, kwargs)
         if self.leads:
             return self.group.run(arguments)
         return self.group.result([arguments[name] for name in self.group.streams])
@@ -88,40 +92,7 @@ class GroupedBlock(nn.Module):
 
 @functools.cache
 def _grouped_class(kind: type) -> type:
-    return type(kind.__name__, (GroupedBlock, kind), {"__signature__": _signature(kind)})
-
-
-def _signature(kind: type) -> inspect.Signature:
-    """The parameters of a block's forward without self."""
-    while issubclass(kind, GroupedBlock) or hasattr(kind, "dense_class"):
-        kind = getattr(kind, "dense_class", None) or kind.__mro__[2]
-    first, *rest = inspect.signature(kind.forward).parameters.values()
-    return inspect.Signature(rest)
-
-
-def _bind(block: nn.Module, args: tuple, kwargs: Arguments) -> Arguments:
-    """Arguments by the names of the block's parameters; those without a name stay as they are."""
-    signature = getattr(type(block), "__signature__", None) or _signature(type(block))
-    return dict(signature.bind(*args, **kwargs).arguments)
-
-
-def _called(block: nn.Module, arguments: Arguments) -> Any:
-    bound = inspect.BoundArguments(type(block).__signature__, arguments)
-    return block(*bound.args, alone=True, **bound.kwargs)
-
-
-def _outputs(output: Any) -> tuple:
-    return output if isinstance(output, tuple) else (output,)
-
-
-def _condition(value: Any) -> Tensor | None:
-    """The first tensor of numbers in an argument."""
-    parts = value if isinstance(value, (list, tuple)) else [value]
-    for part in parts:
-        found = _condition(part) if isinstance(part, (list, tuple)) else part
-        if isinstance(found, Tensor) and found.is_floating_point():
-            return found
-    return None
+    return type(kind.__name__, (GroupedBlock, kind), {"ungrouped": kind})
 
 
 @torch.no_grad()
@@ -151,7 +122,8 @@ def add_mob(
         output a forward hook sees.
 
     Raises:
-        ValueError: the way of the tokens cannot be followed, or a block has no such argument.
+        ValueError: the way of the tokens cannot be followed, a block is given something of its own
+            or does not run on single samples; the model is then as it was.
     """
     if hasattr(model, "mob_routers"):
         raise ValueError("model has MoB groups already")
@@ -162,38 +134,38 @@ def add_mob(
         last = max(group[-1] for group in config.double_groups)
         if last >= len(blocks):
             raise ValueError(f"groups of {name} name block {last}, it has {len(blocks)} blocks")
-        calls = _watch(model, blocks, inputs)
+        calls = watch(model, blocks, inputs)
         for group in config.double_groups:
             at = f"{name}[{group[0]}..{group[-1]}]"
             formed.append(_form(model, at, blocks, group, calls, config, condition))
-    for group in formed:
-        for block in group.blocks:
-            block.__class__ = _grouped_class(type(block))
-            block.group, block.leads = group, block is group.blocks[0]
+    _install(model, formed, inputs)
     model.mob_routers = nn.ModuleList(group.router for group in formed)
     return model
 
 
-def _watch(model: nn.Module, blocks: nn.ModuleList, inputs: Mapping[str, Any]) -> list[_Call]:
-    """What every block was called with, in one forward of the dense model."""
-    calls: dict[int, _Call] = {}
-
-    def see(block, args, kwargs, output, index):
-        single = not isinstance(output, tuple)
-        calls[index] = _Call(_bind(block, args, kwargs), _outputs(output), single)
-
-    handles = [
-        block.register_forward_hook(functools.partial(see, index=i), with_kwargs=True)
-        for i, block in enumerate(blocks)
-    ]
-    training = model.training
+def _install(model: nn.Module, formed: list[_Group], inputs: Mapping[str, Any]) -> None:
+    """Makes the groups; undone where the model with all blocks active is not the dense one."""
+    expected = tensors_of(run_in_eval(model, inputs))
+    members = [(group, block) for group in formed for block in group.blocks]
+    for group, block in members:
+        block.__class__ = _grouped_class(type(block))
+        block.group, block.leads = group, block is group.blocks[0]
+        group.router.active = len(group.blocks)
     try:
-        model.eval()(**inputs)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    return [calls.get(i) for i in range(len(blocks))]
+        for y, y_dense in zip(tensors_of(run_in_eval(model, inputs)), expected, strict=True):
+            torch.testing.assert_close(y, y_dense, rtol=1e-3, atol=1e-4)
+    except Exception as error:
+        for _, block in members:
+            block.__class__ = block.ungrouped
+            del block.group, block.leads
+        kinds = sorted({type(block).__name__ for _, block in members})
+        raise ValueError(
+            f"{type(model).__name__} does not compute the same where {', '.join(kinds)} form "
+            f"groups and all blocks run; it uses what is between the blocks of a group: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from None
+    for group in formed:
+        group.router.active = group.active
 
 
 def _form(model, at, blocks, group, calls, config, condition) -> _Group:
@@ -202,7 +174,7 @@ def _form(model, at, blocks, group, calls, config, condition) -> _Group:
     seen = [calls[i] for i in group]
     if len({type(blocks[i]) for i in group}) > 1 or None in seen:
         raise ValueError(f"{at}: the blocks of a group must be of one class, and all must run")
-    ways = {_way(a, b) for a, b in zip(seen, seen[1:], strict=False)}
+    ways = {way(a, b) for a, b in zip(seen, seen[1:], strict=False)}
     streams = ways.pop() if len(ways) == 1 else None
     first = seen[0]
     if (
@@ -221,8 +193,17 @@ def _form(model, at, blocks, group, calls, config, condition) -> _Group:
         raise ValueError(
             f"{at}: {kind} has streams of different widths {shapes}, which eq. 5 pools"
         )
-    condition = condition or _looks_like_time(first.arguments, streams, len(tokens[0]))
-    y = _condition(first.arguments.get(condition))
+    for name in first.arguments:
+        if name not in streams and not all(
+            same(c.arguments[name], first.arguments[name]) for c in seen
+        ):
+            raise ValueError(
+                f"{at}: {kind} is given another {name!r} in each block, which a "
+                f"block that stands for others would not have"
+            )
+    check_samples(at, [blocks[i] for i in group], seen, len(tokens[0]))
+    condition = condition or looks_like_time(first.arguments, streams, len(tokens[0]))
+    y = condition_of(first.arguments.get(condition))
     if y is None or len(y) != len(tokens[0]):
         raise ValueError(
             f"{at}: {kind} has no condition for the router among its arguments "
@@ -236,27 +217,5 @@ def _form(model, at, blocks, group, calls, config, condition) -> _Group:
         config.select,
         condition_dim=y[0].numel(),
     ).to(tokens[0].device)
-    return _Group(model, router, [blocks[i] for i in group], streams, first.single, condition)
-
-
-def _way(call: _Call, following: _Call) -> tuple[str, ...] | None:
-    """Which argument of the next block each output is, or None where one is none."""
-    names = [
-        next((n for n, value in following.arguments.items() if value is output), None)
-        for output in call.outputs
-    ]
-    return None if None in names or call.single != following.single else tuple(names)
-
-
-def _looks_like_time(arguments: Arguments, streams: tuple[str, ...], batch: int) -> str | None:
-    """The argument whose name or shape is a time embedding's: of samples, not of tokens."""
-    found = {
-        name: y
-        for name, value in arguments.items()
-        if name not in streams and (y := _condition(value)) is not None and len(y) == batch
-    }
-    named = [
-        n for n in found if any(word in n for word in ("temb", "time", "adaln", "mod", "cond"))
-    ]
-    flat = [n for n, y in found.items() if y.ndim == 2]
-    return next(iter([*named, *flat]), None)
+    members = [blocks[i] for i in group]
+    return _Group(model, router, members, streams, first.single, condition, config.active)

@@ -42,6 +42,10 @@ def grid(t, h, w, extra=()):
 HEADS = dict(num_attention_heads=4, attention_head_dim=16)
 LATENT = dict(in_channels=4, out_channels=4)
 SMALL = {}
+LEFT_OUT = {
+    "RFD4ProteinaTransformer": "proteins; a pair representation beside the tokens",
+    "SanaWMTransformer3DModel": "needs cameras and its own kernels",
+}
 
 
 def small(*names):
@@ -188,8 +192,8 @@ def _():
 
 @small("HiDreamImageTransformer2DModel")
 def _():
-    config = dict(LATENT, patch_size=2, num_layers=1, num_single_layers=1, caption_channels=[WIDE, 24], text_emb_dim=16, num_routed_experts=2, num_activated_experts=2, axes_dims_rope=(8, 4, 4), max_resolution=(8, 8), llama_layers=(0, 1), force_inference_output=True, **HEADS)
-    return config, dict(hidden_states=R(B, 4, 8, 8), encoder_hidden_states_t5=text(), encoder_hidden_states_llama3=R(2, B, TEXT, 24), pooled_embeds=R(B, 16), timesteps=at())
+    config = dict(LATENT, patch_size=2, num_layers=2, num_single_layers=2, caption_channels=[WIDE, 24], text_emb_dim=16, num_routed_experts=2, num_activated_experts=2, axes_dims_rope=(8, 4, 4), max_resolution=(8, 8), llama_layers=(0, 1, 2, 3), force_inference_output=True, **HEADS)
+    return config, dict(hidden_states=R(B, 4, 8, 8), encoder_hidden_states_t5=text(), encoder_hidden_states_llama3=R(4, B, TEXT, 24), pooled_embeds=R(B, 16), timesteps=at())
 
 
 COGVIEW = dict(LATENT, num_layers=2, text_embed_dim=WIDE, time_embed_dim=24, condition_dim=8, **HEADS)
@@ -315,6 +319,14 @@ def _():
     return config, inputs
 
 
+@small("WanAnimate2Transformer3DModel")
+def _():
+    from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
+
+    config = dict(text_len=TEXT, in_dim=12, dim=64, ffn_dim=256, freq_dim=32, text_dim=WIDE, out_dim=4, num_heads=4, num_layers=2)
+    return config, dict(hidden_states=[R(4, 2, 4, 4)], timestep=torch.tensor([3.0]), encoder_hidden_states=[R(TEXT, WIDE)], condition_latents=[R(8, 2, 4, 4)], encoder_hidden_states_image=R(1, 4, 1280), kv_cache=WanAnimate2KVCache(2), kv_cache_mode="extract", seq_len=8, offset_grid_sizes=torch.tensor([[2, 2, 2]]))
+
+
 @small("AnyFlowTransformer3DModel")
 def _():
     config = {k: v for k, v in WAN.items() if k != "added_kv_proj_dim"}
@@ -323,7 +335,7 @@ def _():
 
 @small("AnyFlowFARTransformer3DModel")
 def _():
-    return WAN, dict(hidden_states=R(1, 4, 4, 8, 8), timestep=torch.full((1, 4), 500.0), r_timestep=torch.full((1, 4), 250.0), encoder_hidden_states=R(1, TEXT, WIDE), chunk_partition=[2, 2])
+    return WAN, dict(hidden_states=R(B, 4, 4, 8, 8), timestep=torch.full((B, 4), 500.0), r_timestep=torch.full((B, 4), 250.0), encoder_hidden_states=text(), chunk_partition=[2, 2])
 
 
 @small("HeliosTransformer3DModel")
@@ -442,7 +454,7 @@ def _():
 @small("Kandinsky5Transformer3DModel")
 def _():
     config = dict(in_visual_dim=4, in_text_dim=WIDE, in_text_dim2=24, time_dim=16, out_visual_dim=4, model_dim=64, ff_dim=192, num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 6, 6))
-    inputs = dict(hidden_states=R(1, 2, 8, 8, 4), encoder_hidden_states=R(1, TEXT, WIDE), timestep=torch.tensor([3.0]), pooled_projections=R(1, 24), visual_rope_pos=[torch.arange(n) for n in (2, 4, 4)], text_rope_pos=torch.arange(TEXT))
+    inputs = dict(hidden_states=R(B, 2, 8, 8, 4), encoder_hidden_states=R(B, TEXT, WIDE), timestep=at(), pooled_projections=R(B, 24), visual_rope_pos=[torch.arange(n) for n in (2, 4, 4)], text_rope_pos=torch.arange(TEXT))
     return config, inputs
 
 
@@ -451,6 +463,18 @@ def _():
     config = dict(in_visual_dim=4, in_text_dim=WIDE, in_text_dim2=24, time_dim=16, out_visual_dim=4, model_dim=64, ff_dim=256, num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 6, 6), visual_cond=False, in_audio_dim=4, out_audio_dim=4)
     inputs = dict(hidden_states=R(B, 2, 8, 8, 4), encoder_hidden_states=text(), pooled_projections=R(B, 24), timestep=at(), audio_hidden_states=R(B, 6, 4))
     return config, inputs
+
+
+@small("Kandinsky6SRTransformer3DModel")
+def _():
+    config = dict(in_visual_dim=4, out_visual_dim=4, time_dim=16, model_dim=64, ff_dim=256, num_visual_blocks=2, axes_dims=(4, 6, 6))
+    return config, dict(hidden_states=R(B, 1, 8, 16, 9), timestep=at())
+
+
+@small("SanaWMLTX2RefinerTransformer3DModel")
+def _():
+    angles = torch.rand(1, 24, 64)
+    return LTX2, dict(hidden_states=R(B, 24, 4), encoder_hidden_states=text(), timestep=torch.full((B, 24), 500.0), video_rotary_emb=(angles.cos(), angles.sin()), encoder_attention_mask=torch.ones(B, TEXT))
 
 
 @small("MiniMaxH3Transformer3DModel")
