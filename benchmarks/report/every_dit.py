@@ -17,7 +17,9 @@ def table(file: Path) -> tuple[list[str], list[list[str]]]:
                 name,
                 str(row["converted"]),
                 str(len(row["skipped"]) or ""),
-                f"{row['error']:.0e}".replace("e-0", "e-") if "error" in row else "",
+                f"{row['error']:.0e}".replace("e-0", "e-").replace("0e+00", "0")
+                if "error" in row
+                else "",
                 "yes" if served and len(served) == len(lists) else ", ".join(served) or "no",
             ]
         )
@@ -29,7 +31,7 @@ def below(file: Path) -> str:
     found = json.loads(file.read_text(encoding="utf-8"))
     rows = found["rows"]
     whole = sum(bool(row["converted"]) and not row["skipped"] for row in rows.values())
-    left_out = "; ".join(f"{name}: {why}" for name, why in found["left_out"].items())
+    left_out = "; ".join(f"{name}, {why}" for name, why in found["left_out"].items())
     return (
         f"diffusers {found['diffusers']}: of {len(rows)} classes {whole} convert whole. "
         f"Not tried: {left_out}."

@@ -43,8 +43,8 @@ HEADS = dict(num_attention_heads=4, attention_head_dim=16)
 LATENT = dict(in_channels=4, out_channels=4)
 SMALL = {}
 LEFT_OUT = {
-    "RFD4ProteinaTransformer": "proteins; a pair representation beside the tokens",
-    "SanaWMTransformer3DModel": "needs cameras and its own kernels",
+    "RFD4ProteinaTransformer": "no small inputs (proteins)",
+    "SanaWMTransformer3DModel": "no small inputs (cameras)",
 }
 
 
