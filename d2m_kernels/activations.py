@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 PLAIN = ("gelu", "gelu_tanh", "silu", "relu")
-GATED = {"geglu": "gelu", "swiglu": "silu"}
+GATED = {"geglu": "gelu", "geglu_tanh": "gelu_tanh", "swiglu": "silu"}
 ACTIVATIONS = (*PLAIN, *GATED)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from d2m_kernels.activations import ACTIVATIONS, is_gated
+from d2m_kernels.activations import ACTIVATIONS, GATED, is_gated
 from d2m_kernels.contract import Routing
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -139,8 +139,8 @@ def weights(x, router, w1, w2, b1, b2, k, shared, act, dtype) -> None:
     pair = isinstance(w1, (tuple, list))
     if pair and (not is_gated(act) or len(w1) != 2):
         raise ValueError(
-            f"w1: a pair (up, gate) needs a gated activation (geglu, swiglu), got {len(w1)} tensors"
-            f" with activation={act!r}"
+            f"w1: a pair (up, gate) needs a gated activation ({', '.join(GATED)}), got "
+            f"{len(w1)} tensors with activation={act!r}"
         )
     rows = 2 * F if is_gated(act) and not pair else F
     legend = "[2F, D]" if rows != F else "[F, D]"

@@ -29,8 +29,8 @@ def grouped_gemm(
     """out[r] = act(x[gather[r]] w[e]^T + bias[e]) for offsets[e] <= r < offsets[e + 1].
 
     With `w_gate` the output is (x w^T + bias) * act(x w_gate^T + bias_gate) and `activation` is
-    "geglu" or "swiglu". Rows past offsets[E] come back as zero. Differentiable in x, w, w_gate and
-    bias; an expert without rows gets gradient zero.
+    "geglu", "geglu_tanh" or "swiglu". Rows past offsets[E] come back as zero. Differentiable in x,
+    w, w_gate and bias; an expert without rows gets gradient zero.
 
     Args:
         x: [R, K] bf16, fp16 or fp32 (fp64: reference only).

@@ -59,7 +59,7 @@ def moe_ffn(
         top_k: 0..E experts a token; "dense": every neuron with weight 1, router and routed_scale
             unused (their gradient is zero). top_k=E still weighs the experts.
         shared: S, the number of neurons every token uses.
-        activation: gelu, gelu_tanh, silu, relu; gated: geglu (up * gelu(gate)), swiglu.
+        activation: gelu, gelu_tanh, silu, relu; gated: geglu (up * gelu(gate)), geglu_tanh, swiglu.
         gate_first: a stacked gated w1 is [gate; up] (FLUX.2) instead of [up; gate] (diffusers).
         routed_scale: factor of the routed sum.
         token_mask: [...] bool; False (padding): the shared expert only, no part in statistics.

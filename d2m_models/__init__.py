@@ -10,6 +10,7 @@ from importlib import import_module
 
 _EXPORTS = {
     "MoEConfig": "config",
+    "MoEShare": "config",
     "MoBConfig": "config",
     "FluxMoEConfig": "config",
     "PRESETS": "presets",
@@ -39,6 +40,7 @@ _EXPORTS = {
     "prune_mlp": "conversion.prune",
     "prune_depth": "conversion.prune",
     "account": "inspection.accounting",
+    "add_mob": "conversion.any_mob",
     "count_parameters": "conversion.any_dit",
     "convert_checkpoint": "checkpoints.convert",
     "checkpoint_to_dense": "checkpoints.restore",

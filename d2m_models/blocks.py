@@ -218,15 +218,8 @@ class FluxMoESingleTransformerBlock(FluxSingleTransformerBlock, ExpertLayer):
             mask = token_mask
             if mask is not None:
                 mask = F.pad(mask, (0, s.shape[1] - num_text), value=True)
-            width = attn.shape[-1]
-            out, routing[""] = self.run_experts(
-                normed,
-                *self.linears(),
-                first_column=width,
-                routing=_reuse(self, "", saved_routing, normed, mask),
-                token_mask=mask,
-                also=lambda _w1, _b1, weight: F.linear(attn, weight[:, :width]),
-            )
+            reuse = _reuse(self, "", saved_routing, normed, mask)
+            out, routing[""] = self.run_beside(normed, attn, reuse, mask)
         else:
             out = self.proj_out(torch.cat([attn, self.act_mlp(self.proj_mlp(normed))], dim=2))
         s = s + gate.unsqueeze(1) * out

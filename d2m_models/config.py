@@ -115,6 +115,52 @@ class MoEConfig(_PlainData):
         return shared, expert
 
 
+@dataclass(frozen=True)
+class MoEShare(_PlainData):
+    """MoE layers for FFNs of any size: the share of its neurons that a token uses.
+
+    A model whose FFNs have other ratios (gated ones 8/3, others 3, 4, 6) converts with one of
+    these. The default is the paper's 1S12E2A: of 4 D neurons D are shared and 3 D make 12 experts.
+
+    Args:
+        activated: share of an FFN's neurons that a token uses, in 0..1: (r_s + k r_n) / r.
+        num_experts, top_k, routed_scale: as `MoEConfig`.
+    """
+
+    activated: float = 0.375
+    num_experts: int = 12
+    top_k: int = 2
+    routed_scale: float = 1.0
+
+    def __post_init__(self):
+        if not 0 < _check_real("MoEShare", "activated", self.activated) < 1:
+            raise ValueError(f"MoEShare.activated must be between 0 and 1, got {self.activated}")
+        _check_int("MoEShare", "num_experts", self.num_experts, 2)
+        _check_int("MoEShare", "top_k", self.top_k, 0, self.num_experts - 1)
+        _check_real("MoEShare", "routed_scale", self.routed_scale)
+
+    def sizes(self, dim: int, hidden: int) -> tuple[int, int]:
+        """(F_s, F_e) for a dense FFN of `hidden` neurons; experts of 128 and more are whole
+        multiples of 16 neurons (32 bytes in bf16), so the share is met within 1/16 of an expert."""
+        expert = (1 - self.activated) * hidden / (self.num_experts - self.top_k)
+        step = 16 if expert >= 128 else 1
+        expert = round(min(expert, hidden / self.num_experts) / step) * step
+        shared = hidden - self.num_experts * expert
+        if expert == 0 or shared < 0:
+            raise ValueError(
+                f"{hidden} neurons do not make {self.num_experts} experts of which "
+                f"{self.top_k} and the shared neurons are {self.activated:g} of all; choose fewer "
+                f"experts"
+            )
+        return shared, expert
+
+    def of(self, dim: int, hidden: int) -> MoEConfig:
+        """The `MoEConfig` of an FFN of `hidden` neurons on width `dim`."""
+        shared, expert = self.sizes(dim, hidden)
+        split = shared / dim, expert / dim
+        return MoEConfig(*split, self.num_experts, self.top_k, self.routed_scale)
+
+
 def check_top_k(top_k: Any, num_experts: int, name: str = "top_k") -> int | str:
     """`top_k` itself if it is 0..num_experts or "dense"; else an error that names it."""
     if top_k == "dense":

@@ -64,13 +64,22 @@ class MixtureOfBlocks(nn.Module):
 
     Args:
         dim: D. size: m. active: kappa. alpha, select: see `MoBConfig`.
+        condition_dim: width of y where it is not D.
     """
 
-    def __init__(self, dim: int, size: int, active: int = 1, alpha: float = 0.5, select="topk"):
+    def __init__(
+        self,
+        dim: int,
+        size: int,
+        active: int = 1,
+        alpha: float = 0.5,
+        select: str = "topk",
+        condition_dim: int | None = None,
+    ):
         super().__init__()
         self.size, self.active, self.alpha, self.select = size, active, alpha, select
         self.token_gate = nn.Linear(dim, size, bias=False)  # W_x
-        self.condition_gate = nn.Linear(dim, size, bias=False)  # W_y
+        self.condition_gate = nn.Linear(condition_dim or dim, size, bias=False)  # W_y
         for gate in (self.token_gate, self.condition_gate):
             nn.init.normal_(gate.weight, std=ROUTER_STD)
 

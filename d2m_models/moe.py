@@ -14,12 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from d2m_kernels import Routing, Stream, moe_ffn, moe_ffn_pair, route
 from d2m_models.config import MoEConfig
 from d2m_models.private import is_bare
 from d2m_models.weights import effective_weight, stays_in_place
 
+SETTINGS = (
+    "shared", "expert", "num_experts", "top_k", "routed_scale", "activation", "gate_first",
+    "freeze_shared", "backend", "router", "neuron_order",
+)  # fmt: skip
 ROUTER_STD = 0.02  # never zero: ties would send every token to experts 0..K-1
 
 
@@ -40,7 +45,12 @@ class ExpertLayer(nn.Module):
     def add_experts(
         self, dim: int, hidden: int, config: MoEConfig, activation: str, gate_first: bool = False
     ) -> None:
-        """Adds router, neuron order and settings for an FFN of `hidden` neurons."""
+        """Adds router, neuron order and settings for an FFN of `hidden` neurons.
+
+        A part of the dense module that has a setting's name (Kandinsky's `activation`) goes.
+        """
+        for name in SETTINGS:
+            self._modules.pop(name, None)
         self.shared, self.expert = config.sizes(dim, hidden)
         self.num_experts = config.num_experts
         self.top_k = config.top_k
@@ -105,6 +115,24 @@ class ExpertLayer(nn.Module):
             return (y if also is None else y + also(w1_XD, b1_X, w2_DX)), new_routing
 
         return self.with_weights(up, down, run)
+
+    def run_beside(
+        self,
+        x: Tensor,
+        beside: Tensor,
+        routing: Routing | None = None,
+        token_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Routing]:
+        """down(cat([beside, ffn(x)])), where beside [..., C] has down's first C columns."""
+        width = beside.shape[-1]
+        return self.run_experts(
+            x,
+            *self.linears(),
+            first_column=width,
+            routing=routing,
+            token_mask=token_mask,
+            also=(lambda _w1, _b1, w2: F.linear(beside, w2[:, :width])) if width else None,
+        )
 
     def settings(self) -> dict[str, Any]:
         """How `moe_ffn` is to run this layer."""

@@ -58,9 +58,7 @@ class TopKSchedule:
 def moe_layers(model: nn.Module) -> dict[str, ExpertLayer]:
     """Every MoE layer of a converted model by name."""
     return {
-        name: m
-        for name, m in model.named_modules()
-        if getattr(m, "num_experts", 0) and isinstance(m, ExpertLayer)
+        name: m for name, m in model.named_modules() if isinstance(m, ExpertLayer) and m.num_experts
     }
 
 

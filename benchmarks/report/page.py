@@ -6,6 +6,7 @@ import html
 import re
 from pathlib import Path
 
+from report import every_dit
 from report.pictures import FIGURES
 from report.quality import with_quality
 from report.read import Results, load_results, machine_label, rows_of
@@ -105,18 +106,22 @@ def marked_pages(root: Path) -> list[Path]:
 def with_tables(text: str, results: Results, folder: Path | str) -> str:
     """The text with everything between <!-- begin:NAME --> and <!-- end:NAME --> made anew.
 
-    "claims" is the verdicts of the folder's claims.json, written by `d2m ablate`.
+    "claims" is the verdicts of the folder's claims.json, written by `d2m ablate`; "every-dit" the
+    transformers of diffusers, of every_dit.json, written by `benchmarks/every_dit.py`.
     """
 
     def fresh(match: re.Match) -> str:
         begin, name, _, end = match.groups()
         if name == "claims":
             table, under = claims.table(claims.read(Path(folder) / "claims.json")), ""
+        elif name == "every-dit":
+            file = Path(folder) / "every_dit.json"
+            table, under = every_dit.table(file), every_dit.below(file)
         elif name in TABLES:
             table, under = TABLES[name](results), origin(name, results)
             table = with_quality(table, folder) if name == "table1" else table
         else:
-            known = sorted([*TABLES, "claims"])
+            known = sorted([*TABLES, "claims", "every-dit"])
             raise UserError(f"marker begin:{name} is unknown; tables are {known}")
         below = f"\n{under}\n" if under else ""
         return f"{begin}{markdown(table)}{below}{end}"

@@ -1,22 +1,31 @@
 """Turns the FFNs of a model it has never seen into MoE layers, in place.
 
-Shapes: D width, F neurons. FFNs are found by their form, see `forms.py`; those of FLUX.2's
-single-stream blocks, which are fused with attention, by their class, see `flux2.py`. What cannot be
-converted is named and left alone.
+Shapes: D width, F neurons. FFNs are found by what they compute, as a module of their own
+(`forms.py`) or among a block's own Linears (`in_block.py`); those of FLUX.2's single-stream blocks,
+whose up and down Linears attention shares, by their class (`flux2.py`). What cannot be converted is
+named and left alone.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from d2m_models.config import MoEConfig
+from d2m_kernels.activations import is_gated
+from d2m_models.config import MoEConfig, MoEShare
 from d2m_models.conversion.flux2 import convert_parallel, parallel_attentions
-from d2m_models.conversion.forms import NotConvertible, candidates, converted
+from d2m_models.conversion.forms import (
+    NotConvertible,
+    candidates,
+    converted,
+    is_repeated,
+    others,
+)
+from d2m_models.conversion.in_block import convert_in_block, find_in_block, may_hold_ffn
 from d2m_models.moe import ExpertLayer
 from d2m_models.partition import check_orders, permute_neurons
 from d2m_models.topk import moe_layers
@@ -24,16 +33,28 @@ from d2m_models.topk import moe_layers
 logger = logging.getLogger(__name__)
 
 
+class _Found(NamedTuple):
+    """F of an FFN that can be converted, and what does it."""
+
+    hidden: int
+    convert: Callable[[], ExpertLayer]
+
+
 @torch.no_grad()
 def convert(
-    model: nn.Module, config: MoEConfig, neuron_order: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    config: MoEConfig | MoEShare,
+    neuron_order: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Converts every FFN of `model` in place and returns it; for FLUX use `convert_flux`.
+    """Converts every FFN of `model`'s repeated blocks in place and returns the model.
+
+    For FLUX.1 use `convert_flux`, whose result diffusers saves and loads.
 
     Args:
-        model: a model whose blocks hold ordinary feed-forward modules (diffusers' `FeedForward`,
-            timm's `Mlp`, a Sequential, ...), with dropout 0 inside them.
-        config: the experts; an FFN whose size does not fit is left alone.
+        model: a model whose blocks, in lists, hold ordinary FFNs (diffusers' `FeedForward`, timm's
+            `Mlp`, a Sequential, Linears of the block's own, ...), with dropout 0 inside them.
+        config: the experts. An FFN whose size does not fit a `MoEConfig` is left alone; a
+            `MoEShare` fits FFNs of any size.
         neuron_order: {FFN name: LongTensor[F], new position -> dense neuron}; dense order without.
 
     Returns:
@@ -43,50 +64,77 @@ def convert(
         ValueError: no FFN could be converted (the message names those that were skipped), or
             neuron_order names something else.
     """
-    if not isinstance(config, MoEConfig):
-        raise TypeError(f"config must be a MoEConfig, got {type(config).__name__}")
-    if hasattr(model, "single_transformer_blocks") and hasattr(model, "time_text_embed"):
-        raise TypeError(f"{type(model).__name__} has fused single-stream FFNs; use convert_flux")
+    if not isinstance(config, (MoEConfig, MoEShare)):
+        raise TypeError(f"config must be a MoEConfig or MoEShare, got {type(config).__name__}")
+    if any(kind.__name__ == "FluxTransformer2DModel" for kind in type(model).__mro__):
+        raise TypeError(f"for {type(model).__name__} use convert_flux, whose result can be saved")
     if moe_layers(model):
         raise ValueError("model is already converted")
-    found: dict[str, ExpertLayer] = {}
-    skipped: dict[str, str] = {}
+    if hasattr(model, "mob_routers"):
+        raise ValueError("model has MoB groups; call convert before add_mob")
+    found, skipped = _find(model, config)
     orders = dict(neuron_order or {})
-    for name, ffn in candidates(model):
-        try:
-            found[name] = converted(ffn, config)
-        except NotConvertible as reason:
-            skipped[name] = str(reason)
-    fused: dict[str, nn.Module] = {}
-    for name, attention in parallel_attentions(model):
-        try:
-            config.sizes(attention.query_dim, attention.mlp_hidden_dim)
-            fused[name] = attention
-        except ValueError as reason:
-            skipped[name] = str(reason)
-    names = [*found, *fused]
-    unknown = sorted(set(orders) - set(names))
+    unknown = sorted(set(orders) - set(found))
     if unknown:
-        raise ValueError(f"neuron_order names no convertible FFN: {unknown}; there are {names}")
-    if not names:
+        raise ValueError(f"neuron_order names no convertible FFN: {unknown}; there are {[*found]}")
+    if not found:
+        model.d2m_report = {"converted": [], "skipped": skipped}
         raise ValueError(
-            f"{type(model).__name__} has no FFN that can be converted; skipped: {skipped}"
+            f"{type(model).__name__} has no FFN that can be converted in a list of blocks; "
+            f"skipped: {skipped}"
         )
-    widths = {name: layer.neuron_order.numel() for name, layer in found.items()}
-    widths |= {name: attention.mlp_hidden_dim for name, attention in fused.items()}
-    checked = check_orders(orders, widths)
+    checked = check_orders(orders, {name: ffn.hidden for name, ffn in found.items()})
     # From here on nothing fails, so a model is never left half converted.
-    for name, layer in found.items():
+    for name, ffn in found.items():
+        layer = ffn.convert()
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
-    for name, attention in fused.items():
-        found[name] = convert_parallel(attention, config)
-    for name, order_F in checked.items():
-        _permute(found[name], order_F)
+        if name in checked:
+            _permute(layer, checked[name])
     for name, reason in skipped.items():
         logger.warning("left %s untouched: %s", name, reason)
-    model.d2m_report = {"converted": names, "skipped": skipped}
+    model.d2m_report = {"converted": [*found], "skipped": skipped}
     return model
+
+
+def _find(
+    model: nn.Module, config: MoEConfig | MoEShare
+) -> tuple[dict[str, _Found], dict[str, str]]:
+    """All FFNs by name: those that can be converted, and why the others cannot."""
+    found: dict[str, _Found] = {}
+    skipped: dict[str, str] = others(model)
+
+    def consider(name: str, look: Callable[[], _Found | None]) -> None:
+        try:
+            if (ffn := look()) is not None:
+                found[name] = ffn
+        except NotConvertible as reason:
+            skipped[name] = str(reason)
+
+    def alone(ffn: nn.Module) -> _Found:
+        layer = converted(ffn, config)
+        return _Found(layer.neuron_order.numel(), lambda: layer)
+
+    def own(block: nn.Module) -> _Found | None:
+        place = find_in_block(block, config)
+        return place and _Found(place.hidden, lambda: convert_in_block(block, place, config))
+
+    def parallel(attention: nn.Module) -> _Found:
+        try:
+            config.sizes(attention.query_dim, attention.mlp_hidden_dim)
+        except ValueError as reason:
+            raise NotConvertible(str(reason)) from None
+        return _Found(attention.mlp_hidden_dim, lambda: convert_parallel(attention, config))
+
+    modules = dict(candidates(model))
+    for name, ffn in modules.items():
+        consider(name, lambda ffn=ffn: alone(ffn))
+    for name, block in model.named_modules():
+        if name not in modules and is_repeated(name) and may_hold_ffn(block):
+            consider(name, lambda block=block: own(block))
+    for name, attention in parallel_attentions(model):
+        consider(name, lambda attention=attention: parallel(attention))
+    return found, skipped
 
 
 class ParameterCount(NamedTuple):
@@ -105,7 +153,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
             continue
         up, down = layer.linears()
         neurons = (layer.num_experts - layer.top_k) * layer.expert
-        rows = 2 if layer.activation in ("geglu", "swiglu") else 1
+        rows = 2 if is_gated(layer.activation) else 1
         idle += neurons * (rows * up.in_features + down.out_features)
         idle += neurons * rows * (up.bias is not None)
     return ParameterCount(total, total - idle)
@@ -116,7 +164,7 @@ def _permute(layer: ExpertLayer, order_F: Tensor) -> None:
     layer.neuron_order.copy_(order_F)
     (up, down), gate = layer.linears(), layer.gate_linear()
     hidden, columns = order_F.numel(), down.in_features - order_F.numel()
-    stacks = 2 if gate is None and layer.activation in ("geglu", "swiglu") else 1
+    stacks = 2 if gate is None and is_gated(layer.activation) else 1
     for linear in (up, gate):
         for tensor in () if linear is None else (linear.weight, linear.bias):
             if tensor is not None:

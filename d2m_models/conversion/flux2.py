@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2m_models.config import MoEConfig
+from d2m_models.config import MoEConfig, MoEShare
 from d2m_models.moe import ExpertLayer
 from d2m_models.private import attention_options
 
@@ -37,7 +37,7 @@ def parallel_attentions(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(n, m) for n, m in model.named_modules() if type(m) is Flux2ParallelSelfAttention]
 
 
-def convert_parallel(attention: nn.Module, config: MoEConfig) -> nn.Module:
+def convert_parallel(attention: nn.Module, config: MoEConfig | MoEShare) -> nn.Module:
     """Turns one fused module into an MoE layer, in place: parameters keep their names."""
     attention.__class__ = MoEParallelSelfAttention
     weight = attention.to_out.weight

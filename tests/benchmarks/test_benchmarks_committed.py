@@ -38,6 +38,7 @@ PAGES = {  # and the tables that each has to show
     "README.md": ["peers"],
     "benchmarks/results/README.md": ["table1", "environments", "prediction-error"],
     "docs/claims.md": ["claims"],
+    "docs/models.md": ["every-dit"],
 }
 
 
@@ -186,9 +187,13 @@ def test_draw_pages(folder, capsys):
     assert [draw(page, "--check"), draw(page), draw(page, "--check")] == [1, 0, 0]
     assert "FLUX.1-MoE-XS" in page.read_text()
     # without files: every page; here beside other results than those that they show
-    (folder / "claims.json").write_bytes((RESULTS / "claims.json").read_bytes())
+    for file in ("claims.json", "every_dit.json"):
+        (folder / file).write_bytes((RESULTS / file).read_bytes())
     capsys.readouterr()
     assert draw("--check") == 1
-    stale = {page: "fresh" if page == "docs/claims.md" else "stale" for page in sorted(PAGES)}
+    stale = {
+        page: "fresh" if page in ("docs/claims.md", "docs/models.md") else "stale"
+        for page in sorted(PAGES)
+    }
     said = [f"{state}: {ROOT / page}" for page, state in stale.items()]
     assert capsys.readouterr().out.splitlines() == said

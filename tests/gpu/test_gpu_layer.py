@@ -82,7 +82,7 @@ def test_shapes(backend, T, D, S, H, E, k):
     compare(Case(T=T, D=D, S=S, H=H, E=E, k=k, dtype=torch.bfloat16, device="cuda"), backend)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "silu", "relu", "geglu"])
+@pytest.mark.parametrize("activation", ["gelu", "silu", "relu", "geglu", "geglu_tanh"])
 def test_other_activations_without_bias(backend, activation):
     case = Case(T=200, D=128, S=0, H=64, activation=activation, bias=False, dtype=torch.bfloat16,
                 device="cuda")  # fmt: skip

@@ -37,7 +37,7 @@ class Case:
 
     @property
     def gated(self) -> bool:
-        return self.activation in ("geglu", "swiglu")
+        return self.activation in ("geglu", "geglu_tanh", "swiglu")
 
     @property
     def hidden(self) -> int:
@@ -72,9 +72,9 @@ class Case:
 
 
 def act(name: str, z: torch.Tensor) -> torch.Tensor:
-    if name in ("geglu", "swiglu"):
+    if name in ("geglu", "geglu_tanh", "swiglu"):
         up, gate = z.chunk(2, -1)
-        return up * (F.gelu(gate) if name == "geglu" else F.silu(gate))
+        return up * act({"geglu": "gelu", "geglu_tanh": "gelu_tanh", "swiglu": "silu"}[name], gate)
     return {
         "gelu": F.gelu,
         "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),

@@ -14,7 +14,9 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 ALL_K = [0, 1, 2, "E", "dense"]
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "relu", "geglu", "swiglu"])
+@pytest.mark.parametrize(
+    "activation", ["gelu", "gelu_tanh", "silu", "relu", "geglu", "geglu_tanh", "swiglu"]
+)
 @pytest.mark.parametrize("k", ALL_K)
 def test_reference_equals_a_double_loop(k, activation):
     case = Case(T=11, D=6, S=3, H=5, E=4, k=4 if k == "E" else k, activation=activation,

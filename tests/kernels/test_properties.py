@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from d2m_kernels import grouped_gemm, route
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-ACTIVATIONS = ["gelu", "gelu_tanh", "silu", "geglu", "swiglu"]  # relu has a kink: no small errors
+ACTIVATIONS = [
+    "gelu",
+    "gelu_tanh",
+    "silu",
+    "geglu",
+    "geglu_tanh",
+    "swiglu",
+]  # relu has a kink: no small errors
 
 
 def examples(n):
@@ -84,7 +91,7 @@ def test_grouped_gemm(counts, tail, rows, K, N, gather, activation, bias, pad, s
     E, M = len(counts), sum(counts) + tail
     offsets = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
     index = torch.randint(0, rows, (M,), generator=g).int() if gather else None
-    gated = activation in ("geglu", "swiglu")
+    gated = activation in ("geglu", "geglu_tanh", "swiglu")
 
     def draw(*size):
         return torch.randn(*size, generator=g, dtype=torch.float64)

@@ -332,7 +332,7 @@ def test_layer_and_gradients_with_every_kind_of_tile(pin, dtype, activation, mon
 
 @interpreted
 @pytest.mark.parametrize("k", [0, 1, 2, "E", "dense"])
-@pytest.mark.parametrize("activation", ["gelu", "silu", "relu", "geglu"])
+@pytest.mark.parametrize("activation", ["gelu", "silu", "relu", "geglu", "geglu_tanh"])
 def test_layer_for_every_top_k(k, activation):
     case = Case(T=37, D=33, S=5, H=8, E=4, k=4 if k == "E" else k, activation=activation)
     compare(case, "triton")
@@ -366,7 +366,7 @@ def test_many_experts_and_all_tokens_to_one():
 
 def layer_arguments(T=70, D=33, S=20, H=9, E=4, K=2, masked=0.3, activation="swiglu", seed=0):
     """dy, stream, z and attrs of ffn_bwd in fp32, with pre-activations drawn at random."""
-    gated = activation in ("geglu", "swiglu")
+    gated = activation in ("geglu", "geglu_tanh", "swiglu")
     F = S + E * H
     ids = random_ids(T, E, K, seed, masked)
     offsets, order, inverse = reference.permute(ids, E)

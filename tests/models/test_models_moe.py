@@ -170,6 +170,7 @@ MLPS = {
     "diffusers-geglu": lambda: diffusers_ffn(activation_fn="geglu"),
     "two-linear-swiglu": lambda: LlamaMlp(DIM),
     "two-linear-geglu": lambda: LlamaMlp(DIM, F.gelu),
+    "two-linear-geglu-tanh": lambda: LlamaMlp(DIM, nn.GELU(approximate="tanh")),
     "diffusers-swiglu": lambda: diffusers_ffn(activation_fn="swiglu"),
 }
 
@@ -223,7 +224,10 @@ def test_what_cannot_be_converted_is_named_and_untouched():
     assert model.d2m_report["converted"] == ["blocks.0.mlp"]
     assert set(skipped) == {f"blocks.{i}.mlp" for i in (1, 2, 3, 4)}
     assert "does not compute" in skipped["blocks.1.mlp"] and "dropout" in skipped["blocks.2.mlp"]
-    assert "act in" in skipped["blocks.3.mlp"] and "'geglu', 'swiglu'" in skipped["blocks.4.mlp"]
+    assert (
+        "act in" in skipped["blocks.3.mlp"]
+        and "'geglu', 'geglu_tanh', 'swiglu'" in skipped["blocks.4.mlp"]
+    )
     assert [type(b.mlp) for b in model.blocks[1:4]] == [TimmMlp] * 3
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
