@@ -65,7 +65,7 @@ def test_global_rng_is_left_alone(digits):
 @pytest.mark.parametrize("size", [1, 50, 64])
 def test_every_sample_once_an_epoch(digits, size):
     n, steps = len(digits), -(-2 * len(digits) // size)
-    seen = torch.cat([digits._indices(1, s, size) for s in range(steps)])
+    seen = torch.cat([digits.epochs(1, s, size) for s in range(steps)])
     for epoch in (0, 1):
         assert torch.equal(seen[epoch * n : (epoch + 1) * n].sort().values, torch.arange(n))
     assert not torch.equal(seen[:n], seen[n : 2 * n])

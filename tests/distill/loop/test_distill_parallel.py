@@ -194,7 +194,7 @@ def test_four_then_two_then_four_ranks(alone, tmp_path):
             seen.setdefault(entry["step"], []).extend(entry["samples"])
     _, _, digits = models("moe")
     for step in range(6):
-        assert sorted(seen[step]) == sorted(digits._indices(0, step, 8).tolist())
+        assert sorted(seen[step]) == sorted(digits.epochs(0, step, 8).tolist())
     equal(folder, alone / "mob")
 
 
