@@ -100,7 +100,7 @@ def run_convert(args: argparse.Namespace) -> None:
     for name in refused:
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} goes with {other}")
-    config = None if args.to_dense else _structure(args)  # before the slow imports
+    config = None if args.to_dense else structure_of(args)  # before the slow imports
     import torch
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
@@ -153,10 +153,11 @@ def _convert(args: argparse.Namespace, config: Any, where: dict, dtype: Any) -> 
             f"AdaLN compression: relative error {sum(errors.values()) / len(errors):.2%} on "
             f"average, {errors[worst]:.2%} at worst ({worst}); all are in d2m_conversion.json"
         )
-    print(_next(args.target, base_pipeline(args.source, args.subfolder), args.preset))
+    base = base_pipeline(args.source, args.subfolder)
+    print(_next(args.target, base, args.preset, record["routers"]))
 
 
-def _next(target: str, base: str, preset: str | None) -> str:
+def _next(target: str, base: str, preset: str | None, routers: str) -> str:
     """What a model is that was only converted, and the commands that come next."""
     config = f"{preset}.yaml" if preset else "CONFIG.yaml"
     rows = (
@@ -167,12 +168,11 @@ def _next(target: str, base: str, preset: str | None) -> str:
     )
     width = max(len(command) for command, _ in rows)
     lines = [f"  {command:{width}}  # {what}" for command, what in rows]
-    return "\n".join(
-        [f"{target} is converted, not distilled: its routers choose at random. Next:", *lines]
-    )
+    state = {"random": "choose at random", "fitted": "are fitted, nothing is trained"}[routers]
+    return "\n".join([f"{target} is converted, not distilled: its routers {state}. Next:", *lines])
 
 
-def _structure(args: argparse.Namespace) -> Any:
+def structure_of(args: argparse.Namespace) -> Any:
     """--preset's name, checked, or --structure's FluxMoEConfig."""
     from d2m_models.config import FluxMoEConfig
     from d2m_models.presets import find_preset

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from d2m_models import commands as models
+from distill import calibrate
 from distill import commands as distilling
 from distill.device import add_device
 from distill.errors import UserError, library_errors
@@ -35,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     evaluating.add_commands(commands)
     add_device(prepare.add_command(commands))
     models.add_commands(commands)  # convert, inspect, diff, push
+    calibrate.extend(commands.choices["convert"])
     return top
 
 

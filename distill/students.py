@@ -6,7 +6,7 @@ settings (`StudentConfig.initialisation`, `.routers`), and all callers come here
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -22,7 +22,8 @@ from d2m_models import (
 )
 from d2m_models.conversion.flux import ffn_linears, ffn_widths, model_arguments, skeleton
 from d2m_models.conversion.formation import each_record
-from d2m_models.conversion.start import Start, start_ffn
+from d2m_models.conversion.least_squares import unexplained
+from d2m_models.conversion.start import Start, outputs, start_ffn
 from distill.configs.sections import StudentConfig
 from distill.data.batch import Batch, generator
 from distill.importance import taylor_importance
@@ -77,16 +78,17 @@ def measure_importance(
             teacher.disable_gradient_checkpointing()
 
 
-def measure_starts(
+def each_start(
     teacher: nn.Module, source: Any, moe: Any, scores: Mapping[str, Tensor], config: StudentConfig,
-    seed: int,
-) -> dict[str, Start]:  # fmt: skip
+    seed: int, names: Sequence[str] | None = None,
+) -> Iterator[tuple[str, Start, float]]:  # fmt: skip
     """`start_ffn` of every FFN on `config.tokens` tokens of the samples that `measure_importance`
-    sees, as many FFNs at once as 4 GiB of host memory hold.
+    sees, as many FFNs at once as 4 GiB of host memory hold: (name, start, its output's relative
+    error on these tokens).
 
     Args:
         moe: the `MoEConfig`. scores: a neuron's importance; random ones for initialisation
-            "random".
+            "random". names: of the FFNs, None for all.
     """
     formation = "taylor" if config.initialisation == "random" else config.initialisation
     refit = config.outputs == "refitted"
@@ -98,14 +100,14 @@ def measure_starts(
             for part in [batch] if isinstance(batch, Batch) else batch:
                 yield part.inputs()
 
-    starts = {}
     with _compute(teacher):
-        for name, record in each_record(teacher, batches, config.tokens, seed):
+        for name, record in each_record(teacher, batches, config.tokens, seed, names):
             _, down, first = linears[name]
             w2_DF = down.weight[:, first:].detach().float().cpu()
             gen = generator(seed, "weights", 3)
-            starts[name] = start_ffn(record, scores[name], w2_DF, moe, formation, gen, refit)
-    return starts
+            start = start_ffn(record, scores[name], w2_DF, moe, formation, gen, refit)
+            given = outputs(start, record, w2_DF, moe)
+            yield name, start, unexplained(given, record.h @ w2_DF.t())
 
 
 def measure(
@@ -121,7 +123,8 @@ def measure(
         config.initialisation in ("coactivation", "clusters") or config.routers == "fitted"
     ):
         known = random_scores(teacher, seed) if scores is None else scores
-        how["starts"] = measure_starts(teacher, source, structure.moe, known, config, seed)
+        found = each_start(teacher, source, structure.moe, known, config, seed)
+        how["starts"] = {name: start for name, start, _ in found}
     return how
 
 
@@ -165,7 +168,7 @@ def make_student(
         importance: eq. (6), not needed for initialisation "random".
         temb: calibration samples of the AdaLN basis, None where AdaLN stays whole.
         initialisation, routers: see `StudentConfig`.
-        starts: `measure_starts`, for all but initialisation "taylor" and "random" with random
+        starts: of `each_start`, for all but initialisation "taylor" and "random" with random
             routers.
     """
     orders = None

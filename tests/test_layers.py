@@ -46,7 +46,7 @@ LAYERS = {
         importance sampling
         students teacher stages evaluate
         pipeline
-        study plan prompts survey
+        study plan prompts survey calibrate
         commands
         cli
         __main__ __init__

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 
 from d2m_models.adaln import AdaLNBasis, check_samples, sample_conditioning
 from d2m_models.checkpoints.tasks import DenseReader
-from d2m_models.checkpoints.tensor_files import TensorSpec, read_header, write_file
+from d2m_models.checkpoints.tensor_files import (
+    StoredTensor,
+    TensorSpec,
+    read_header,
+    write_file,
+)
 from d2m_models.conversion.flux import ffn_widths
 from d2m_models.files import write_atomic
 from d2m_models.partition import check_orders
@@ -23,6 +28,7 @@ from d2m_models.topk import moe_layers
 
 logger = logging.getLogger(__name__)
 
+START_PARTS = ("router", "w2", "b2")
 BASIS = "adaln_basis.safetensors"
 _ERROR_SAMPLES = 16  # an error over N >= 6144 outputs each, steady enough
 
@@ -35,20 +41,27 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_orders(orders, student: nn.Module) -> dict[str, Tensor]:
-    """Checked neuron orders of the student's MoE layers; {} keeps the dense order."""
+def load_orders(orders, student: nn.Module) -> tuple[dict[str, Tensor], dict[str, StoredTensor]]:
+    """Checked neuron orders of the student's MoE layers ({} keeps the dense order), and what else
+    the file or the folder of files has of a start: FFN.router [E, D], FFN.w2 [D, F] in the new
+    order and FFN.b2 [D], which is added (`d2m_models.conversion.start`)."""
+    stored: dict[str, StoredTensor] = {}
     if orders is None:
         if moe_layers(student):
             logger.warning(
                 "no neuron order: neurons keep the dense order, which is a poor split for "
-                "distillation (see neuron_order_from_importance)"
+                "distillation (--calibrate DATA measures a good one)"
             )
-        return {}
+        return {}, {}
     if not isinstance(orders, Mapping):
         path = Path(orders).expanduser()
-        if not path.is_file():
+        if not path.exists():
             raise ValueError(f"the neuron order file {path} does not exist")
-        orders = {name: tensor.read() for name, tensor in read_header(path).items()}
+        for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+            stored |= read_header(file)
+        ours = tuple(f".{part}" for part in START_PARTS)
+        orders = {n: tensor.read() for n, tensor in stored.items() if not n.endswith(ours)}
+        stored = {n: tensor for n, tensor in stored.items() if n.endswith(ours)}
     widths = ffn_widths(student)
     known = {name: widths[name] for name in moe_layers(student)}
     missing = [name for name in known if name not in orders]
@@ -56,7 +69,7 @@ def load_orders(orders, student: nn.Module) -> dict[str, Tensor]:
         raise ValueError(f"neuron_order lacks {missing[:3]} ({len(missing)} of {len(known)} FFNs)")
     if not known:
         raise ValueError("neuron_order is given, but the configuration has no experts")
-    return check_orders(orders, known)
+    return check_orders(orders, known), stored
 
 
 def load_calibration(samples, dim: int) -> Tensor | None:

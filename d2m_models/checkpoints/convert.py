@@ -29,7 +29,7 @@ from d2m_models.checkpoints.calibration import (
 from d2m_models.checkpoints.jobs import Job, difference, run_job
 from d2m_models.checkpoints.lora_file import read_lora
 from d2m_models.checkpoints.origin import base_pipeline
-from d2m_models.checkpoints.restore import DENSE_ADALN
+from d2m_models.checkpoints.restore import DENSE_ADALN, RECORD
 from d2m_models.checkpoints.source import check_dense_source, check_dtypes, open_source
 from d2m_models.checkpoints.tasks import (
     FILE_BYTES,
@@ -40,14 +40,12 @@ from d2m_models.checkpoints.tasks import (
     plan_files,
     specs_of,
 )
-from d2m_models.checkpoints.tensor_files import TensorSpec
+from d2m_models.checkpoints.tensor_files import StoredTensor, TensorSpec
 from d2m_models.config import FluxMoEConfig, MoEConfig
-from d2m_models.conversion.flux import skeleton
+from d2m_models.conversion.flux import ffn_tensors, skeleton
 from d2m_models.files import Refused, check_new, write_json
 from d2m_models.moe import ROUTER_STD
 from d2m_models.presets import resolve_config
-
-RECORD = "d2m_conversion.json"
 
 
 def convert_checkpoint(
@@ -73,7 +71,8 @@ def convert_checkpoint(
         source, subfolder, variant: see `open_source`.
         target: folder that does not exist yet.
         config: as for `convert_flux`. "hyper-..." presets need a `lora`.
-        neuron_order: {FFN name: order} or a safetensors file of that; None keeps the dense order.
+        neuron_order: {FFN name: order}, or a safetensors file or a folder of files with that and
+            what `load_orders` says of routers and output weights; None keeps the dense order.
         adaln_calibration: temb samples [n, D], or a safetensors file with them as "temb".
         keep_adaln: also write the dense AdaLN tensors, which `checkpoint_to_dense` needs.
         lora, lora_scale: fused into the dense weights first; scale 1, for "hyper-..." 0.125.
@@ -103,7 +102,7 @@ def convert_checkpoint(
     fused = None if lora is None else read_lora(lora, default_lora_scale(config, lora_scale))
     reader = DenseReader(opened, out_dtype, fused)
     student = skeleton(dense, structure)
-    orders = load_orders(neuron_order, student)
+    orders, start = load_orders(neuron_order, student)
     for name, value in (("keep_adaln", keep_adaln), ("adaln_calibration", adaln_calibration)):
         if structure.adaln_dim is None and value is not None and value is not False:
             raise ValueError(f"{name} is for a compressed AdaLN, this configuration has none")
@@ -112,11 +111,14 @@ def convert_checkpoint(
         temb_nD = load_calibration(adaln_calibration, dense.inner_dim)
         adaln = AdaLNCompression(reader, dense, temb_nD, structure.adaln_dim, seed)
 
-    files = plan_files(_student_tasks(reader, student, orders, seed, adaln), shard_bytes)
+    files = plan_files(_student_tasks(reader, student, orders, start, seed, adaln), shard_bytes)
+    routers = {name: t.read() for name, t in start.items() if name.endswith(".router")}
     record = {
         "source": {"tensors": opened.digest(), "dtype": str(out_dtype)},
         "structure": structure.to_dict(),
-        "neuron_order": "dense" if neuron_order is None else digest_of(orders),
+        "neuron_order": "dense" if neuron_order is None else digest_of(orders | routers),
+        "routers": "fitted" if routers else "random",
+        "outputs": "refitted" if any(name.endswith(".w2") for name in start) else "dense",
         "adaln_calibration": "random" if adaln is None else adaln.origin,
         "lora": None if reader.lora is None else reader.lora.digest,
         "keep_adaln": keep_adaln,
@@ -169,12 +171,17 @@ def default_lora_scale(config: Any, scale: float | None) -> float:
 
 
 def _student_tasks(
-    reader, student, orders, seed: int, adaln: AdaLNCompression | None
+    reader, student, orders, start, seed: int, adaln: AdaLNCompression | None
 ) -> list[Task]:
     """Every tensor of the student, small new ones first, then in the source's order."""
     ours = {name: tuple(value.shape) for name, value in student.state_dict().items()}
     narrow = set() if adaln is None else set(adaln_linears(student))
     changes = permutations(orders, ours)
+    for name in orders:
+        if f"{name}.w2" in start:
+            down = ffn_tensors(name)[2][0]
+            changes[down] = partial(_last_columns, start[f"{name}.w2"])
+            changes[down.replace(".weight", ".bias")] = partial(_plus, start[f"{name}.b2"])
 
     def specs(*names: str, dtype: torch.dtype = reader.dtype) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(name, dtype, ours[name]) for name in names)
@@ -186,6 +193,9 @@ def _student_tasks(
             tasks.append(
                 Task(specs(name, dtype=torch.int32), make=lambda _, o=order_F: [o.to(torch.int32)])
             )
+        elif name.removesuffix(".weight") in start:
+            stored = (start[name.removesuffix(".weight")],)
+            tasks.append(Task(specs(name, dtype=torch.float32), stored))
         elif "router" in name:
             made = partial(_router, name, shape, seed)
             tasks.append(Task(specs(name, dtype=torch.float32), make=made))
@@ -199,6 +209,16 @@ def _student_tasks(
             sources = tuple(reader.source.tensors[n] for n in parts(linear))
             tasks.append(Task(specs(*parts(linear)), sources, partial(adaln.compress, linear)))
     return tasks
+
+
+def _last_columns(stored: StoredTensor, dense: Tensor) -> Tensor:
+    """The dense tensor with its last columns (all but a proj_out's attention) replaced."""
+    new = stored.read().to(dense.dtype)
+    return torch.cat([dense[:, : -new.shape[1]], new], dim=1)
+
+
+def _plus(stored: StoredTensor, dense: Tensor) -> Tensor:
+    return (dense.float() + stored.read()).to(dense.dtype)
 
 
 def _router(name: str, shape: tuple[int, ...], seed: int, _: list[Tensor]) -> list[Tensor]:

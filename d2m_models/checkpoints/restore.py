@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -16,6 +17,15 @@ from d2m_models.partition import inverse_order
 from d2m_models.topk import moe_layers
 
 DENSE_ADALN = "adaln_dense.safetensors"
+
+
+RECORD = "d2m_conversion.json"
+
+
+def is_refitted(folder: Path) -> bool:
+    """Whether a conversion has FFN outputs fitted by least squares in place of the dense ones."""
+    record = folder / RECORD
+    return record.is_file() and json.loads(record.read_text()).get("outputs") == "refitted"
 
 
 def checkpoint_to_dense(
@@ -42,6 +52,11 @@ def checkpoint_to_dense(
     check_new(target)
     opened = open_source(source)
     model = check_moe_source(opened)
+    if is_refitted(opened.folder):
+        raise ValueError(
+            f"the FFN outputs of {opened.folder} were refitted, the dense ones are not in it; take "
+            "the model that it was converted from"
+        )
     dense = dense_skeleton(model, str(opened.folder))
     tensors = dict(opened.tensors)
     if model.d2m_config.adaln_dim is not None:

@@ -37,12 +37,15 @@ def open_source(config: DataConfig, model: nn.Module | None = None, device: str 
     return source
 
 
+BUILT_IN = {"digits": Digits, "photos": Photos, "icons": Icons}
+
+
 def built_in(config: DataConfig, split: str = "train") -> ClassPrompts:
     """The source of a `data.name` that is not "shards"."""
-    times = (split, config.timesteps, config.timestep_grid)
-    if config.name == "icons":
-        return Icons(*times, fonts=config.fonts, dropout=config.caption_dropout)
-    return (Digits if config.name == "digits" else Photos)(*times)
+    more = {"fonts": config.fonts, "dropout": config.caption_dropout}
+    return BUILT_IN[config.name](
+        split, config.timesteps, config.timestep_grid, **more if config.name == "icons" else {}
+    )
 
 
 def data_fingerprint(config: DataConfig) -> str | None:

@@ -36,15 +36,14 @@ def add_command(commands: Any) -> None:
 
 def run_survey(args: argparse.Namespace) -> None:
     from distill.configs.sections import DataConfig, TeacherConfig
-    from distill.data.sources import open_source
+    from distill.data.sources import BUILT_IN, open_source
     from distill.survey.page import describe, write_page
     from distill.survey.run import suggest, survey, verdict
     from distill.teacher import load_teacher
 
     device = pick_device(args.device)
-    built_in = args.calibrate in ("digits", "photos", "icons")
     data = (
-        DataConfig(name=args.calibrate) if built_in
+        DataConfig(name=args.calibrate) if args.calibrate in BUILT_IN
         else DataConfig("shards", folder=args.calibrate, text_encoders=args.text_encoders)
     )  # fmt: skip
     model = load_teacher(TeacherConfig(path=args.model, dtype=args.dtype), data, args.seed, device)

@@ -31,10 +31,10 @@ from distill.errors import ConfigError
 from distill.pipeline import student_structure
 from distill.stages import ffn_slices
 from distill.students import (
+    each_start,
     make_student,
     measure,
     measure_importance,
-    measure_starts,
 )
 from distill.teacher import load_teacher, modulation_inputs
 
@@ -176,7 +176,7 @@ def test_a_low_precision_teacher_is_measured_in_bf16():
     config = StudentConfig("p", None, "taylor", "fitted", "refitted", 500, 1)
     scores = measure_importance(teacher, digits, 1, 0)
     exact, low = (
-        measure_starts(t, digits, structure.moe, scores, c, 0)
+        {n: s for n, s, _ in each_start(t, digits, structure.moe, scores, c, 0)}
         for t, c in ((teacher, config),
                      (deepcopy(teacher).bfloat16(), replace(config, importance_rows=128)))
     )  # fmt: skip
