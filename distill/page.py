@@ -18,9 +18,11 @@ from distill.files import write_atomic
 
 STYLE = """
 :root{color-scheme:light dark;
---ink:#1f2430;--faint:#5d6475;--line:#dfe3ea;--back:#fff;--card:#f6f7f9}
+--ink:#1f2430;--faint:#5d6475;--line:#dfe3ea;--back:#fff;--card:#f6f7f9;
+--good:#17703b;--bad:#b3261e}
 @media (prefers-color-scheme:dark){:root{
---ink:#e7e9ee;--faint:#a2a9b8;--line:#343a46;--back:#14171c;--card:#1d2129}}
+--ink:#e7e9ee;--faint:#a2a9b8;--line:#343a46;--back:#14171c;--card:#1d2129;
+--good:#5fd08a;--bad:#ff8a80}}
 body{margin:0 auto;max-width:64rem;padding:2rem 1.25rem 4rem;
 font:16px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--back)}
 h1{font-size:1.6rem;margin:0 0 .3rem}
@@ -31,6 +33,15 @@ table{border-collapse:collapse;width:100%;font-size:.86rem;font-variant-numeric:
 th,td{padding:.4rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-align:left}
 thead th{color:var(--faint);font-weight:600}
+.words th,.words td{text-align:left;white-space:normal}
+.good{color:var(--good)}
+.bad{color:var(--bad)}
+.open{color:var(--faint)}
+@media (max-width:40rem){
+.words thead{display:none}
+.words tr{display:block;padding:.6rem 0}
+.words th,.words td{display:block;border-bottom:none;padding:.1rem 0}
+}
 figure{margin:1rem 0}
 img{max-width:100%;height:auto;background:#fff;border:1px solid var(--line);border-radius:8px}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1rem;
@@ -52,17 +63,27 @@ def page(title: str, *parts: str) -> str:
 """
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of text; the first cell of a row is its heading."""
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], colours: Mapping[str, str] | None = None
+) -> str:
+    """A table of text; the first cell of a row is its heading.
+
+    colours: of headings, "good", "bad" or "open"; then it is a table of words, whose cells wrap and
+    whose rows stack on a narrow screen.
+    """
     head = "".join(f'<th scope="col">{html.escape(c)}</th>' for c in header)
     body = "".join(
-        f'<tr><th scope="row">{html.escape(first)}</th>'
+        f'<tr><th scope="row"{_class((colours or {}).get(first))}>{html.escape(first)}</th>'
         + "".join(f"<td>{html.escape(c)}</td>" for c in rest)
         + "</tr>"
         for first, *rest in rows
     )
     inner = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="scroll"><table>{inner}</table></div>'
+    return f'<div class="scroll"><table{_class(colours and "words")}>{inner}</table></div>'
+
+
+def _class(name: str | None) -> str:
+    return f' class="{name}"' if name else ""
 
 
 def figure(png: bytes, title: str, caption: str, alt: str | None = None) -> str:

@@ -19,6 +19,7 @@ from distill.page import FAINT, INK, facts, figure, page, picture, table
 from distill.study import claims
 from distill.study.pictures import COLOURS, heat_map
 
+_COLOURS = dict(zip(claims.VERDICTS, ("good", "bad", "open"), strict=True))
 VERDICT_COLOURS = {"holds": COLOURS[0], "does not hold": COLOURS[1], "undecided": FAINT}
 
 
@@ -231,7 +232,10 @@ def _page(content: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         "" if content["complete"] else missing,
         "<p>A small FLUX trained on crops of 16 photographs with the picture's name as prompt; all",
         f"that are compared have the same steps on the same batches. {html.escape(tried)}</p>",
-        table(*claims.table(content)),
+        table(
+            *claims.table(content),
+            colours=dict(zip(claims.VERDICTS, ("good", "bad", "open"), strict=True)),
+        ),
         f"<p>{html.escape(content['rule'])}</p>",
         first,
         "<h2>Does the setting separate?</h2>",

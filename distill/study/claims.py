@@ -144,7 +144,7 @@ def effect_text(entry: Mapping[str, Any]) -> str:
 
 
 def table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: claim, source, effect, verdict."""
-    header = ["claim", "paper", "ratio of errors, or difference", "verdict"]
-    rows = [[c["claim"], c["source"], effect_text(c), c["verdict"]] for c in content["claims"]]
+    """Header and rows: verdict, claim, source, effect."""
+    header = ["verdict", "claim", "paper", "ratio of errors, or difference"]
+    rows = [[c["verdict"], c["claim"], c["source"], effect_text(c)] for c in content["claims"]]
     return header, rows

@@ -192,8 +192,7 @@ def test_the_readmes_table_is_made_from_the_file(run, tmp_path):
     assert lines[:2] == ["a", "<!-- begin:claims -->"] and "old" not in lines
     content = claims.read(run[0] / "claims.json")
     for line, entry in zip(lines[4:-2], content["claims"], strict=True):
-        assert line.startswith(f"| {entry['claim']} | {entry['source']} | ")
-        assert line.endswith(f" | {entry['verdict']} |")
+        assert line.startswith(f"| {entry['verdict']} | {entry['claim']} | {entry['source']} | ")
     assert not update_page(readme, run[0], check=True)
 
 

@@ -14,17 +14,19 @@ PROPERTIES = set(
     "overflow-x padding text-align white-space width".split()
 )
 KEYWORDS = set(
-    "auto collapse dark grid left light max-content nowrap right sans-serif solid system-ui "
-    "tabular-nums".split()
+    "auto block collapse dark grid left light max-content none normal nowrap right sans-serif "
+    "solid system-ui tabular-nums".split()
 )
 SELECTOR = re.compile(r"(:root|(\.?[a-z][a-z0-9]*)(:first-child|:nth-child\(\d\))?)( [a-z]+)?")
 LENGTH = re.compile(r"(\d*\.)?\d+(px|rem|fr|%)?(/(\d*\.)?\d+)?")
-DARK = re.compile(r"@media \(prefers-color-scheme:dark\)\{(:root\{[^{}]*\})\}")
+MEDIA = re.compile(
+    r"@media \((?:prefers-color-scheme:dark|max-\s*width:40rem)\)\{((?:[^{}]*\{[^{}]*\})+)\s*\}"
+)
 
 
 def problems(style: str) -> list[str]:
     """What a browser would not understand."""
-    rules = DARK.sub(r"\1", style)
+    rules = MEDIA.sub(r"\1", style)
     assert re.sub(r"[^{}]*\{[^{}]*\}", "", rules).strip() == "", "braces do not match"
     defined = set(re.findall(r"(--[a-z]+):", rules))
     found = []
@@ -75,12 +77,12 @@ def luminance(colour: str) -> float:
 
 def test_light_and_dark_differ_and_both_can_be_read():
     """Every colour has another value in the dark; text has WCAG's contrast of 4.5 in both."""
-    dark = colours(DARK.search(STYLE)[1])
-    light = colours(DARK.sub("", STYLE))
+    dark = colours(MEDIA.search(STYLE)[1])
+    light = colours(MEDIA.sub("", STYLE))
     assert set(dark) == set(light) and all(dark[k] != light[k] for k in dark)
     assert luminance(light["--back"]) > 0.5 > luminance(dark["--back"])
     for scheme in (light, dark):
-        for text in ("--ink", "--faint"):
+        for text in ("--ink", "--faint", "--good", "--bad"):
             for back in ("--back", "--card"):
                 low, high = sorted((luminance(scheme[text]), luminance(scheme[back])))
                 assert (high + 0.05) / (low + 0.05) >= 4.5, (text, back)
