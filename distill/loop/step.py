@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from d2m_models import private
@@ -24,17 +23,11 @@ from distill.loop.parallel import World
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
     """bf16 products on fp32 weights.
 
-    Without autocast's cache, which would keep a bf16 copy of every weight until the step ends. On a
-    CPU attention in two products: the backward of its fused kernel is 5 times slower in bf16 than
-    in fp32.
+    Without autocast's cache, which would keep a bf16 copy of every weight until the step ends.
     """
     if config.compute_dtype == "float32":
         return nullcontext()
-    stack = ExitStack()
-    stack.enter_context(torch.autocast(device.type, torch.bfloat16, cache_enabled=False))
-    if device.type == "cpu":
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-    return stack
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
 
 def backward(

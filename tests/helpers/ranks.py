@@ -96,7 +96,7 @@ class Recorder:
 
     def batch(self, seed, step, count, stream="train", rows=None):
         if stream == "train":
-            taken = self.source._indices(seed, step, count).tolist()
+            taken = self.source.epochs(seed, step, count).tolist()
             taken = taken if rows is None else taken[rows]
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "samples": taken}) + "\n")

@@ -297,10 +297,8 @@ def test_convert(d2m, tmp_path):
     model.set_top_k("dense")
     for key, value in dense.state_dict().items():
         assert torch.equal(value, model.state_dict()[key]), key
-    again = d2m(
-        "convert", tmp_path / "dense", tmp_path / "moe", "--structure", structure, check=False
-    )
-    assert "already exists and is not empty" in _error(again)
+    again = d2m("convert", tmp_path / "dense", tmp_path / "moe", "--structure", structure)
+    assert again.stdout.startswith(f"already there: {tmp_path / 'moe'}")
 
 
 # --- bad input ------------------------------------------------------------------------------
