@@ -162,7 +162,7 @@ if __name__ == "__main__":
         package_data={
             "d2m_kernels": ["*.json"],
             "d2m_kernels.csrc": ["*.cuh"],
-            "distill": ["configs/*.yaml"],
+            "distill": ["configs/*.yaml", "teachers/*/*"],
         },
         include_package_data=False,
         ext_modules=[Extension("_d2m_cpu", sources=[]), Extension("_d2m_cuda", sources=[])],

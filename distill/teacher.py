@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from contextlib import nullcontext
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from distill.configs.training import TrainConfig, settings
 from distill.data.batch import held_out_batch
 from distill.data.digits import ClassPrompts, Digits
 from distill.data.sources import built_in
-from distill.errors import library_errors
+from distill.errors import CheckpointError, library_errors
 from distill.importance import flow_matching_loss
 from distill.loop.parallel import World
 from distill.loop.train import Preview, train
@@ -77,6 +79,19 @@ def train_dense(
     return model.eval().requires_grad_(False)
 
 
+def find_teacher(name: str) -> str:
+    """The folder of a teacher that comes with the package, such as "icons", its weights compared
+    with their SHA-256; any other name of a model as it is."""
+    folder = Path(str(resources.files("distill") / "teachers" / name))
+    if "/" in name or Path(name).exists() or not folder.is_dir():
+        return name
+    known = json.loads((folder / "training.json").read_text(encoding="utf-8"))["sha256"]
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    if hashlib.sha256(weights.read_bytes()).hexdigest() != known:
+        raise CheckpointError(f"{weights} is damaged: its SHA-256 is another; install again")
+    return str(folder)
+
+
 def load_teacher(
     config: TeacherConfig, data: DataConfig, seed: int, device: str = "cpu", progress: bool = True
 ) -> nn.Module:
@@ -88,7 +103,7 @@ def load_teacher(
     """
     if config.path is not None:
         with library_errors():
-            teacher = load_flux(config.path, dtype=getattr(torch, config.dtype))
+            teacher = load_flux(find_teacher(config.path), dtype=getattr(torch, config.dtype))
         if config.lora is not None:
             from d2m_models.checkpoints.lora_file import fuse_lora, read_lora
 
@@ -135,7 +150,8 @@ def train_teacher(run: TeacherRun, device: str = "cpu", accept_changed: bool = F
     model = build_teacher(config, run.seed, type(source))
     if run.start is not None:
         with library_errors():
-            ckpt.load_state(model, load_flux(run.start).float().state_dict(), run.start)
+            start = load_flux(find_teacher(run.start)).float()
+            ckpt.load_state(model, start.state_dict(), run.start)
     splits = source.splits
     held = {s: held_out_batch(built_in(run.data, s), HELD_OUT, run.seed) for s in splits}
     draw = Previews(source, out / "previews", run.seed, World(), run.data, train_config)

@@ -172,7 +172,9 @@ def test_sdist(clean_tree, tmp_path):
         names = {n.split("/", 1)[1] for n in tar.getnames() if "/" in n}
     needed = {"LICENSE", "README.md", "CMakeLists.txt", "setup.py", "pyproject.toml"}
     needed |= sources("csrc", ".h", ".cpp", ".cu", ".cuh") | sources("d2m_kernels", ".py")
-    needed |= sources("distill", ".py", ".yaml") | sources("d2m_models", ".py")
+    needed |= sources("distill", ".py", ".yaml", ".json", ".safetensors") | sources(
+        "d2m_models", ".py"
+    )
     needed |= sources("tests", ".py", ".cpp", ".h", ".sh")
     needed |= sources("docs", ".md", ".png") | sources("benchmarks", ".py", ".sh", ".md")
     needed |= sources("benchmarks/results", ".json", ".html", ".png")
@@ -210,7 +212,9 @@ def test_wheel(clean_tree, tmp_path):
         entry_points = next(n for n in names if n.endswith("entry_points.txt"))
         assert "d2m = distill.cli:main" in wheel.read(entry_points).decode()
         metadata = wheel.read(next(n for n in names if n.endswith("METADATA"))).decode()
-    needed = sources("d2m_kernels", ".py") | sources("distill", ".py", ".yaml")
+    needed = sources("d2m_kernels", ".py") | sources(
+        "distill", ".py", ".yaml", ".json", ".safetensors"
+    )
     needed |= sources("d2m_models", ".py")
     needed |= {f"d2m_kernels/csrc/{p.name}" for p in (ROOT / "csrc" / "cuda").glob("*.cuh")}
     assert needed <= names, needed - names

@@ -14,10 +14,11 @@ from distill.errors import ConfigError
 class TeacherConfig:
     """The dense teacher: a digits model trained here, or a saved FLUX transformer.
 
-    path: folder or hub name of a saved `FluxTransformer2DModel`; then `train` and the sizes are not
-    used. dtype: of its weights, "float32" or "bfloat16". lora, lora_scale: a LoRA file that is
-    fused into it, such as that of a few-step HyperFLUX. width = heads * head_dim; rope are the
-    per-axis rotary dimensions and add up to head_dim.
+    path: folder or hub name of a saved `FluxTransformer2DModel`, or "icons", which comes with the
+    package; then `train` and the sizes are not used. dtype: of its weights, "float32" or
+    "bfloat16". lora, lora_scale: a LoRA file that is fused into it, such as that of a few-step
+    HyperFLUX. width = heads * head_dim; rope are the per-axis rotary dimensions and add up to
+    head_dim.
     """
 
     path: str | None = None
@@ -106,7 +107,7 @@ class DataConfig:
 class TeacherRun:
     """`d2m teacher`: one small dense FLUX, trained by flow matching on data that is built in.
 
-    start: folder of a saved model of the same sizes whose weights it begins with.
+    start: folder of a saved model of the same sizes, or "icons", whose weights it begins with.
     """
 
     teacher: TeacherConfig
