@@ -60,6 +60,7 @@ def error(dense, folder):
     return relative_mse(predict(teacher, batch), predict(student, batch))
 
 
+@pytest.mark.long
 def test_a_calibrated_model_starts_nearer(convert, dense, capsys):
     target, status = convert("calibrated", *DIGITS)
     assert status == 0
@@ -80,6 +81,7 @@ def test_a_calibrated_model_starts_nearer(convert, dense, capsys):
     assert set(layers) < set(start["errors"]) and max(start["errors"].values()) < 0.2
 
 
+@pytest.mark.slow
 def test_what_was_refitted_is_said(convert, dense, tmp_path, capsys):
     target, _ = convert("m", *DIGITS)
     assert convert("m", *DIGITS, "--verify")[1] == 0
@@ -93,6 +95,7 @@ def test_what_was_refitted_is_said(convert, dense, tmp_path, capsys):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_an_interrupted_calibration_goes_on(convert, monkeypatch):
     whole, _ = convert("whole", *DIGITS)
     real, seen = students.start_ffn, []
@@ -113,6 +116,7 @@ def test_an_interrupted_calibration_goes_on(convert, monkeypatch):
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
+@pytest.mark.slow
 def test_what_does_not_go_together_is_refused(convert, capsys):
     assert convert("m", *DIGITS, "--order", "x.safetensors")[1] == 2
     assert "leave out these" in capsys.readouterr().err
