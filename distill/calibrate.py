@@ -116,12 +116,14 @@ def calibrate(args: argparse.Namespace) -> Path:
             ckpt.make_folder(out / "adaln")
             ckpt.save_tensors(out / "adaln" / "temb.safetensors", {"temb": temb}, {})
     todo = [name for name in ffn_names(teacher) if name not in errors]
+    if not todo:
+        return out
     bar = tqdm(total=len(errors) + len(todo), initial=len(errors), desc="calibrate", unit=" FFNs",
                disable=args.quiet)  # fmt: skip
     with bar:
         scores = measure_importance(teacher, source, student.importance_batches, args.seed, 8)
         found = each_start(teacher, source, structure.moe, scores, student, args.seed, todo)
-        for name, start, error in found if todo else ():
+        for name, start, error in found:
             tensors = {name: start.order, f"{name}.router": start.router}
             if start.w2 is not None:
                 tensors |= {f"{name}.w2": start.w2.to(teacher.dtype), f"{name}.b2": start.b2}

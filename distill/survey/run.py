@@ -66,14 +66,15 @@ def survey(
     about = {**about, "weights": ckpt.fingerprint(weights)}
     settings = {**about, "samples": samples, "tokens": tokens, "seed": seed}
     path = ckpt.make_folder(out) / "survey.json"
-    content = _read(path, settings)
+    content = _read(path, settings, next(model.parameters()).device.type)
     candidates = [MoEConfig(*c) for c in CANDIDATES]
 
     def batches(part: int) -> Iterator[dict[str, Tensor]]:
         device = next(model.parameters()).device
         for start in range(0, samples, rows):
             number = min(rows, samples - start)
-            batch = source.batch(seed, start // rows, number, ("calibrate", "test")[part])
+            step = start // rows + part * -(-samples // rows)  # other images, not other noise alone
+            batch = source.batch(seed, step, number, ("calibrate", "test")[part])
             yield batch.to(device).inputs()
 
     def write() -> None:
@@ -118,8 +119,8 @@ def _survey_groups(model: nn.Module, batches: Any, tokens: int, seed: int) -> di
     }
 
 
-def _read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    fresh = {"schema": SCHEMA, "settings": dict(settings), "environment": environment("cpu"),
+def _read(path: Path, settings: Mapping[str, Any], device: str) -> dict[str, Any]:
+    fresh = {"schema": SCHEMA, "settings": dict(settings), "environment": environment(device),
              "layers": {}}  # fmt: skip
     if not path.exists():
         return fresh
