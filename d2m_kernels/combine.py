@@ -10,7 +10,7 @@ import torch
 from d2m_kernels import backends, checks
 from d2m_kernels.contract import Routing
 from d2m_kernels.op import define
-from d2m_kernels.tensors import unit
+from d2m_kernels.tensors import in_given_dtypes, unit
 
 _COMBINE = (
     "(Tensor y, Tensor inverse, Tensor? weights, Tensor offsets, Tensor? base, Tensor? bias,"
@@ -69,6 +69,7 @@ class CombineFunction(torch.autograd.Function):
         )
 
     @staticmethod
+    @in_given_dtypes
     def backward(ctx, dout_TD):
         y_ND, inverse_TK, weights_TK, offsets, order_N = ctx.saved_tensors
         need_y, _, need_weights, _, _, need_base, need_bias, _, _ = ctx.needs_input_grad

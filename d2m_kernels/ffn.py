@@ -24,7 +24,7 @@ from d2m_kernels.activations import is_gated
 from d2m_kernels.contract import FFNAttrs, FFNGrads, FFNInputs
 from d2m_kernels.eager import finish_block
 from d2m_kernels.op import define
-from d2m_kernels.tensors import needs_grad, unit
+from d2m_kernels.tensors import in_given_dtypes, needs_grad, unit
 
 PER_STREAM = len(FFNInputs._fields)
 LEADING = 1 + len(FFNAttrs._fields)  # what comes before the tensors: the back-end and FFNAttrs
@@ -72,6 +72,7 @@ class FFNFunction(torch.autograd.Function):
         return tuple(results[:count])
 
     @staticmethod
+    @in_given_dtypes
     def backward(ctx, *dys):
         saved = ctx.saved_tensors  # once: under checkpointing each reading recomputes
         needs = list(ctx.needs_input_grad[LEADING:])

@@ -10,7 +10,7 @@ import torch
 from d2m_kernels import backends, checks
 from d2m_kernels.activations import GATED, PLAIN
 from d2m_kernels.op import define
-from d2m_kernels.tensors import unit
+from d2m_kernels.tensors import in_given_dtypes, unit
 
 _GROUPED_GEMM = (
     "(Tensor x, Tensor w, Tensor offsets, Tensor? w_gate, Tensor? gather, Tensor? bias,"
@@ -100,6 +100,7 @@ class GroupedGemmFunction(torch.autograd.Function):
         )
 
     @staticmethod
+    @in_given_dtypes
     def backward(ctx, dout):
         x, w, offsets, w_gate, gather, bias, bias_gate = ctx.saved_tensors
         need = ctx.needs_input_grad

@@ -13,7 +13,15 @@ from d2m_kernels.contract import Routing
 from d2m_kernels.eager import modulate
 from d2m_kernels.op import define
 from d2m_kernels.route import fake_routing, router_backward
-from d2m_kernels.tensors import needs_grad, tokens_of, unit, wide, wide_dtype, without_autocast
+from d2m_kernels.tensors import (
+    in_given_dtypes,
+    needs_grad,
+    tokens_of,
+    unit,
+    wide,
+    wide_dtype,
+    without_autocast,
+)
 
 _MODULATE_ROUTE = (
     "(Tensor x, Tensor scale, Tensor shift, float eps, Tensor router, int top_k,"
@@ -81,6 +89,7 @@ class ModulateRouteFunction(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @in_given_dtypes
     def backward(ctx, dmodulated_TD, dprobs_TE, dweights_TK, *_):
         x_TD, scale_BD, router_ED, modulated_TD, *routed = ctx.saved_tensors
         need_x, need_scale, need_shift, _, need_router, *_ = ctx.needs_input_grad

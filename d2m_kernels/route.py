@@ -13,7 +13,14 @@ from d2m_kernels import backends, checks
 from d2m_kernels.backends import router_backend
 from d2m_kernels.contract import Routing
 from d2m_kernels.op import define
-from d2m_kernels.tensors import matmul, needs_grad, tokens_of, wide_dtype, without_autocast
+from d2m_kernels.tensors import (
+    in_given_dtypes,
+    matmul,
+    needs_grad,
+    tokens_of,
+    wide_dtype,
+    without_autocast,
+)
 
 BLOCK_ROWS = 1024
 _ROUTE = (
@@ -83,6 +90,7 @@ class RouteFunction(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @in_given_dtypes
     def backward(ctx, dprobs_TE, dweights_TK, *_):
         need_x, need_router, *_ = ctx.needs_input_grad
         x_TD, *rest = ctx.saved_tensors

@@ -6,6 +6,7 @@ Shapes: T tokens, D model.
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 
@@ -22,6 +23,17 @@ def without_autocast(device_type: str):
     if autocast_dtype(device_type) is None:
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+def in_given_dtypes(backward):
+    """A `Function.backward` as it is outside autocast, also where it is called inside."""
+
+    @functools.wraps(backward)
+    def run(ctx, *grads):
+        with without_autocast(grads[0].device.type):
+            return backward(ctx, *grads)
+
+    return run
 
 
 def wide_dtype(x: torch.Tensor) -> torch.dtype:

@@ -264,6 +264,21 @@ def test_autocast_keeps_the_logits_in_fp32(backend):
     assert p["w1"].grad.dtype == torch.float32 and p["w1"].grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_backward_inside_autocast_is_the_one_outside(backend, dtype):
+    case, grads = Case(T=33, D=32, dtype=dtype), []
+    for inside in (False, True):
+        p = case.build()
+        y = call(case, backend)(p)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            y.backward(torch.ones_like(y))
+        grads.append({name: t.grad for name, t in p.items() if t.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and "router" in grads[0]
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name]), name
+
+
 def test_saved_for_backward_is_x_pre_activations_and_routing():
     case = Case(T=128, D=64, S=64, H=32, E=8, k=2, dtype=torch.bfloat16)
     p = case.build()
