@@ -22,6 +22,7 @@ from distill.loop.parallel import World
 from distill.loop.step import autocast
 
 StepHook = Callable[[int, Any], None]
+PROMPT = ("encoder_hidden_states", "pooled_projections")
 
 
 @contextmanager
@@ -42,6 +43,7 @@ def sample(
     steps: int | Sequence[float],
     on_step: StepHook | None = None,
     chunk: int = 256,
+    guidance: float = 1.0,
 ) -> Tensor:
     """Integrate dx/dt = v(x, t, c) from t = 1 to 0 in `steps` Euler steps: latents [B, S, C].
 
@@ -51,6 +53,8 @@ def sample(
             (`Digits.noise_batch`); the same for all models that are compared.
         on_step: called as on_step(i, aux) with every step's routing (converted models only).
         chunk: samples per forward.
+        guidance: w of v(empty) + w (v(prompt) - v(empty)), for models that were also trained on the
+            empty prompt, which is zeros, as that of the icons. Routing is that of the prompt.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -65,6 +69,7 @@ def sample(
             scheduler.set_timesteps(sigmas=levels, device=device)
             part = noise[rows].to(device)
             x, fixed = part.noise, part.inputs()
+            empty = {k: torch.zeros_like(fixed[k]) for k in PROMPT}
             if on_step is not None:
                 fixed["output_aux"] = True
             for i, t in enumerate(scheduler.timesteps):
@@ -72,8 +77,12 @@ def sample(
                 out = model(**{**fixed, **now})
                 if on_step is not None:
                     on_step(i, out.aux)
+                v = out.sample
+                if guidance != 1:
+                    free = model(**{**fixed, **empty, **now}).sample
+                    v = free + guidance * (v - free)
                 # x stays in its own precision, also where autocast computes the velocity in bf16
-                x = scheduler.step(out.sample.to(x.dtype), t, x, return_dict=False)[0]
+                x = scheduler.step(v.to(x.dtype), t, x, return_dict=False)[0]
             done.append(x.float().cpu())
     return torch.cat(done)
 

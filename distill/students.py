@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from d2m_models import (
 )
 from d2m_models.conversion.flux import ffn_linears, ffn_widths, model_arguments, skeleton
 from d2m_models.conversion.formation import each_record
-from d2m_models.conversion.least_squares import unexplained
+from d2m_models.conversion.least_squares import least_squares, unexplained
 from d2m_models.conversion.start import Start, outputs, start_ffn
 from distill.configs.sections import StudentConfig
 from distill.data.batch import Batch, generator
@@ -46,6 +47,13 @@ def _calibration(
         else:
             cuts = (slice(i, min(i + rows, size)) for i in range(0, size, rows))
             yield (part(number, cut) for cut in cuts)
+
+
+def _inputs(*calibration: Any) -> Iterator[dict[str, Any]]:
+    """What the model is given for the samples of `_calibration`, in as many parts."""
+    for batch in _calibration(*calibration):
+        for part in [batch] if isinstance(batch, Batch) else batch:
+            yield part.inputs()
 
 
 @contextmanager
@@ -80,7 +88,7 @@ def measure_importance(
 
 def each_start(
     teacher: nn.Module, source: Any, moe: Any, scores: Mapping[str, Tensor], config: StudentConfig,
-    seed: int, names: Sequence[str] | None = None,
+    seed: int, names: Sequence[str] | None = None, size: int = 128,
 ) -> Iterator[tuple[str, Start, float]]:  # fmt: skip
     """`start_ffn` of every FFN on `config.tokens` tokens of the samples that `measure_importance`
     sees, as many FFNs at once as 4 GiB of host memory hold: (name, start, its output's relative
@@ -92,16 +100,11 @@ def each_start(
     """
     formation = "taylor" if config.initialisation == "random" else config.initialisation
     refit = config.outputs == "refitted"
-    sizes = (config.importance_batches, seed, config.importance_rows)
+    sizes = (config.importance_batches, seed, config.importance_rows, size)
     linears = ffn_linears(teacher)
-
-    def batches() -> Iterator[dict[str, Any]]:
-        for batch in _calibration(teacher, source, *sizes):
-            for part in [batch] if isinstance(batch, Batch) else batch:
-                yield part.inputs()
-
     with _compute(teacher):
-        for name, record in each_record(teacher, batches, config.tokens, seed, names):
+        inputs = partial(_inputs, teacher, source, *sizes)
+        for name, record in each_record(teacher, inputs, config.tokens, seed, names):
             _, down, first = linears[name]
             w2_DF = down.weight[:, first:].detach().float().cpu()
             gen = generator(seed, "weights", 3)
@@ -111,21 +114,44 @@ def each_start(
 
 
 def measure(
-    teacher: nn.Module, source: Any, structure: Any, config: StudentConfig, seed: int
-) -> dict[str, Any]:
+    teacher: nn.Module, source: Any, structure: Any, config: StudentConfig, seed: int,
+    size: int = 128,
+) -> dict[str, Any]:  # fmt: skip
     """What `make_student` needs to know for these settings, and the settings: its keywords."""
     scores = None
     if config.initialisation != "random":
-        sizes = (config.importance_batches, seed, config.importance_rows)
+        sizes = (config.importance_batches, seed, config.importance_rows, size)
         scores = measure_importance(teacher, source, *sizes)
     how = {"initialisation": config.initialisation, "routers": config.routers, "importance": scores}
     if structure.moe is not None and (
         config.initialisation in ("coactivation", "clusters") or config.routers == "fitted"
     ):
         known = random_scores(teacher, seed) if scores is None else scores
-        found = each_start(teacher, source, structure.moe, known, config, seed)
+        found = each_start(teacher, source, structure.moe, known, config, seed, size=size)
         how["starts"] = {name: start for name, start, _ in found}
     return how
+
+
+@torch.no_grad()
+def refit_outputs(
+    teacher: nn.Module, pruned: nn.Module, source: Any, keep: Mapping[str, Tensor], tokens: int,
+    *sizes: Any,
+) -> None:  # fmt: skip
+    """w2 and b2 of FFNs of which only the neurons `keep` are left, by least squares on `tokens`
+    tokens, in place: the start that a mixture has with outputs "refitted".
+
+    sizes: batches, seed, rows and size of `_calibration`.
+    """
+    dense, left = ffn_linears(teacher), ffn_linears(pruned)
+    inputs = partial(_inputs, teacher, source, *sizes)
+    with _compute(teacher):
+        for name, record in each_record(teacher, inputs, tokens, sizes[1], list(keep)):
+            _, down, first = dense[name]
+            w2_DF, h_nF = down.weight[:, first:].detach().float().cpu(), record.h.float()
+            fitted = least_squares(h_nF[:, keep[name].sort().values], h_nF @ w2_DF.t())
+            _, down, first = left[name]
+            down.weight[:, first:].copy_(fitted.weight.t())
+            down.bias.add_(fitted.bias.to(down.bias))
 
 
 # --- students -------------------------------------------------------------------------------

@@ -43,7 +43,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if origin is dict or kind is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where} is {value!r}; expected a mapping")
-        return dict(value)
+        item = (typing.get_args(kind) or (str, Any))[1]
+        return {k: v if item is Any else _build(item, v, f"{where}.{k}") for k, v in value.items()}
     if kind is float and not isinstance(value, bool):
         # YAML 1.1 reads 1e-3 (no dot) as text; a number is meant.
         try:

@@ -97,9 +97,9 @@ def train(name: str, context: Context, given: Teachers) -> tuple[nn.Module, nn.M
         parent = fingerprint(*known, context.share, config.importance_batches,
                              config.importance_samples)  # fmt: skip
         structure = context.structure(config.other if name == "moe-half" else config.structure)
-        scores = "random" if name == "random" else "taylor"
+        start = {"initialisation": "random"} if name == "random" else {}
         model, _, shared = comparators.train_moe(context, name, structure, stages, parent,
-                                                 initialisation=scores)  # fmt: skip
+                                                 start=start)  # fmt: skip
         return model, shared
     dense, aliases = context.dense(context.structure({"moe": None})), {}
     if method in ("mob", "groups"):

@@ -23,12 +23,18 @@ from torch import Tensor, nn
 
 from d2m_models.config import KINDS
 from d2m_models.conversion.grouping import measure_block_mse
-from distill.configs.sections import StageConfig
+from distill.configs.sections import StageConfig, StudentConfig
 from distill.configs.training import first_batch
 from distill.data.batch import Batch
 from distill.loop.train import train
 from distill.stages import Distillation, finish_stage, run_stage
-from distill.students import group_blocks, make_student, measure_importance
+from distill.students import (
+    group_blocks,
+    make_student,
+    measure,
+    measure_importance,
+    refit_outputs,
+)
 from distill.study.config import StudyConfig
 from distill.study.measure import predict, relative_mse
 from distill.teacher import modulation_inputs
@@ -116,18 +122,15 @@ def train_stage(
 
 def train_moe(
     context: Context, name: str, structure: Any, stages: Sequence[StageConfig], parent: str,
-    *, initialisation: str = "taylor",
+    *, start: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, str, nn.Module | None]:  # fmt: skip
     """(model, fingerprint, the model after stage (a) with shared experts only, if there was one).
 
-    initialisation: "taylor" (eq. 6) or "random", which neurons are shared.
+    start: see `start_moe`.
     """
     from d2m_models import set_top_k
 
-    scores = None if initialisation == "random" else context.importance
-    model = make_student(context.teacher, structure, scores, context.temb(structure),
-                         context.seed, initialisation=initialisation)  # fmt: skip
-    shared = None
+    model, shared = start_moe(context, structure, start or {}), None
     for number, stage in enumerate(stages):
         parent = train_stage(context, model, name, stage, parent, stages[:number])
         if stage.stage == "shared":
@@ -136,23 +139,40 @@ def train_moe(
     return model, parent, shared
 
 
+def start_moe(context: Context, structure: Any, start: Mapping[str, Any]) -> nn.Module:
+    """An MoE before its first stage. start: fields of `StudentConfig`; by default the paper's."""
+    known = {"importance_batches": context.config.importance_batches, "structure": {}}
+    config = StudentConfig(**{**known, **start})
+    how = measure(context.teacher, context.source, structure, config, context.seed,
+                  size=context.importance_samples)  # fmt: skip
+    return make_student(context.teacher, structure, temb=context.temb(structure),
+                        seed=context.seed, **how)  # fmt: skip
+
+
 def train_mob(
     context: Context, model: nn.Module, name: str, groups: Mapping[str, Any], stage: StageConfig,
     parent: str, before: Sequence[StageConfig] = (),
 ) -> tuple[nn.Module, str]:  # fmt: skip
     """Stage (c): (a copy of the model with its blocks grouped, fingerprint)."""
+    grouped = mob_of(context, model, groups)
+    return grouped, train_stage(context, grouped, name, stage, parent, before)
+
+
+def mob_of(context: Context, model: nn.Module, groups: Mapping[str, Any]) -> nn.Module:
+    """A copy of the model with its blocks grouped. groups: fields of `MoBConfig`."""
     from d2m_models import MoBConfig
 
-    grouped = group_blocks(model, MoBConfig.from_dict(groups), context.seed)
-    return grouped, train_stage(context, grouped, name, stage, parent, before)
+    return group_blocks(model, MoBConfig.from_dict(groups), context.seed)
 
 
 # --- pruned models --------------------------------------------------------------------------
 
 
-def prune_width(context: Context, structure: Any, ratio: float) -> nn.Module:
+def prune_width(
+    context: Context, structure: Any, ratio: float, refit: int | None = None
+) -> nn.Module:
     """Diff-Pruning: the ratio * D neurons of highest score (6) in every FFN that is MoE in the
-    structure.
+    structure. refit: tokens of an FFN on which w2 and b2 are set by least squares, as a mixture's.
 
     AdaLN is compressed as in the MoE, so that at its r_a both activate the same parameters but for
     the routers.
@@ -167,7 +187,11 @@ def prune_width(context: Context, structure: Any, ratio: float) -> nn.Module:
         for name, score in context.importance.items()
         if ".".join(name.split(".")[:2]) not in whole
     }
-    return prune_mlp(context.dense(structure), keep).requires_grad_(True)
+    pruned = prune_mlp(context.dense(structure), keep)
+    if refit is not None:
+        sizes = (context.config.importance_batches, context.seed, None, context.importance_samples)
+        refit_outputs(context.teacher, pruned, context.source, keep, refit, *sizes)
+    return pruned.requires_grad_(True)
 
 
 def prune_groups(

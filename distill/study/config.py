@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from distill.configs.checked import check_least
-from distill.configs.sections import DataConfig, StageConfig, TeacherConfig
+from distill.configs.checked import check_choice, check_least
+from distill.configs.sections import DataConfig, LossConfig, StageConfig, TeacherConfig
 from distill.configs.training import TrainConfig
 from distill.errors import ConfigError
 
@@ -138,3 +138,58 @@ class AblateConfig(StudyConfig):
             raise ConfigError(f"groups has {sorted(self.groups)}; expected 'shallow' and 'deep'")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise ConfigError(f"seeds is {self.seeds}; expected different numbers, at least one")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to a cheaper model: "moe" and "prune" (FFNs of as many active neurons as the
+    structure's), "mob" and "depth" (as many blocks as run of the groups).
+
+    start: of an MoE, fields of `StudentConfig`; of pruned FFNs and depth, {} or {outputs: refitted}
+    (and tokens). shared: share of the steps that the shared experts learn alone, after which they
+    are frozen, the paper's way; 0: all learn together. lengths: of the study's, null for all.
+    """
+
+    kind: str
+    start: dict[str, Any] = field(default_factory=dict)
+    shared: float = 0.0
+    router_lr_scale: float = 1.0
+    loss: LossConfig = LossConfig(feature=0.0)
+    train_isolated: bool = True
+    lengths: list[int] | None = None
+
+    def __post_init__(self):
+        check_choice("arms", "kind", self.kind, ("moe", "prune", "mob", "depth"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """`d2m ablate --recipes`: arms that start and train in different ways, at equal cost.
+
+    teacher, data: of the arms. structure: fields of `FluxMoEConfig` without depth and mob; group:
+    fields of `MoBConfig`. train: of length 1; lengths multiply its steps. tokens: of every FFN that
+    starts are fitted on; arms without a fitted start train `calibration_steps` more, what fitting
+    costs. rates: each arm tries them for `train.steps` on seed `search_seed`, judged on noise of
+    the training data; at lengths above 1 it keeps the best.
+    """
+
+    teacher: TeacherConfig
+    data: DataConfig
+    structure: dict[str, Any]
+    groups: dict[str, Any]
+    train: TrainConfig
+    arms: dict[str, Arm]
+    rates: list[float]
+    calibration_steps: int
+    seeds: list[int]
+    lengths: list[int]
+    importance_batches: int = 2
+    held_out: int = 512
+    search_seed: int = 1000
+
+    def __post_init__(self):
+        own = {"held_out": 1, "importance_batches": 1, "calibration_steps": 0}
+        check_least(self, "recipes", **own)
+        if len(set(self.seeds)) != len(self.seeds) or not self.seeds or 1 not in self.lengths:
+            raise ConfigError(f"seeds are {self.seeds}, lengths {self.lengths}; expected different "
+                              "seeds, at least one, and lengths with 1")  # fmt: skip
