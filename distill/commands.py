@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -52,17 +53,16 @@ def add_commands(commands: Any) -> None:
 
 def _add_sample(commands: Any) -> None:
     sample = commands.add_parser(
-        "sample", help="draw images of a prompt, or digits from a model of digits, into a PNG",
+        "sample", help="draw images of a prompt into a PNG",
     )  # fmt: skip
-    sample.add_argument("model", metavar="MODEL", help="folder or hub id of a saved model")
+    sample.add_argument(
+        "model", metavar="MODEL", help="folder or hub id of a saved model, or 'icons'"
+    )
     sample.add_argument("prompt", metavar="PROMPT", nargs="?", help="none for models of digits")
     sample.add_argument("-o", "--out", default="samples.png", help="PNG (default: %(default)s)")
-    sample.add_argument("--steps", type=int, help="default: the pipeline's own; 12 for digits")
+    sample.add_argument("--steps", type=int, help="default: the pipeline's own; 20 for icons")
     sample.add_argument("--top-k", help="experts a token uses: a number or 'dense'")
     sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument(
-        "--per-class", type=int, help="samples a digit (models of digits; default: 2)"
-    )
     prompt = sample.add_argument_group("with a PROMPT")
     prompt.add_argument(
         "--base", help="folder or hub id of the pipeline whose other parts are used (default: the "
@@ -137,31 +137,45 @@ def run_teacher(args: argparse.Namespace) -> None:
 def run_sample(args: argparse.Namespace) -> None:
     from distill.files import make_folder
 
-    for name in ("steps", "per_class", "batch"):
+    for name in ("steps", "batch"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
     make_folder(Path(args.out).parent)
     device = pick_device(args.device)
-    if args.prompt is not None:
-        if args.per_class is not None:
-            raise UserError("--per-class goes without a PROMPT, with a model of digits")
+    if not _is_built_in(args.model):
+        if args.prompt is None:
+            raise UserError(f"{args.model} wants a PROMPT: d2m sample MODEL PROMPT")
         from distill.prompts import sample_prompt
 
         with library_errors():
             print("wrote " + ", ".join(map(str, sample_prompt(args, device))))
         return
-    for name in ("base", "guidance", "size", "batch", "dtype", "offload", "compile"):
+    for name in ("base", "size", "dtype", "offload", "compile"):
         if getattr(args, name):
-            raise UserError(f"--{name} goes with a PROMPT: d2m sample MODEL PROMPT --{name} ...")
+            raise UserError(f"--{name} is for models of a pipeline; this one draws icons or digits")
     from d2m_models import set_top_k
     from d2m_models.checkpoints.load import load_model
-    from distill.study.measure import sample_digits
+    from distill.study.draw import draw
+    from distill.teacher import find_teacher
 
     with library_errors():
-        model = load_model(args.model).to(device)
+        model = load_model(find_teacher(args.model)).float().to(device)
         if args.top_k is not None:
             set_top_k(model, int(args.top_k) if args.top_k.isdigit() else args.top_k)
-    steps, per_class = args.steps or 12, args.per_class or 2
-    accuracy = sample_digits(model, Path(args.out), steps, per_class, args.seed)
-    print(f"wrote {args.out}; the classifier reads {accuracy:.1%} as their prompt")
+    prompts = [] if args.prompt is None else [args.prompt]
+    draw(model, prompts, Path(args.out), steps=args.steps, count=args.batch or 2,
+         guidance=args.guidance, seed=args.seed)  # fmt: skip
+    print(f"wrote {args.out}")
+
+
+def _is_built_in(name: str) -> bool:
+    """Whether MODEL is a folder (or name) of a model of icons or digits."""
+    from distill.study.draw import kind_of
+    from distill.teacher import find_teacher
+
+    file = Path(find_teacher(name)) / "config.json"
+    try:
+        return kind_of(json.loads(file.read_text(encoding="utf-8"))) is not None
+    except (OSError, ValueError):
+        return False  # a hub id, a pipeline's folder, or what loading it will explain

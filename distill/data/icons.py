@@ -116,17 +116,22 @@ class Icons(ClassPrompts):
         return batch if rows is None else batch[rows]
 
     def asked(self, prompts: Sequence[str], seed: int, count: int = 1) -> Batch:
-        """Pure noise (t = 1) for `count` samples of each of the given prompts, such as
-        "mdi folder star"."""
+        """Pure noise (t = 1) for `count` samples of each of these prompts; see `whole_prompt`."""
         own = object.__new__(type(self))
         own.__dict__.update(self.__dict__)
-        own._embed([tuple(p.replace("-", " ").lower().split()) for p in prompts])
+        own._embed([whole_prompt(p).split() for p in prompts])
         return own.noise_for(torch.arange(len(prompts)).repeat_interleave(count), seed)
 
     def noise_batch(self, seed: int, per_class: int) -> Batch:
         """Pure noise (t = 1) for `per_class` samples of icons evenly spread over all."""
         labels = torch.linspace(0, self.num_classes - 1, min(SHOWN, self.num_classes)).long()
         return self.noise_for(labels.repeat_interleave(per_class), seed)
+
+
+def whole_prompt(words: str) -> str:
+    """ "folder-star" -> "mdi folder star": Material Design Icons where no font is named."""
+    own = words.replace("-", " ").lower().split()
+    return " ".join(own if own and own[0] in FONTS else ["mdi", *own])
 
 
 def word_code(word: str) -> Tensor:

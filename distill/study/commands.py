@@ -13,19 +13,29 @@ from distill.errors import UserError
 def add_commands(commands: Any) -> None:
     """Adds `demo`, `ablate` and `report` to the parser of `d2m`."""
     demo = commands.add_parser(
-        "demo", help="train, convert, distil, compare on real digits; writes a report"
+        "demo", help="convert, distil and compare a model that draws icons; writes a report"
     )
     demo.add_argument("--out", default="d2m-demo", help="output folder (default: %(default)s)")
     demo.add_argument(
         "--quick", action="store_true", help="the same in under a minute, less well trained"
     )
-    demo.add_argument("--full", action="store_true", help="also M, XS and Lite, over three seeds")
+    demo.add_argument(
+        "--prompt", action="append", default=[], metavar="WORDS",
+        help="draw this, such as 'folder star', instead of the built-in prompts; may be repeated",
+    )  # fmt: skip
     demo.add_argument("--seed", type=int, default=0, help="same seed, same numbers (default: 0)")
     add_device(demo)
     demo.set_defaults(run=run_demo)
 
     ablate = commands.add_parser(
         "ablate", help="re-test the paper's claims on a small real teacher, over several seeds"
+    )
+    ablate.add_argument(
+        "--recipes", action="store_true",
+        help="compare starts and trainings of MoE, MoB and pruned models instead",
+    )  # fmt: skip
+    ablate.add_argument(
+        "--full", action="store_true", help="with --recipes: all lengths and seeds (hours)"
     )
     ablate.add_argument("--out", default="d2m-ablate", help="output folder (default: %(default)s)")
     ablate.add_argument("--quick", action="store_true", help="one seed, few steps, no verdicts")
@@ -54,7 +64,7 @@ def run_demo(args: argparse.Namespace) -> None:
     one_thread()
     from distill.study.demo import run_demo as demo
 
-    page = demo(args.out, quick=args.quick, full=args.full, seed=args.seed, device=device)
+    page = demo(args.out, quick=args.quick, prompts=args.prompt, seed=args.seed, device=device)
     print(f"\nreport: {page.resolve()}")
 
 
@@ -68,6 +78,18 @@ def run_ablate(args: argparse.Namespace) -> None:
         raise UserError("--quick and --config exclude each other")
     one_thread()
     from distill.configs.checked import load_config
+
+    if args.recipes:
+        from distill.study.config import RecipeConfig
+        from distill.study.recipes import run_recipes
+
+        if args.quick or args.so_far:
+            raise UserError("--recipes goes without --quick and --so-far")
+        own = load_config(RecipeConfig, args.config) if args.config else None
+        page = run_recipes(args.out, own, full=args.full, results=args.results,
+                           workers=args.workers)  # fmt: skip
+        print(f"\nreport: {page.resolve()}")
+        return
     from distill.study.ablate import run_ablate as ablate
     from distill.study.config import AblateConfig
 

@@ -2,8 +2,7 @@
 
 teacher --eq. 6--> MoE (stages a, b) --> MoB (stage c), which may also begin from dense blocks
    |                 '--> pruned depth: one block of each group stays
-   |--> pruned width: as many FFN neurons as a token of the MoE activates
-   '--> lite: fewer double blocks
+   '--> pruned width: as many FFN neurons as a token of the MoE activates
 
 Comparators of one seed see the same batches in the same order. What a command's cached results
 depend on it says itself: `parent` and `run_id` are its fingerprints.
@@ -250,19 +249,6 @@ def last_blocks(
     as in stage (c)."""
     last = {block: group[-1] for group in groups for block in group}
     return {f"{prefix}.{new}": f"{prefix}.{last.get(old, old)}" for new, old in enumerate(kept)}
-
-
-def lite(context: Context, kept: Sequence[int]) -> tuple[nn.Module, dict[str, str]]:
-    """FLUX.1-Lite: the dense model with these double blocks alone, each for itself and those up to
-    the next one; and `aliases` for `distil`. All weights train."""
-    from d2m_models import prune_depth
-
-    doubles, singles = (len(getattr(context.teacher, prefix)) for prefix in KINDS.values())
-    dense = context.dense(context.structure({"moe": None, "dense_double_blocks": ()}))
-    pruned = prune_depth(dense, kept, range(singles)).requires_grad_(True)
-    ends = zip(kept, [*kept[1:], doubles], strict=True)
-    groups = [range(first, end) for first, end in ends]
-    return pruned, last_blocks(KINDS["double"], kept, groups)
 
 
 def distil(

@@ -13,16 +13,24 @@ from distill.errors import ConfigError
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How models are judged: samples a class, Euler steps, held-out (x_t, t, c), timing."""
+    """How the demo's models are judged.
 
-    per_class: int = 20
+    prompts: drawn for the report. judged: further prompts, of training icons, that are drawn for
+    the share of words read right. sample_steps: Euler's. guidance: see `distill.sampling.sample`.
+    held_out: (x_t, t, prompt) triples of held-out icons.
+    """
+
+    prompts: list[str]
+    judged: int = 24
     sample_steps: int = 12
-    held_out: int = 1188
+    guidance: float = 3.0
+    held_out: int = 256
     latency_batch: int = 64
-    latency_rounds: int = 15
+    latency_rounds: int = 9
 
     def __post_init__(self):
-        check_least(self, "evaluate", **dict.fromkeys(vars(self), 1))
+        least = ("judged", "sample_steps", "held_out", "latency_batch", "latency_rounds")
+        check_least(self, "evaluate", **dict.fromkeys(least, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,24 +57,25 @@ class StudyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoConfig(StudyConfig):
+class DemoConfig:
     """`d2m demo`.
 
-    groups: "s" (and "m", "xs" for --full). lite: double blocks the FLUX.1-Lite-like comparator
-    keeps. pruned_lr: learning rate of prune-mlp and lite; prune-depth has that of stage (c).
-    calibration: samples for the AdaLN basis.
+    teacher: a saved one. structure: fields of `FluxMoEConfig` without depth and mob; groups: fields
+    of `MoBConfig`. start: fields of `StudentConfig`, how the MoE begins; pruned FFNs begin with
+    outputs refitted on as many tokens. moe: the one stage of the MoE and of pruned FFNs; mob: of
+    the MoB that the MoE becomes and of pruned depth. importance_samples: of every batch of eq. (6).
     """
 
-    lite: list[int]
-    pruned_lr: float
-    evaluate: EvalConfig = EvalConfig()
-    data: DataConfig = DataConfig()
-    calibration: int = 1024
-
-    def __post_init__(self):
-        super().__post_init__()
-        if set(self.groups) != {"m", "s", "xs"}:
-            raise ConfigError(f"groups has the keys {sorted(self.groups)}; expected m, s and xs")
+    teacher: TeacherConfig
+    data: DataConfig
+    structure: dict[str, Any]
+    groups: dict[str, Any]
+    start: dict[str, Any]
+    moe: StageConfig
+    mob: StageConfig
+    evaluate: EvalConfig
+    importance_batches: int = 2
+    importance_samples: int = 128
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,10 @@ from typing import Any
 from distill import files as ckpt
 from distill.errors import CheckpointError
 from distill.page import facts, figure, page, table
-from distill.study.pictures import experts_png, loss_png, samples_png
+from distill.study.pictures import coloured, grid_png, loss_png
 
-FIELDS = ("kind", "total_params", "activated_params", "flops", "step_seconds", "latency_ratio",
-          "rel_mse", "class_accuracy", "psnr", "ssim")  # fmt: skip
-KINDS = ("teacher", "moe", "mob", "prune-mlp", "prune-depth")
+FIELDS = ("total_params", "activated_params", "flops", "step_seconds", "latency_ratio",
+          "rel_mse", "words", "psnr", "ssim", "dead", "busiest")  # fmt: skip
 
 
 def write_results(
@@ -26,7 +25,7 @@ def write_results(
 ) -> None:
     """results.json: {"seed", "environment", "models": {name: {FIELDS}}}."""
     for name, row in models.items():
-        assert tuple(row) == FIELDS and row["kind"] in KINDS, (name, row)
+        assert tuple(row) == FIELDS, (name, row)
     content = {"seed": seed, "environment": dict(environment), "models": dict(models)}
     ckpt.write_text(folder / "results.json", json.dumps(content, indent=2) + "\n")
 
@@ -52,29 +51,30 @@ def render(folder: Path | str) -> Path:
     folder = Path(folder)
     results = read_results(folder)
     tensors, meta = ckpt.load_tensors(folder / "report.safetensors")
-    rows = {}
-    for name, row in results["models"].items():
-        caption = "dense" if row["kind"] == "teacher" else f"rel. MSE {row['rel_mse']:.2g}"
-        rows[name] = (caption, tensors[f"samples/{name}"])
-    samples_png(folder / "samples.png", rows, meta["prompts"])
-    curves = {
-        model: [(stage, tensors[f"curve/{model}/{stage}"].numpy()) for stage in stages]
-        for model, stages in meta["curves"].items()
-    }
-    loss_png(folder / "loss.png", curves)
-    layers = {
-        caption: ckpt.unpack(f"experts/{layer}", tensors)
-        for layer, caption in meta["layers"].items()
-    }
-    groups = {
-        caption: ckpt.unpack(f"blocks/{group}", tensors)
-        for group, caption in meta["groups"].items()
-    }
-    experts_png(folder / "experts.png", layers, groups, meta["text_tokens"])
-    full = folder / "full.json"
-    summary = json.loads(full.read_text(encoding="utf-8")) if full.exists() else None
+    models, prompts = results["models"], meta["prompts"]
+    drawn = {name: tensors[f"drawn/{name}"][: len(prompts)] for name in models}
+    captions = {n: f"rel. MSE {row['rel_mse']:.2g}" for n, row in models.items()}
+    captions["teacher"] = "dense"
+    columns = ["\n".join(p.split()) for p in prompts]
+    real = [i if i.any() else None for i in tensors["real"]]
+    rows = {"real icon": ("training data", real)}
+    rows |= {name: (captions[name], list(images)) for name, images in drawn.items()}
+    grid_png(folder / "samples.png", rows, columns)
+    errors = {n: (captions[n], list((i - drawn["teacher"]).abs()))
+              for n, i in drawn.items() if n != "teacher"}  # fmt: skip
+    grid_png(folder / "errors.png", errors, columns, cmap="magma")
+    experts = {}
+    for key in sorted(k for k in tensors if k.startswith("experts/")):
+        ids, (prefix, number, *_) = tensors[key], key.split("/")[1].split(".")
+        block = f"{'single' if prefix.startswith('single') else 'double'} block {number}"
+        moments = {"first": 0, "last": len(ids) - 1}
+        for words, step in moments.items():
+            own = [coloured(i, own) for i, own in zip(drawn["moe"], ids[step], strict=True)]
+            experts[f"{block}, {words}"] = ("", own)
+    grid_png(folder / "experts.png", experts, columns, side=1.9)
+    loss_png(folder / "loss.png", ckpt.unpack("curve", tensors))
     report = folder / "report.html"
-    ckpt.write_text(report, _page(folder, results, meta, summary))
+    ckpt.write_text(report, _page(folder, results, meta))
     return report
 
 
@@ -89,16 +89,17 @@ def _number(value: float) -> str:
 def table_rows(models: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the results table, as text."""
     columns = {
-        "kind": lambda m: m["kind"],
         "total params": lambda m: _number(m["total_params"]),
         "activated": lambda m: _number(m["activated_params"]),
         "FLOPs a step": lambda m: _number(m["flops"]),
         "step": lambda m: f"{m['step_seconds'] * 1e3:.3g} ms",
         "latency / dense": lambda m: f"{m['latency_ratio']:.2f}",
         "rel. MSE": lambda m: "0" if m["rel_mse"] == 0 else f"{m['rel_mse']:.2e}",
-        "class accuracy": lambda m: f"{m['class_accuracy']:.3f}",
-        "PSNR": lambda m: f"{m['psnr']:.2f}" if "psnr" in m else "",  # runs of before it was there
-        "SSIM": lambda m: f"{m['ssim']:.3f}" if "ssim" in m else "",
+        "words": lambda m: f"{m['words']:.2f}",
+        "PSNR": lambda m: f"{m['psnr']:.1f}",
+        "SSIM": lambda m: f"{m['ssim']:.3f}",
+        "experts dead": lambda m: "" if m["dead"] is None else f"{m['dead']:.0%}",
+        "busiest": lambda m: "" if m["busiest"] is None else f"{m['busiest']:.1f}x",
     }
     cells = [[name, *(cell(m) for cell in columns.values())] for name, m in models.items()]
     return ["model", *columns], cells
@@ -111,7 +112,7 @@ def text_table(models: Mapping[str, Any]) -> str:
     lines = []
     for row in [header, *cells]:
         padded = [
-            c.ljust(w) if i < 2 else c.rjust(w)
+            c.ljust(w) if i < 1 else c.rjust(w)
             for i, (c, w) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(padded).rstrip())
@@ -121,49 +122,37 @@ def text_table(models: Mapping[str, Any]) -> str:
 
 def _figures(models: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
     """File -> title, caption, and what it shows in words with its main numbers."""
-    best = ", ".join(f"{n} {m['class_accuracy']:.0%}" for n, m in models.items())
+    words = ", ".join(f"{n} {m['words']:.2f}" for n, m in models.items())
+    errors = ", ".join(f"{n} {m['psnr']:.1f} dB" for n, m in models.items() if n != "teacher")
     return {
-        "samples.png": ("Samples", "Every row is a model, every column the same prompt and the "
-            "same initial noise.", "Grid of generated digits, a row a model; the classifier reads "
-            f"as prompted: {best}."),
-        "loss.png": ("Training", "Left: output distillation loss of every student. Right: "
-            "load-balancing loss of experts (stage b) and of blocks (stage c); 1 means even use.",
-            f"Distillation loss and load balance over training steps, for {', '.join(models)}."),
-        "experts.png": ("Who does what", "Share of selections by prompt, sampling step and token; "
-            "a row adds up to one. Below: the block each MoB group chooses.", "Heat maps of how "
-            "often each expert, and each block of a group, is selected."),
+        "samples.png": ("Drawings", "Every row is a model, every column the same prompt and the "
+            "same initial noise. Columns without a real icon are combinations of words that no "
+            "training icon has.", f"Grid of drawn icons, a row a model; words read: {words}."),
+        "errors.png": ("Where they differ from the teacher's", "Absolute difference of pixels, "
+            "bright = large.", f"Difference maps; PSNR: {errors}."),
+        "experts.png": ("Who draws what", "The MoE's drawings; a patch has the colour of its "
+            "token's first expert, in the first and the last of the sampling steps.",
+            "Icons whose 4x4 patches are tinted by expert, for two layers and two steps."),
+        "loss.png": ("Training", "Output distillation loss; the MoB and the pruned depth begin "
+            "with the trained MoE.", f"Distillation loss over steps, for {', '.join(models)}."),
     }  # fmt: skip
 
 
-def _over_seeds(models: Mapping[str, Any], full: Mapping[str, Any]) -> str:
-    """Means over seeds, and the verdicts."""
-    header = ["model", "kind", *(f"{k} (mean ± s.d.)" for k in ("rel_mse", "class_accuracy"))]
-    cells = [
-        [name, models[name]["kind"], "{mean:.2e} ± {spread:.1e}".format(**s["rel_mse"]),
-         "{mean:.3f} ± {spread:.3f}".format(**s["class_accuracy"])]
-        for name, s in full["summary"].items()
-    ]  # fmt: skip
-    claims = "".join(
-        f"<li>{html.escape(c['claim'])}: <strong>{html.escape(c['verdict'])}</strong> "
-        f"({html.escape(c['detail'])})</li>"
-        for c in full["claims"]
-    )
-    return f"<h2>Over seeds {full['seeds']}</h2>{table(header, cells)}<ul>{claims}</ul>"
-
-
-def _page(
-    folder: Path, results: dict[str, Any], meta: dict[str, Any], full: dict[str, Any] | None
-) -> str:
+def _page(folder: Path, results: dict[str, Any], meta: dict[str, Any]) -> str:
     models = results["models"]
+    moe, teacher = models["moe"], models["teacher"]
     return page(
         "dense2moe demo",
         "<h1>From a dense diffusion transformer to MoE and MoB</h1>",
-        f"<p>A FLUX model of {_number(models['teacher']['total_params'])} parameters, trained on",
-        "scikit-learn's digits with the class as prompt, and what is left when only part of it "
-        "runs.</p>",
+        f"<p>A FLUX model of {_number(teacher['total_params'])} parameters that draws icons from "
+        "words, and what is left when only part of it runs. The MoE computes "
+        f"{moe['flops'] / teacher['flops']:.0%} of its FLOPs in {moe['latency_ratio']:.0%} of its "
+        "time.</p>",
         table(*table_rows(models)),
         f"<p>{html.escape(meta['notes'])}</p>",
-        "" if full is None else _over_seeds(models, full),
+        "<p>An expert is dead if it gets less than a thousandth of its layer's slots; busiest is "
+        "the mean load of each layer's busiest expert, 1x = even. Should some die, let routers "
+        "learn more slowly (router_lr_scale) or balance more (loss.balance).</p>",
         "".join(
             figure((folder / file).read_bytes(), *words) for file, words in _figures(models).items()
         ),

@@ -1,22 +1,20 @@
-"""Judging a model: relative error to the teacher, samples, class accuracy, latency."""
+"""Judging a model: relative error to the teacher, samples, words read in icons, latency."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill.data.batch import Batch, held_out_batch
-from distill.data.digits import Digits
+from distill.data.icons import FONTS, Icons
 from distill.data.photos import Photos
-from distill.errors import UserError
-from distill.sampling import StepHook, evaluating, sample
-from distill.study.config import EvalConfig
+from distill.sampling import evaluating, sample
 
 
 def predict(model: nn.Module, batch: Batch, chunk: int = 256) -> Tensor:
@@ -34,6 +32,24 @@ def relative_mse(teacher_out: Tensor, student_out: Tensor) -> float:
     """||student - teacher||^2 / ||teacher||^2 over all held-out elements."""
     difference = (student_out.double() - teacher_out.double()).square().sum()
     return float(difference / teacher_out.double().square().sum())
+
+
+DEAD = 1e-3  # share of its layer's slots below which an expert counts as dead
+
+
+def expert_use(model: nn.Module, batch: Batch) -> dict[str, float | None]:
+    """dead: share of all experts that get less than DEAD of their layer's slots. busiest: mean over
+    layers of the largest load, 1 = even. None for models without experts."""
+    from d2m_models import moe_layers
+
+    if not moe_layers(model):
+        return {"dead": None, "busiest": None}
+    with evaluating(model):
+        routing = model(**batch.inputs(), output_aux=True).aux.routing
+    share_LE = torch.stack([r.offsets.diff().double().cpu() for r in routing.values()])
+    share_LE /= share_LE.sum(1, keepdim=True)
+    busiest = share_LE.amax(1) * share_LE.shape[1]
+    return {"dead": float((share_LE < DEAD).double().mean()), "busiest": float(busiest.mean())}
 
 
 def measure_latency(models: Mapping[str, nn.Module], batch: Batch, rounds: int) -> dict[str, float]:
@@ -58,61 +74,44 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# --- digits, read by a classifier -----------------------------------------------------------
+# --- icons, read by their nearest neighbours --------------------------------------------------
 
 
 class Judge:
-    """A support-vector classifier trained on the real training digits."""
+    """Reads words in icons: those of the real training icons that look most alike.
 
-    def __init__(self, digits: Digits):
-        from sklearn.svm import SVC
+    Likeness is the cosine of histograms of oriented gradients (8 directions in cells of 4x4
+    pixels). Of the words of held-out icons it finds 0.55, of other icons' words 0.03.
+    """
 
-        self.model = SVC(gamma=0.001).fit(digits.images.flatten(1).numpy(), digits.labels.numpy())
+    NEAREST = 5
+    SILENT = frozenset({*FONTS, "outline"})  # words that name no thing
 
-    def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """Share of images [n, 8, 8], grey levels 0..16, that are read as their label."""
-        return float(self.model.score(images.flatten(1).numpy(), labels.numpy()))
+    def __init__(self, icons: Icons):
+        self.names = icons.names
+        self.features = self._features(icons.to_images(icons.latents))
 
+    def score(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
+        """For each image [n, 32, 32] the share of its prompt's words that are among the words of
+        the nearest training icons."""
+        near = (self._features(images) @ self.features.T).topk(self.NEAREST, dim=1).indices
+        found = []
+        for rows, prompt in zip(near.tolist(), prompts, strict=True):
+            asked = set(prompt.split()) - self.SILENT
+            seen = {word for i in rows for word in self.names[i]}
+            found.append(len(asked & seen) / max(len(asked), 1))
+        return found
 
-def judge_samples(
-    model: nn.Module,
-    judge: Judge,
-    digits: Digits,
-    noise: Batch,
-    config: EvalConfig,
-    hook: StepHook | None = None,
-) -> tuple[float, Tensor]:
-    """(class accuracy, images [B, 8, 8] in 0..1) of the model's samples from the given noise."""
-    chunk = 256 if hook is None else len(noise)
-    images = digits.to_images(sample(model, noise, config.sample_steps, hook, chunk))
-    return judge.accuracy(images * 16, noise.labels), images
-
-
-def sample_digits(model: nn.Module, path: Path, steps: int, per_class: int, seed: int) -> float:
-    """Write a grid of samples as a PNG; returns the share the classifier reads as their prompt."""
-    from distill.study.pictures import samples_png
-
-    _check_digits(model)
-    digits = Digits("train")
-    noise = digits.noise_batch(seed, per_class)
-    config = EvalConfig(per_class=per_class, sample_steps=steps)
-    accuracy, images = judge_samples(model, Judge(digits), digits, noise, config)
-    prompts = [str(d) for d in range(Digits.num_classes)]
-    rows = {"samples": (f"{accuracy:.0%} read right", images)}
-    samples_png(path, rows, prompts, min(per_class, 4))
-    return accuracy
-
-
-def _check_digits(model: nn.Module) -> None:
-    have = tuple(
-        model.config[k] for k in ("in_channels", "joint_attention_dim", "pooled_projection_dim")
-    )
-    want = (Digits.channels, Digits.text_dim, Digits.pooled_dim)
-    if have != want:
-        raise UserError(
-            f"the model takes (channels, text, pooled) = {have}, digits are {want}; for "
-            "any other model give a prompt: d2m sample MODEL PROMPT"
-        )
+    @staticmethod
+    def _features(images_nHW: Tensor) -> Tensor:
+        across = torch.nn.functional.pad(images_nHW[:, :, 2:] - images_nHW[:, :, :-2], (1, 1))
+        down = torch.nn.functional.pad(images_nHW[:, 2:] - images_nHW[:, :-2], (0, 0, 1, 1))
+        direction = (torch.atan2(down, across) % math.pi / math.pi * 8).long().clamp(max=7)
+        strength = (across.square() + down.square()).sqrt()
+        n, H, W = images_nHW.shape
+        maps = strength.new_zeros(n, 8, H, W).scatter_(1, direction[:, None], strength[:, None])
+        cells = torch.nn.functional.avg_pool2d(maps, 4).flatten(1)
+        return torch.nn.functional.normalize(cells, dim=1)
 
 
 # --- photographs, beside the teacher's ------------------------------------------------------

@@ -18,26 +18,24 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
 from torch import nn
 
 from distill import files as ckpt
 from distill import stages
 from distill.configs.checked import bundled, from_dict, load_config, to_dict
 from distill.configs.sections import StageConfig
-from distill.data.batch import Batch, held_out_batch
+from distill.data.batch import held_out_batch
 from distill.data.sources import built_in
 from distill.device import environment
 from distill.study import claims, comparators
 from distill.study.comparators import Context
 from distill.study.config import Arm, RecipeConfig
-from distill.study.measure import predict, relative_mse
+from distill.study.measure import expert_use, predict, relative_mse
 from distill.study.workers import Workers
 from distill.teacher import find_teacher, load_teacher
 
 SCHEMA = "dense2moe-recipes/1"
 VERSION = 1  # raise when a result comes to mean something else
-DEAD = 1e-3  # share of the slots below which an expert counts as dead
 
 # --- one arm --------------------------------------------------------------------------------
 
@@ -57,9 +55,11 @@ class Setting:
     def context(self, seed: int, folder: Path) -> Context:
         return Context(self.config, seed, folder, self.teacher, self.source)
 
-    def error(self, model: nn.Module, searching: bool = False) -> float:
-        batch = self.seen if searching else self.held
-        return relative_mse(self.targets[searching], predict(model, batch))
+    def errors(self, model: nn.Module) -> dict[str, float]:
+        """rel_mse: on held-out data; seen: on new noise of training data."""
+        held, seen = (relative_mse(target, predict(model, batch)) for target, batch
+                      in zip(self.targets, (self.held, self.seen), strict=True))  # fmt: skip
+        return {"rel_mse": held, "seen": seen}
 
 
 def started(arm: Arm, context: Context) -> tuple[nn.Module, dict[str, str]]:
@@ -116,49 +116,39 @@ def run_arm(job: dict) -> dict[str, Any]:
     context = setting.context(job["seed"], file.with_suffix(""))
     start = json.dumps({"kind": arm.kind, "start": arm.start}, sort_keys=True)
     model, aliases = copy.deepcopy(_started(job["config"], start, job["seed"]))
-    values: dict[str, Any] = {"start": setting.error(model, job["searching"])}
+    values: dict[str, Any] = {f"start_{k}": v for k, v in setting.errors(model).items()}
     chain = phases(arm, setting.config, job["length"], job["lr"])
     run_id = file.stem
     if arm.kind in ("moe", "mob"):
         for number, stage in enumerate(chain):
-            run_id = comparators.train_stage(context, model, job["name"], stage, run_id, chain[:number])
+            run_id = comparators.train_stage(
+                context, model, job["name"], stage, run_id, chain[:number]
+            )
     else:
         comparators.distil(context, model, job["name"], chain[0], run_id, aliases)
-    values |= {"rel_mse": setting.error(model, job["searching"])}
-    if arm.kind == "moe":
-        values |= loads(model, setting.held[:128])
+    values |= setting.errors(model)
+    values |= expert_use(model, setting.held[:128])
     ckpt.make_folder(file.parent)
     ckpt.write_text(file, json.dumps(values) + "\n")
     return values
 
 
-@torch.no_grad()
-def loads(model: nn.Module, batch: Batch) -> dict[str, float]:
-    """dead: share of all experts that get fewer than DEAD of their layer's slots. busiest: mean
-    over layers of the largest load, 1 = even."""
-    routing = model(**batch.inputs(), output_aux=True).aux.routing
-    share_LE = torch.stack([r.offsets.diff().double() for r in routing.values()])
-    share_LE /= share_LE.sum(1, keepdim=True)
-    busiest = share_LE.amax(1) * share_LE.shape[1]
-    return {"dead": float((share_LE < DEAD).double().mean()), "busiest": float(busiest.mean())}
-
-
 # --- the command ----------------------------------------------------------------------------
 
 
-def task(
-    config: RecipeConfig, out: Path, name: str, seed: int, length: int, lr: float,
-    searching: bool = False,
-) -> dict:  # fmt: skip
+def task(config: RecipeConfig, out: Path, name: str, seed: int, length: int, lr: float) -> dict:
     """One unit of work as plain data; `file` is where its values go."""
     arm = to_dict(replace(config.arms[name], lengths=None))
     plain = {**to_dict(config), "arms": {}, "seeds": [0], "lengths": [1], "rates": []}
     text = json.dumps(plain, sort_keys=True)
-    known = {"config": text, "arm": arm, "seed": seed, "length": length, "lr": lr,
-             "searching": searching}  # fmt: skip
+    known = {"config": text, "arm": arm, "seed": seed, "length": length, "lr": lr}
     weights = _weights(config.teacher.path)
     tag = ckpt.fingerprint(VERSION, stages.VERSION, known, weights)
-    return {**known, "name": name, "file": str(out / "values" / f"{name}-x{length}-seed{seed}-{tag}.json")}
+    return {
+        **known,
+        "name": name,
+        "file": str(out / "values" / f"{name}-x{length}-seed{seed}-{tag}.json"),
+    }
 
 
 @lru_cache
@@ -194,11 +184,11 @@ def run_recipes(
         config = replace(config, lengths=sorted(config.lengths)[:2], seeds=config.seeds[:3])
     with Workers(0 if workers == 1 else workers, run_arm) as pool:
         tries = [(name, lr) for name in config.arms for lr in config.rates]
-        jobs = [task(config, out, n, config.search_seed, 1, lr, True) for n, lr in tries]
+        jobs = [task(config, out, n, config.search_seed, 1, lr) for n, lr in tries]
         tried: dict[str, dict[str, float]] = {name: {} for name in config.arms}
         found = pool.run(jobs, "learning rates", progress)
         for (name, lr), values in zip(tries, found, strict=True):
-            tried[name][str(lr)] = values["rel_mse"]
+            tried[name][str(lr)] = values["seen"]
         best = {name: float(min(errors, key=errors.__getitem__)) for name, errors in tried.items()}
         todo = list(runs(config))
         jobs = [task(config, out, n, seed, length, best[n]) for n, length, seed in todo]
@@ -234,7 +224,7 @@ def text_table(content: Mapping[str, Any]) -> str:
     lines = [f"{'arm':24}{'start':>12}" + "".join(f"{f'x{n}':>20}" for n in lengths)]
     for name in names:
         cells = f"{name:24}"
-        first = [row[f"{name}@1"]["start"] for row in content["runs"].values()]
+        first = [row[f"{name}@1"]["start_rel_mse"] for row in content["runs"].values()]
         cells += f"{mean(first):12.5f}"
         for n in lengths:
             own = [row.get(f"{name}@{n}") for row in content["runs"].values()]
