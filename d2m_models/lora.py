@@ -2,7 +2,7 @@
 
 Shapes: D width, F neurons, r rank. A LoRA of w1 is B [F, r] A [r, D]: its B rows are neurons; one
 of w2 is B [D, r] A [r, F]: its A columns are. Files hold the dense order, a loaded adapter the
-model's.
+model's; where experts hold copies of neurons, each copy gets the neuron's rows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from d2m_models.partition import inverse_order, permute_neurons
+from d2m_models.partition import inverse_order, is_permutation, permute_neurons
 from d2m_models.topk import moe_layers
 
 _ADALN = (".norm1.linear", ".norm1_context.linear", ".norm.linear", "norm_out.linear")
@@ -36,6 +36,8 @@ def _in_order(model: nn.Module, state: dict[str, Tensor], prefix: str, to_dense:
         return
     names = {id(module): name for name, module in model.named_modules()}
     for layer in moe_layers(model).values():
+        if not is_permutation(layer.neuron_order):
+            continue  # copies have no place in the dense order: the model's own stays
         order_F = inverse_order(layer.neuron_order) if to_dense else layer.neuron_order
         up, down = (f"{prefix}{names[id(linear)]}" for linear in layer.linears())
         for key in [k for k in state if k.startswith((f"{up}.lora_B.", f"{down}.lora_A."))]:

@@ -112,7 +112,7 @@ def coactivation_neuron_order(
 
 
 def cluster_neuron_order(
-    shared_score_F: Tensor, score_CF: Tensor, shared: int, num_experts: int
+    shared_score_F: Tensor, score_CF: Tensor, shared: int, num_experts: int, copies: bool = False
 ) -> Tensor:
     """Shared neurons by score, the others to the cluster of tokens that they serve most.
 
@@ -121,6 +121,8 @@ def cluster_neuron_order(
 
     Args:
         shared_score_F: one score a neuron over all tokens. score_CF: over each cluster's tokens.
+        copies: every cluster takes the neurons of its highest scores, whoever else has them; those
+            that no cluster takes are left out.
 
     Returns:
         LongTensor[F]; the neurons of one cluster in falling score, dealt to its experts in turn.
@@ -137,6 +139,10 @@ def cluster_neuron_order(
     ranked_F = scores_F.argsort(descending=True, stable=True)
     routed_R = ranked_F[shared:]
     score_RC = score_CF.detach().double().cpu().t()[routed_R]
+    if copies:
+        best_CR = score_RC.t().argsort(dim=1, descending=True, stable=True)[:, : size * each]
+        parts = [routed_R[best_R].view(size, each).t().reshape(-1) for best_R in best_CR]
+        return torch.cat([ranked_F[:shared], *parts])
     share_RC = score_RC / score_RC.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     cluster_R = _balanced_assignment(share_RC, size * each)
     parts = [routed_R[cluster_R == c].view(size, each).t().reshape(-1) for c in range(clusters)]
@@ -159,8 +165,11 @@ def _balanced_assignment(similarity_RE: Tensor, capacity: int) -> Tensor:
     return torch.tensor(cluster_R)
 
 
-def check_order(order_F: Tensor, hidden: int, name: str = "neuron_order") -> Tensor:
-    """`order_F` as int64 on the CPU if it is a permutation of 0..hidden-1; else an error."""
+def check_order(
+    order_F: Tensor, hidden: int, name: str = "neuron_order", copies: bool = False
+) -> Tensor:
+    """`order_F` as int64 on the CPU if it is a permutation of 0..hidden-1, or with `copies` any
+    choice of them; else an error."""
     if not isinstance(order_F, Tensor) or order_F.ndim != 1 or order_F.is_floating_point():
         found = (
             f"{order_F.dtype} {tuple(order_F.shape)}"
@@ -169,7 +178,8 @@ def check_order(order_F: Tensor, hidden: int, name: str = "neuron_order") -> Ten
         )
         raise ValueError(f"{name} must be an integer tensor [{hidden}], got {found}")
     order_F = order_F.detach().to("cpu", torch.int64)
-    if order_F.numel() != hidden or not torch.equal(order_F.sort().values, torch.arange(hidden)):
+    inside = order_F.numel() == hidden and bool(((order_F >= 0) & (order_F < hidden)).all())
+    if not (inside and (copies or is_permutation(order_F))):
         raise ValueError(
             f"{name} must hold each of 0..{hidden - 1} once; got {order_F.numel()} entries, "
             f"{order_F.unique().numel()} of them different"
@@ -177,10 +187,18 @@ def check_order(order_F: Tensor, hidden: int, name: str = "neuron_order") -> Ten
     return order_F
 
 
-def check_orders(orders: Mapping[str, Tensor], widths: Mapping[str, int]) -> dict[str, Tensor]:
+def is_permutation(order_F: Tensor) -> bool:
+    """Whether every neuron is there once."""
+    ranks_F = torch.arange(order_F.numel(), device=order_F.device)
+    return torch.equal(order_F.long().sort().values, ranks_F)
+
+
+def check_orders(
+    orders: Mapping[str, Tensor], widths: Mapping[str, int], copies: bool = False
+) -> dict[str, Tensor]:
     """Every order by FFN name, checked; widths: F of the FFNs that may have one."""
     return {
-        name: check_order(orders[name], width, f"neuron_order[{name!r}]")
+        name: check_order(orders[name], width, f"neuron_order[{name!r}]", copies)
         for name, width in widths.items()
         if name in orders
     }

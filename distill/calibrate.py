@@ -45,10 +45,10 @@ def extend(convert: argparse.ArgumentParser) -> None:
 
     group = convert.add_argument_group(
         "--calibrate",
-        "Experts for clusters of tokens, routers fitted to them, and output weights refitted to "
-        "make up for the experts that a token does not use. The dense model is loaded whole "
-        "(FLUX.1: 24 GB of device memory, or of host memory and slow), FFNs are measured a few at "
-        "a time.",
+        "Experts for clusters of tokens, each with copies of the neurons that serve it most, "
+        "routers fitted to them, and output weights refitted to make up for what a token does not "
+        "use. The dense model is loaded whole (FLUX.1: 24 GB of device memory, or of host memory "
+        "and slow), FFNs are measured a few at a time.",
     )
     group.add_argument(
         "--calibrate", metavar="DATA",
@@ -56,7 +56,7 @@ def extend(convert: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--keep-outputs", action="store_true",
-        help="output weights stay the dense ones, so that --to-dense finds them",
+        help="no copies, and output weights stay the dense ones, so that --to-dense finds them",
     )  # fmt: skip
     group.add_argument("--tokens", type=int, help=f"of each FFN (default: {TOKENS} x width)")
     group.add_argument("--text-encoders", help="for shards without embeddings: a FLUX folder")
@@ -102,9 +102,8 @@ def calibrate(args: argparse.Namespace) -> Path:
         raise UserError("--calibrate is for a configuration with experts, this one has none")
     source = open_source(data, teacher, device)
     tokens = args.tokens or TOKENS * teacher.inner_dim
-    student = StudentConfig(
-        "-", None, "clusters", "fitted", "dense" if args.keep_outputs else "refitted", tokens
-    )
+    how = ("clusters", "fitted", "dense") if args.keep_outputs else ("copies", "fitted", "refitted")
+    student = StudentConfig("-", None, *how, tokens)
     settings = {"source": str(args.source), "data": args.calibrate, "tokens": tokens,
                 "digest": data_fingerprint(data), "moe": structure.moe.to_dict(),
                 "outputs": student.outputs, "seed": args.seed, "lora": args.lora}  # fmt: skip

@@ -123,9 +123,8 @@ def measure(
         sizes = (config.importance_batches, seed, config.importance_rows, size)
         scores = measure_importance(teacher, source, *sizes)
     how = {"initialisation": config.initialisation, "routers": config.routers, "importance": scores}
-    if structure.moe is not None and (
-        config.initialisation in ("coactivation", "clusters") or config.routers == "fitted"
-    ):
+    by_score = config.initialisation in ("taylor", "random") and config.routers == "random"
+    if structure.moe is not None and not by_score:
         known = random_scores(teacher, seed) if scores is None else scores
         found = each_start(teacher, source, structure.moe, known, config, seed, size=size)
         how["starts"] = {name: start for name, start, _ in found}
@@ -209,6 +208,7 @@ def make_student(
         neuron_order=orders,
         adaln_calibration=temb if structure.adaln_dim is not None else None,
         generator=generator(seed, "weights"),
+        copies=initialisation == "copies",
     ).to(next(teacher.parameters()).device)
     if starts is not None:
         for name, layer in moe_layers(student).items():

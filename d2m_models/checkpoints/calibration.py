@@ -69,7 +69,8 @@ def load_orders(orders, student: nn.Module) -> tuple[dict[str, Tensor], dict[str
         raise ValueError(f"neuron_order lacks {missing[:3]} ({len(missing)} of {len(known)} FFNs)")
     if not known:
         raise ValueError("neuron_order is given, but the configuration has no experts")
-    return check_orders(orders, known), stored
+    refitted = any(name.endswith(".w2") for name in stored)
+    return check_orders(orders, known, copies=refitted), stored
 
 
 def load_calibration(samples, dim: int) -> Tensor | None:

@@ -26,7 +26,7 @@ from d2m_models.checkpoints.source import (
 from d2m_models.checkpoints.tasks import DenseReader, Task, made_tensors, permutations, progress_bar
 from d2m_models.checkpoints.tensor_files import read_header
 from d2m_models.conversion.flux import ffn_tensors
-from d2m_models.partition import check_order, inverse_order
+from d2m_models.partition import check_order
 from d2m_models.topk import moe_layers
 
 
@@ -66,8 +66,9 @@ def verify_checkpoint(
 ) -> Verified:
     """Streams source and target together and compares every tensor.
 
-    Each FFN's stored neuron order is checked to be a permutation, the target's tensors are permuted
-    back and must equal the source's (LoRA fused, dtype cast) in every bit. Compressed AdaLN tensors
+    Each FFN's stored neuron order is checked to be a permutation (or, where outputs are refitted, a
+    choice of neurons), the source's tensors (LoRA fused, dtype cast) are put in that order and must
+    equal the target's in every bit. Compressed AdaLN tensors
     are projected again and compared in the rounding of their dtype; routers must be finite and not
     constant.
 
@@ -80,19 +81,19 @@ def verify_checkpoint(
     check_dense_source(dense_source)
     dtype = check_dtypes(moe_source, None)
     reader = DenseReader(dense_source, dtype, None if lora is None else read_lora(lora, lora_scale))
+    refits = is_refitted(moe_source.folder)
     orders = {
         name: check_order(
-            moe_source.tensors[f"{name}.neuron_order"].read(), layer.neuron_order.numel(), name
+            moe_source.tensors[f"{name}.neuron_order"].read(), layer.neuron_order.numel(), name,
+            copies=refits,
         )
         for name, layer in moe_layers(model).items()
-    }
-    back = permutations(
-        {name: inverse_order(order_F) for name, order_F in orders.items()},
-        {name: tensor.shape for name, tensor in dense_source.tensors.items()},
-    )
+    }  # fmt: skip
+    shapes = {name: tensor.shape for name, tensor in dense_source.tensors.items()}
+    moved = permutations(orders, shapes)
     narrow = set(adaln_linears(model)) if model.d2m_config.adaln_dim is not None else set()
     same, pairs, refitted = [], dict(moe_source.tensors), set()
-    if is_refitted(moe_source.folder):
+    if refits:
         for name in orders:
             down = ffn_tensors(name)[2][0]
             refitted |= {down, down.replace(".weight", ".bias")}
@@ -121,7 +122,7 @@ def verify_checkpoint(
 
     def compare(name: str, tensors: list[Tensor]) -> list[Tensor]:
         expected, found = reader.finish(name, tensors[0]), tensors[1]
-        _check_equal(name, back.get(name, lambda t: t)(found), expected)
+        _check_equal(name, found, moved.get(name, lambda t: t)(expected))
         return []
 
     tasks = [
@@ -140,7 +141,7 @@ def verify_checkpoint(
                 raise ValueError(f"{name} is constant or not finite")
     return Verified(
         identical=len(same),
-        permuted=sum(name in back for name, _ in same),
+        permuted=sum(name in moved for name, _ in same),
         refitted=len(refitted),
         compressed=2 * len(narrow) + 2 * bool(narrow),
         nbytes=sum(stored.nbytes for _, stored in same),

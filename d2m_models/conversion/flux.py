@@ -84,6 +84,7 @@ def convert_flux(
     neuron_order: Mapping[str, Tensor] | None = None,
     adaln_calibration: Tensor | None = None,
     generator: torch.Generator | None = None,
+    copies: bool = False,
 ) -> FluxMoETransformer2DModel:
     """A new MoE/MoB model with the dense model's weights; the dense model is left untouched.
 
@@ -99,6 +100,8 @@ def convert_flux(
         adaln_calibration: temb samples [n, D] for AdaLN compression; by default drawn by
             `sample_conditioning`. The relative error per Linear is in `model.adaln_report`.
         generator: for the routers, which start at N(0, 0.02).
+        copies: neuron_order may name a neuron several times, and others not at all; the result
+            only makes sense with other w2, and can not be made dense again.
 
     Returns:
         A model on dense's device, in its dtype (routers in fp32), in evaluation mode.
@@ -107,7 +110,7 @@ def convert_flux(
     structure = resolve_config(
         config, len(dense.transformer_blocks), len(dense.single_transformer_blocks)
     )
-    orders = _check_orders(dense, neuron_order)
+    orders = _check_orders(dense, neuron_order, copies)
     state = {}
     for key, value in dense.state_dict().items():
         if "lora_" in key or ".base_layer." in key:
@@ -180,13 +183,13 @@ def dense_skeleton(
         return FluxTransformer2DModel(**{name: model.config[name] for name in names})
 
 
-def _check_orders(dense, neuron_order) -> dict[str, Tensor]:
+def _check_orders(dense, neuron_order, copies: bool) -> dict[str, Tensor]:
     known = ffn_widths(dense)
     orders = dict(neuron_order or {})
     unknown = sorted(set(orders) - set(known))
     if unknown:
         raise ValueError(f"neuron_order names FFNs the model does not have: {unknown}")
-    return check_orders(orders, known)
+    return check_orders(orders, known, copies)
 
 
 def _compress_adaln(dense, width: int, temb_nD, state: dict[str, Tensor]) -> dict[str, float]:

@@ -144,13 +144,15 @@ def coactivation_orders(
 
 @torch.no_grad()
 def form_clusters(
-    record: FFNRecord, score_F: Tensor, w2_DF: Tensor, config: MoEConfig, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+    record: FFNRecord, score_F: Tensor, w2_DF: Tensor, config: MoEConfig,
+    generator: torch.Generator, copies: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Experts for clusters of tokens: (neuron order [F], router [E, D]) of one FFN.
 
     Tokens form E / k clusters, k = top_k (E of them if k does not divide E), and k experts with one
     router row serve each. Shared neurons go by `score_F`; of the others each goes to the cluster in
-    whose tokens most of its `contribution` lies.
+    whose tokens most of its `contribution` lies; or each cluster has copies of those that
+    contribute most to its tokens.
     """
     x_nD, h_nF = record
     shared, _ = config.sizes(x_nD.shape[1], h_nF.shape[1])
@@ -162,7 +164,7 @@ def form_clusters(
         contribution(h_nF[own_n == c], w2_DF) * (own_n == c).float().mean()
         for c in range(experts // each)
     ])  # fmt: skip
-    order_F = cluster_neuron_order(score_F, score_CF, shared, experts)
+    order_F = cluster_neuron_order(score_F, score_CF, shared, experts, copies)
     return order_F, router_DC.t().repeat_interleave(each, dim=0)
 
 

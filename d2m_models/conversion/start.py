@@ -16,12 +16,12 @@ from d2m_models.conversion.formation import FFNRecord, contribution_router, form
 from d2m_models.conversion.least_squares import RIDGE, least_squares
 from d2m_models.partition import coactivation_neuron_order, neuron_order_from_importance
 
-FORMATIONS = ("taylor", "coactivation", "clusters")
+FORMATIONS = ("taylor", "coactivation", "clusters", "copies")
 
 
 class Start(NamedTuple):
-    """order [F] new position -> dense neuron; router [E, D]; w2 [D, F] in the new order, and what
-    is added to b2 [D]; None for the dense ones."""
+    """order [F] new position -> dense neuron, a permutation unless it holds copies; router [E, D];
+    w2 [D, F] in the new order, and what is added to b2 [D]; None for the dense ones."""
 
     order: Tensor
     router: Tensor
@@ -48,15 +48,18 @@ def start_ffn(
         record: of the dense FFN. score_F: a neuron's importance, eq. (6) or `contribution`; the
             highest are shared. w2_DF: the dense one.
         formation: "taylor": routed neurons are dealt evenly by score, the paper's way;
-            "coactivation": neurons that fire together share an expert; "clusters": see
-            `form_clusters`. Routers are fitted in all of them.
+            "coactivation": neurons that fire together share an expert; "clusters" and "copies":
+            see `form_clusters`; copies need `refit`. Routers are fitted in all of them.
     """
     if formation not in FORMATIONS:
         raise ValueError(f"formation is {formation!r}; expected one of {FORMATIONS}")
+    if formation == "copies" and not refit:
+        raise ValueError("formation 'copies' needs refitted outputs: a neuron would count twice")
     record, w2_DF = FFNRecord(*(t.float() for t in record)), w2_DF.float()
     shared, _ = moe.sizes(record.x.shape[1], record.h.shape[1])
-    if formation == "clusters":
-        order_F, router_ED = form_clusters(record, score_F, w2_DF, moe, generator)
+    if formation in ("clusters", "copies"):
+        order_F, router_ED = form_clusters(record, score_F, w2_DF, moe, generator,
+                                           formation == "copies")  # fmt: skip
     else:
         order_F = (
             coactivation_neuron_order(score_F, record.h, shared, moe.num_experts)

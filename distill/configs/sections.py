@@ -53,7 +53,7 @@ class DataConfig:
     timesteps: how noise levels are drawn, see `distill.data.batch.sample_timesteps`.
     timestep_grid: the noise levels, each in (0, 1], for timesteps "grid".
 
-    fonts: of the icons, see `distill.data.icons`. caption_dropout: share of samples that get the
+    fonts, words: of the icons, see `distill.data.icons.Icons`. caption_dropout: share of samples that get the
     empty prompt (icons, shards).
 
     The rest is for shards. folder: theirs. text_encoders: FLUX folder or hub name whose T5 and CLIP
@@ -68,6 +68,7 @@ class DataConfig:
     timesteps: str = "uniform"
     timestep_grid: list[float] | None = None
     fonts: list[str] = field(default_factory=lambda: ["mdi"])
+    words: int | None = None
     folder: str | None = None
     text_encoders: str | None = None
     max_sequence_length: int = 512
@@ -87,8 +88,9 @@ class DataConfig:
         if self.text_encoders is not None and self.name != "shards":
             raise ConfigError(f"data.text_encoders is for data.name 'shards', not {self.name!r}")
         check_least(
-            self, "data", max_sequence_length=1, caption_dropout=0, prefetch=0, max_bad_shards=0
-        )
+            self, "data", words=1, max_sequence_length=1, caption_dropout=0, prefetch=0,
+            max_bad_shards=0,
+        )  # fmt: skip
         if not self.caption_dropout <= 1:
             raise ConfigError(f"data.caption_dropout is {self.caption_dropout}; expected 0 to 1")
         kinds = ("uniform", "logit-normal", "flux-shift", "grid")
@@ -167,7 +169,8 @@ class StudentConfig:
     initialisation: which neurons are shared and which make an expert. "taylor": the paper's, the
     most important ones (eq. 6) are shared, the rest is dealt evenly; "random": the baseline of
     Table 5; "coactivation": shared ones by eq. (6), neurons that fire together make an expert;
-    "clusters": of tokens, each with the neurons that serve it most.
+    "clusters": of tokens, each with the neurons that serve it most; "copies": clusters that each
+    have copies of their most useful neurons, for outputs "refitted".
     routers: they start at "random", the paper's, or "fitted" to what each expert contributes, or to
     the clusters. outputs: w2 and b2 start as the "dense" ones, or "refitted" by least squares, so
     that they make up for what a token's experts leave out; then top_k "dense" is not the teacher.
@@ -188,11 +191,13 @@ class StudentConfig:
     calibration: int = 1024
 
     def __post_init__(self):
-        ways = ("taylor", "random", "coactivation", "clusters")
+        ways = ("taylor", "random", "coactivation", "clusters", "copies")
         check_choice("student", "initialisation", self.initialisation, ways)
         check_choice("student", "outputs", self.outputs, ("dense", "refitted"))
         if self.outputs == "refitted" and self.routers != "fitted":
             raise ConfigError("student.outputs 'refitted' needs student.routers 'fitted'")
+        if self.initialisation == "copies" and self.outputs != "refitted":
+            raise ConfigError("student.initialisation 'copies' needs student.outputs 'refitted'")
         check_choice("student", "routers", self.routers, ("random", "fitted"))
         if (self.preset is None) == (self.structure is None):
             raise ConfigError("student needs exactly one of the keys 'preset' and 'structure'")

@@ -46,7 +46,7 @@ class Icons(ClassPrompts):
     Args:
         split: "train"; "test": icons that are held out; "combinations": icons with a pair of words
             that no training icon has, though each of them occurs there.
-        fonts: short names of those to use.
+        fonts: short names of those to use. words: icons with longer names are left out.
         dropout: share of the training samples that get the empty prompt.
     """
 
@@ -62,6 +62,7 @@ class Icons(ClassPrompts):
         timestep_grid: Sequence[float] | None = None,
         *,
         fonts: Sequence[str] = ("mdi",),
+        words: int | None = None,
         dropout: float = 0.0,
     ):
         if split not in self.splits:
@@ -71,7 +72,12 @@ class Icons(ClassPrompts):
             raise UserError(f"fonts are {list(fonts)}; expected some of {list(FONTS)}")
         self._positions(split, timesteps, timestep_grid)
         self.dropout = dropout
-        glyphs = [(font, *glyph) for font in fonts for glyph in read_charmap(font)]
+        glyphs = [
+            (font, name, code)
+            for font in fonts
+            for name, code in read_charmap(font)
+            if words is None or name.count("-") < words
+        ]
         belongs = split_names([(font, name) for font, name, _ in glyphs])
         kept = [g for g, own in zip(glyphs, belongs, strict=True) if own == split]
         self.names = [(font, *name.split("-")) for font, name, _ in kept]

@@ -42,7 +42,7 @@ BUILT_IN = {"digits": Digits, "photos": Photos, "icons": Icons}
 
 def built_in(config: DataConfig, split: str = "train") -> ClassPrompts:
     """The source of a `data.name` that is not "shards"."""
-    more = {"fonts": config.fonts, "dropout": config.caption_dropout}
+    more = {"fonts": config.fonts, "words": config.words, "dropout": config.caption_dropout}
     return BUILT_IN[config.name](
         split, config.timesteps, config.timestep_grid, **more if config.name == "icons" else {}
     )

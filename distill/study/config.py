@@ -175,11 +175,11 @@ class Arm:
 class RecipeConfig:
     """`d2m ablate --recipes`: arms that start and train in different ways, at equal cost.
 
-    teacher, data: of the arms. structure: fields of `FluxMoEConfig` without depth and mob; group:
-    fields of `MoBConfig`. train: of length 1; lengths multiply its steps. tokens: of every FFN that
-    starts are fitted on; arms without a fitted start train `calibration_steps` more, what fitting
-    costs. rates: each arm tries them for `train.steps` on seed `search_seed`, judged on noise of
-    the training data; at lengths above 1 it keeps the best.
+    teacher, data: of the arms. structure: fields of `FluxMoEConfig` without depth and mob; groups:
+    fields of `MoBConfig`. train: of length 1; lengths multiply its steps. importance_batches,
+    importance_samples: of eq. (6) and of fitted starts; arms without one train `calibration_steps`
+    more, what fitting costs. rates: each arm tries them for `train.steps` on seed `search_seed`,
+    judged on new noise of the training data; at lengths above 1 it keeps the best.
     """
 
     teacher: TeacherConfig
@@ -193,6 +193,7 @@ class RecipeConfig:
     seeds: list[int]
     lengths: list[int]
     importance_batches: int = 2
+    importance_samples: int = 128
     held_out: int = 512
     search_seed: int = 1000
 

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import copy
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from torch import nn
@@ -27,10 +25,11 @@ from distill.configs.sections import StageConfig
 from distill.data.batch import held_out_batch
 from distill.data.sources import built_in
 from distill.device import environment
-from distill.study import claims, comparators
+from distill.study import comparators
 from distill.study.comparators import Context
 from distill.study.config import Arm, RecipeConfig
 from distill.study.measure import expert_use, predict, relative_mse
+from distill.study.recipes_page import render, text_table
 from distill.study.workers import Workers
 from distill.teacher import find_teacher, load_teacher
 
@@ -53,7 +52,8 @@ class Setting:
         self.targets = [predict(self.teacher, batch) for batch in (self.held, self.seen)]
 
     def context(self, seed: int, folder: Path) -> Context:
-        return Context(self.config, seed, folder, self.teacher, self.source)
+        return Context(self.config, seed, folder, self.teacher, self.source,
+                       importance_samples=self.config.importance_samples)  # fmt: skip
 
     def errors(self, model: nn.Module) -> dict[str, float]:
         """rel_mse: on held-out data; seen: on new noise of training data."""
@@ -170,12 +170,14 @@ def runs(config: RecipeConfig) -> Iterator[tuple[str, int, int]]:
 
 
 def run_recipes(
-    out: Path | str, config: RecipeConfig | None = None, *, full: bool = False, workers: int = 2,
-    progress: bool = True, say: Callable[[str], None] = print,
-) -> dict[str, Any]:  # fmt: skip
-    """Everything that is not done yet; writes OUT/recipes.json and returns its content.
+    out: Path | str, config: RecipeConfig | None = None, *, full: bool = False,
+    results: Path | str | None = None, workers: int = 2, progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> Path:  # fmt: skip
+    """Everything that is not done yet; writes OUT/recipes.json and the page, whose path it returns.
 
-    full: the lengths and seeds of the configuration; else its two shortest and three seeds.
+    results: where recipes.json goes too, and the page beside it (.html). full: the lengths and
+    seeds of the configuration; else its two shortest and three seeds.
     """
     out = ckpt.make_folder(out)
     if config is None:
@@ -200,36 +202,12 @@ def run_recipes(
         "schema": SCHEMA, "teacher": _weights(config.teacher.path), "rates": best, "tried": tried,
         "runs": rows, "config": to_dict(config), "environment": environment("cpu"),
     }  # fmt: skip
-    ckpt.write_text(out / "recipes.json", json.dumps(content, indent=1) + "\n")
+    text = json.dumps(content, indent=1) + "\n"
+    ckpt.write_text(out / "recipes.json", text)
     say(text_table(content))
-    return content
-
-
-def ratio(content: Mapping[str, Any], low: str, high: str) -> dict[str, Any]:
-    """How many times as near `low` is as `high` (names with @length): geometric mean and spread of
-    the paired ratios, and the verdict of the paired test."""
-    entry = claims.judge(claims.Claim("", "", low, high), content["runs"])
-    known = entry["mean"] is not None
-    return {
-        "verdict": entry["verdict"],
-        "ratio": math.exp(entry["mean"]) if known else None,
-        "spread": math.exp(entry["spread"]) if known and entry["spread"] is not None else None,
-    }
-
-
-def text_table(content: Mapping[str, Any]) -> str:
-    """Mean relative MSE by arm and length, over seeds."""
-    lengths = sorted({int(n.split("@")[1]) for row in content["runs"].values() for n in row})
-    names = list(content["config"]["arms"])
-    lines = [f"{'arm':24}{'start':>12}" + "".join(f"{f'x{n}':>20}" for n in lengths)]
-    for name in names:
-        cells = f"{name:24}"
-        first = [row[f"{name}@1"]["start_rel_mse"] for row in content["runs"].values()]
-        cells += f"{mean(first):12.5f}"
-        for n in lengths:
-            own = [row.get(f"{name}@{n}") for row in content["runs"].values()]
-            values = [v["rel_mse"] for v in own if v]
-            spread = f" ± {stdev(values):.5f}" if len(values) > 1 else ""
-            cells += f"{f'{mean(values):.5f}{spread}' if values else '':>20}"
-        lines.append(cells)
-    return "\n".join(lines)
+    page = render(out)
+    if results is not None:
+        ckpt.make_folder(Path(results).parent)
+        ckpt.write_text(Path(results), text)
+        ckpt.write_text(Path(results).with_suffix(".html"), page.read_text(encoding="utf-8"))
+    return page

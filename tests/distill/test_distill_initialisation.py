@@ -22,6 +22,7 @@ from d2m_models import (
 )
 from d2m_models.checkpoints.load import load_model
 from d2m_models.conversion.flux import ffn_linears
+from d2m_models.partition import is_permutation
 from distill.cli import main
 from distill.configs.checked import from_dict
 from distill.configs.sections import DistillConfig, StudentConfig
@@ -185,10 +186,13 @@ def test_a_low_precision_teacher_is_measured_in_bf16():
         assert 0 < (low[name].w2 - start.w2).norm() < 0.3 * start.w2.norm(), name
 
 
-def test_refitted_outputs_are_numpys_and_nearer_the_teacher(tmp_path):
+@pytest.mark.parametrize("initialisation", ["clusters", "copies"])
+def test_refitted_outputs_are_numpys_and_nearer_the_teacher(tmp_path, initialisation):
     """What the command saves at a learning rate of nearly zero: layer by layer, on its tokens."""
-    config = configured(initialisation="clusters", routers="fitted", outputs="refitted")
+    config = configured(initialisation=initialisation, routers="fitted", outputs="refitted")
     refitted = moe_layers(distilled(tmp_path, config))
+    once = [is_permutation(layer.neuron_order) for layer in refitted.values()]
+    assert all(once) if initialisation == "clusters" else not any(once)
     teacher, digits, structure = parts()
     records = recorded(teacher, digits)
     for name, layer in refitted.items():
@@ -227,6 +231,8 @@ def test_refitted_outputs_need_the_routers_they_were_fitted_to():
         from_dict(DistillConfig, configured(outputs="refitted"))
     with pytest.raises(ConfigError, match=r"student.outputs is 'best'; expected one of \['dense'"):
         from_dict(DistillConfig, configured(outputs="best"))
+    with pytest.raises(ConfigError, match="'copies' needs student.outputs 'refitted'"):
+        from_dict(DistillConfig, configured(initialisation="copies", routers="fitted"))
 
 
 def test_the_plan_does_not_depend_on_the_start():

@@ -54,7 +54,7 @@ def test_a_true_mixture_is_found_and_wins():
     found = survey(mixture=True)
     best = {m["formation"]: m["error"] for m in found["mixtures"]}
     assert set(best) == set(FORMATIONS)
-    assert best["clusters"] < 1e-3  # exact but for the ridge
+    assert best["clusters"] < 1e-3 and best["copies"] < 1e-3  # exact but for the ridge
     assert best["coactivation"] < 0.1 and best["taylor"] > 0.1
     assert found["pruned"][1.0] > 0.1
     assert found["pruned"][4.0] < 1e-3  # all neurons: nothing is lost
@@ -203,7 +203,7 @@ def test_survey_of_a_model(tiny, tmp_path, capsys, monkeypatch):
     for layer in content["layers"].values():
         pruned = {float(r): e for r, e in layer["pruned"].items()}
         assert pruned[3.0] < pruned[1.0] < pruned[0.5] <= 1
-        assert 0 < layer["linear"] < 1 and len(layer["mixtures"]) == 3 * len(running.CANDIDATES)
+        assert 0 < layer["linear"] < 1 and len(layer["mixtures"]) == 4 * len(running.CANDIDATES)
     # again: nothing is measured; the same numbers from another order of work
     monkeypatch.setattr(running, "survey_ffn", None)
     monkeypatch.setattr(running, "survey_group", None)

@@ -6,8 +6,10 @@ from torch.nn import functional as F
 
 from d2m_models.partition import (
     check_order,
+    cluster_neuron_order,
     coactivation_neuron_order,
     inverse_order,
+    is_permutation,
     neuron_order_from_importance,
     permute_neurons,
     random_neuron_order,
@@ -73,6 +75,22 @@ def test_permuted_ffn_computes_the_same(gated):
     assert torch.equal(permute_neurons(p2, inverse_order(order), 1, first=5), w2)
 
 
+def test_clusters_share_out_neurons_or_hold_copies():
+    shared_score = torch.tensor([9.0, 1, 1, 1, 1])  # neuron 0 is shared
+    score = torch.tensor([[9.0, 4, 3, 2, 1], [9, 4, 1, 3, 2]])
+    order = cluster_neuron_order(shared_score, score, 1, 2)
+    assert order.tolist() == [0, 1, 2, 3, 4]  # each once
+    order = cluster_neuron_order(shared_score, score, 1, 2, copies=True)
+    assert order.tolist() == [0, 1, 2, 1, 3]  # both clusters want 1, none wants 4 most
+    assert not is_permutation(order) and torch.equal(check_order(order, 5, copies=True), order)
+    with pytest.raises(ValueError, match="once"):
+        check_order(order, 5)
+    # a cluster's neurons are dealt to its experts in turn
+    score = torch.tensor([[0.0, 5, 4, 3, 2, 1, 1, 1, 1], [0.0, 1, 1, 1, 1, 2, 3, 4, 5]])
+    order = cluster_neuron_order(score.sum(0) + torch.eye(9)[0] * 99, score, 1, 4, copies=True)
+    assert order.tolist() == [0, 1, 3, 2, 4, 8, 6, 7, 5]
+
+
 @pytest.mark.parametrize(
     "make, words",
     [
@@ -83,6 +101,7 @@ def test_permuted_ffn_computes_the_same(gated):
         (lambda: coactivation_neuron_order(torch.rand(8), torch.rand(3, 9), 2, 2), "activation"),
         (lambda: check_order(torch.tensor([0, 0, 1]), 3), "once"),
         (lambda: check_order(torch.rand(3), 3), "integer"),
+        (lambda: check_order(torch.tensor([0, 0, 3]), 3, copies=True), "each of 0..2"),
         (lambda: permute_neurons(torch.rand(4, 4), torch.arange(3), 0), "4"),
     ],
 )
