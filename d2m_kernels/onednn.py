@@ -17,11 +17,22 @@ FAILURES = (AttributeError, RuntimeError, TypeError)  # of an op that is gone or
 @functools.cache
 def fast_bf16() -> bool:
     """Whether oneDNN multiplies bf16 in this CPU's own instructions."""
+    return bool(_supported("bf16")) and torch.backends.mkldnn.is_available()
+
+
+@functools.cache
+def is_slow(dtype: torch.dtype) -> bool:
+    """Whether products are better taken in fp32: the CPU has no arithmetic of the dtype (bf16 on
+    AVX2), where torch multiplies it several times slower. False where oneDNN does not say."""
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    return name is not None and _supported(name) is False
+
+
+def _supported(name: str) -> bool | None:
     try:
-        known = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
     except FAILURES:
-        return False
-    return bool(known) and torch.backends.mkldnn.is_available()
+        return None
 
 
 def has_epilogue(dtype: torch.dtype, activation: str) -> bool:

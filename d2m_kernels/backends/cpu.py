@@ -13,7 +13,6 @@ import math
 import threading
 
 import torch
-import torch.nn.functional as F
 
 from d2m_kernels import onednn
 from d2m_kernels.activations import activate_, activate_backward_, activate_into, pointwise
@@ -93,7 +92,8 @@ def grouped_gemm(
             x_e = native.cpu_gather_rows(x, gather[lo:hi], 1, x_block[: hi - lo])
         z = _linear(x_e, w_ENK[e], None if bias_EN is None else bias_EN[e], out[lo:hi])
         if w_gate is not None:
-            gate = F.linear(x_e, w_gate[e], None if bias_gate is None else bias_gate[e])
+            gate = _linear(x_e, w_gate[e], None if bias_gate is None else bias_gate[e],
+                           torch.empty_like(z))  # fmt: skip
             z.mul_(pointwise(activation, gate))
         elif activation is not None:
             activate_(activation, z)
@@ -102,8 +102,17 @@ def grouped_gemm(
 
 
 def _linear(x, w, b, out):
-    """x w^T + b into `out`, without a temporary."""
-    return torch.mm(x, w.T, out=out) if b is None else torch.addmm(b, x, w.T, out=out)
+    """x w^T + b into `out`."""
+    return _product(x, w.T, out, b)
+
+
+def _product(a, b, out, base=None):
+    """a b (+ base) into `out`. Where the CPU has no arithmetic of the dtype (bf16 on AVX2), a and b
+    are widened to fp32 for it, and the sum is rounded once."""
+    if not onednn.is_slow(a.dtype):
+        return torch.mm(a, b, out=out) if base is None else torch.addmm(base, a, b, out=out)
+    wide = torch.mm(a.float(), b.float())
+    return out.copy_(wide if base is None else wide.add_(base))
 
 
 def _fuses(s: FFNInputs, activation: str) -> bool:
@@ -166,7 +175,7 @@ def ffn_fwd(s: FFNInputs, attrs: FFNAttrs):
     for e, lo, hi in blocks(s.offsets):
         x_e = native.cpu_gather_rows(s.x, s.order[lo:hi], K, x_block[: hi - lo])
         h = hidden(x_e, own_E[e], z_routed, slice(lo, hi))
-        torch.mm(h, s.w2[:, own_E[e]].T, out=y_ND[lo:hi])
+        _product(h, s.w2[:, own_E[e]].T, y_ND[lo:hi])
     slots = (y_ND, s.inverse.view(T, K), s.weights, s.offsets)
     return combine(*slots, y_TD, None, attrs.scale, out=y_TD), z_shared, z_routed
 
@@ -218,7 +227,7 @@ def _part_bwd(own, s: FFNInputs, attrs, dy, x, z, factor, grads: FFNGrads, scrat
     """
     size, activation = own.stop - own.start, attrs.activation
     dh, h = (part[: dy.shape[0] * size].view(dy.shape[0], size) for part in scratch)
-    torch.mm(dy, s.w2[:, own], out=dh)
+    _product(dy, s.w2[:, own], dh)
     h = activate_into(activation, z, h)
     sums = None if factor is None else torch.linalg.vecdot(dh.float(), h.float())
     if factor is not None:
@@ -231,17 +240,17 @@ def _part_bwd(own, s: FFNInputs, attrs, dy, x, z, factor, grads: FFNGrads, scrat
         dz_live = dz[:, first + skip : first + size]
         if dw is not None:
             dw[own.start : live.start] = 0
-            torch.mm(dz_live.T, x, out=dw[live])
+            _product(dz_live.T, x, dw[live])
         if db is not None:
             db[own.start : live.start] = 0
             torch.sum(dz_live, 0, out=db[live])
     if grads.w2 is not None:
         grads.w2[:, own.start : live.start] = 0
-        torch.mm(dy.T, h[:, skip:], out=grads.w2[:, live])
+        _product(dy.T, h[:, skip:], grads.w2[:, live])
     if dx is not None:
-        torch.mm(dz[:, :size], s.up[own], out=dx)
+        _product(dz[:, :size], s.up[own], dx)
         if s.gate is not None:
-            dx.addmm_(dz[:, size:], s.gate[own])
+            _product(dz[:, size:], s.gate[own], dx, dx)
     return sums
 
 

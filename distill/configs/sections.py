@@ -53,8 +53,8 @@ class DataConfig:
     timesteps: how noise levels are drawn, see `distill.data.batch.sample_timesteps`.
     timestep_grid: the noise levels, each in (0, 1], for timesteps "grid".
 
-    fonts, words: of the icons, see `distill.data.icons.Icons`. caption_dropout: share of samples that get the
-    empty prompt (icons, shards).
+    fonts, words: of the icons, see `distill.data.icons.Icons`. caption_dropout: share of samples
+    that get the empty prompt (icons, shards).
 
     The rest is for shards. folder: theirs. text_encoders: FLUX folder or hub name whose T5 and CLIP
     run during training; not needed where the embeddings are in the shards. max_sequence_length: T5

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.cases import Case, available, call
+from helpers.cases import Case, available, call, compare
 
 from d2m_kernels import onednn
 from d2m_kernels.activations import pointwise
@@ -69,3 +69,37 @@ def test_linear_here(activation):
     exact = pointwise(activation, F.linear(x.double(), w.double(), b.double()))
     ours = onednn.linear(x, w, b, activation).double()
     torch.testing.assert_close(ours, exact, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.skipif(not available("cpu", dtype=torch.bfloat16), reason="no compiled back-end")
+@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cpu_without_the_arithmetic_multiplies_in_fp32(dtype, activation, monkeypatch):
+    """As on AVX2: every product gets fp32, forward and backward, and the rest is as good."""
+    real, seen = torch.mm, set()
+
+    def mm(a, b, **out):
+        seen.update((a.dtype, b.dtype))
+        return real(a, b, **out)
+
+    monkeypatch.setattr(onednn, "is_slow", lambda given: given in (torch.bfloat16, torch.float16))
+    monkeypatch.setattr(torch, "mm", mm)
+    for T, k in ((1, 2), (129, 2), (64, 0), (33, "dense")):
+        compare(Case(T=T, D=32, k=k, dtype=dtype, activation=activation), "cpu")
+    case = Case(T=0, D=32, dtype=dtype, activation=activation)
+    assert call(case, "cpu")(case.build()).shape == (0, 32)
+    assert seen == {torch.float32}
+
+
+def test_a_cpu_is_slow_only_where_onednn_says_so(monkeypatch):
+    answers = {
+        "_is_mkldnn_bf16_supported": lambda: True,
+        "_is_mkldnn_fp16_supported": lambda: False,
+    }
+    for ops, bf16, fp16 in ((answers, False, True), ({}, False, False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.ops, "mkldnn", SimpleNamespace(**ops))
+            onednn.is_slow.cache_clear()
+            found = [onednn.is_slow(d) for d in (torch.bfloat16, torch.float16, torch.float32)]
+        assert found == [bf16, fp16, False]
+    onednn.is_slow.cache_clear()
