@@ -34,7 +34,7 @@ from distill.students import (
     measure_importance,
     refit_outputs,
 )
-from distill.study.config import StudyConfig
+from distill.study.config import DemoConfig, RecipeConfig, StudyConfig
 from distill.study.measure import predict, relative_mse
 from distill.teacher import modulation_inputs
 
@@ -48,7 +48,7 @@ class Context:
     basis, None for random ones.
     """
 
-    config: StudyConfig
+    config: StudyConfig | DemoConfig | RecipeConfig
     seed: int
     folder: Path
     teacher: nn.Module

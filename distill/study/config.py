@@ -155,12 +155,13 @@ class Arm:
     structure's), "mob" and "depth" (as many blocks as run of the groups).
 
     start: of an MoE, fields of `StudentConfig`; of pruned FFNs and depth, {} or {outputs: refitted}
-    (and tokens). shared: share of the steps that the shared experts learn alone, after which they
+    (and tokens). routed_scale: of the MoE. shared: share of the steps that the shared experts learn alone, after which they
     are frozen, the paper's way; 0: all learn together. lengths: of the study's, null for all.
     """
 
     kind: str
     start: dict[str, Any] = field(default_factory=dict)
+    routed_scale: float = 1.0
     shared: float = 0.0
     router_lr_scale: float = 1.0
     loss: LossConfig = LossConfig(feature=0.0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -65,7 +66,8 @@ class Setting:
 def started(arm: Arm, context: Context) -> tuple[nn.Module, dict[str, str]]:
     """The arm's model before training, and `aliases` for `distil`."""
     config = context.config
-    structure = context.structure(config.structure)
+    moe = {**config.structure["moe"], "routed_scale": arm.routed_scale}
+    structure = context.structure({**config.structure, "moe": moe})
     if arm.kind == "moe":
         return comparators.start_moe(context, structure, arm.start), {}
     tokens = arm.start.get("tokens") if arm.start.get("outputs") == "refitted" else None
@@ -114,7 +116,8 @@ def run_arm(job: dict) -> dict[str, Any]:
         return json.loads(file.read_text(encoding="utf-8"))
     setting, arm = _setting(job["config"]), from_dict(Arm, job["arm"])
     context = setting.context(job["seed"], file.with_suffix(""))
-    start = json.dumps({"kind": arm.kind, "start": arm.start}, sort_keys=True)
+    same = {key: job["arm"][key] for key in ("kind", "start", "routed_scale")}
+    start = json.dumps(same, sort_keys=True)
     model, aliases = copy.deepcopy(_started(job["config"], start, job["seed"]))
     values: dict[str, Any] = {f"start_{k}": v for k, v in setting.errors(model).items()}
     chain = phases(arm, setting.config, job["length"], job["lr"])
@@ -130,6 +133,7 @@ def run_arm(job: dict) -> dict[str, Any]:
     values |= expert_use(model, setting.held[:128])
     ckpt.make_folder(file.parent)
     ckpt.write_text(file, json.dumps(values) + "\n")
+    shutil.rmtree(context.folder, ignore_errors=True)  # 60 MB an arm
     return values
 
 
