@@ -155,8 +155,9 @@ class Arm:
     structure's), "mob" and "depth" (as many blocks as run of the groups).
 
     start: of an MoE, fields of `StudentConfig`; of pruned FFNs and depth, {} or {outputs: refitted}
-    (and tokens). routed_scale: of the MoE. shared: share of the steps that the shared experts learn alone, after which they
-    are frozen, the paper's way; 0: all learn together. lengths: of the study's, null for all.
+    (and tokens). routed_scale: of the MoE. shared: share of the steps that the shared experts learn
+    alone, after which they are frozen, the paper's way; 0: all learn together. lengths: of the
+    study's, null for all.
     """
 
     kind: str
