@@ -101,8 +101,8 @@ def test_numbers():
     with pytest.raises(ConfigError, match="steps is 1.5"):
         from_dict(TrainConfig, {**TRAIN, "steps": 1.5})
     assert from_dict(TrainConfig, {**TRAIN, "ema": None}).ema is None
-    with pytest.raises(ConfigError, match="per_class is 0"):
-        from_dict(EvalConfig, {"per_class": 0})
+    with pytest.raises(ConfigError, match="judged is 0"):
+        from_dict(EvalConfig, {"prompts": ["cat"], "judged": 0})
 
 
 def test_files(tmp_path):

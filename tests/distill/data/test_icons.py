@@ -65,14 +65,16 @@ CAT = bytes.fromhex("c28c")
 
 
 def test_prompts(icons):
-    name = icons.names[7]
-    text, pooled = icons.prompts(torch.tensor([7, -1])).values()
-    words = icons.asked([" ".join(name), " ".join(reversed(name))], seed=0)
+    number, name = next((i, n) for i, n in enumerate(icons.names) if len(n) > 2)
+    text, pooled = icons.prompts(torch.tensor([number, -1])).values()
+    font, *rest = name
+    words = icons.asked([" ".join(name), " ".join([font, *reversed(rest)])], seed=0)
     assert torch.equal(words.text[0], text[0]) and torch.equal(words.pooled[0], pooled[0])
     assert not torch.equal(words.text[1], text[0])  # the order of words is seen in the text
     assert torch.allclose(words.pooled[1], pooled[0], atol=1e-6)
     assert not text[1].any() and not pooled[1].any()  # the empty prompt
     assert torch.equal(icons.asked(["fa-Circle"], 0).text, icons.asked(["fa circle"], 0).text)
+    assert data.whole_prompt("Folder-star") == "mdi folder star"
     long = icons.asked(["fa " + "word " * 20], 0)
     assert long.text.shape == (1, icons.text_tokens, icons.text_dim) and long.text.isfinite().all()
 
