@@ -161,7 +161,7 @@ def test_interrupted_demo_continues_to_the_same_result(demo, d2m, cache, tmp_pat
         text=True,
     )
     deadline = time.time() + 600
-    while not list(out.glob("stages/*/mob/*/step-*")):
+    while not list(out.glob("stages/*/mob/*")):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
@@ -317,7 +317,7 @@ def test_convert(d2m, tmp_path):
         (("convert", "x", "dst", "--structure", "none.yaml"), "cannot read none.yaml"),
         (("distill", "none.yaml"), "cannot read the configuration none.yaml"),
         (("distill", "BAD"), "unknown key stagse"),
-        (("sample", "nowhere"), "cannot read nowhere/config.json"),
+        (("sample", "nowhere"), "nowhere wants a PROMPT"),
         (("inspect", "nowhere"), "neither a folder nor a preset"),
         (("inspect", "flux-moe-l", "--size", "100"), "multiples of 16"),
         (("report", "nowhere"), "cannot read nowhere/results.json"),
