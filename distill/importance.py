@@ -20,10 +20,14 @@ Place = tuple[Tensor, int, int, int]  # a parameter, its dimension of neurons, t
 
 
 def neuron_importance(places: Sequence[Place]) -> Tensor:
-    """sum |g * w| over a neuron's weights: w1 row (or rows), w2 column, b1 entry. [F] fp32."""
+    """sum |g * w| over a neuron's weights: w1 row (or rows), w2 column, b1 entry. [F] fp32.
+
+    0 where an FFN does not act on the output (that of the last block's text, in some models).
+    """
 
     def taylor(weight: Tensor, dim: int, first: int, hidden: int) -> Tensor:
-        each = (weight.grad.float() * weight.detach().float()).abs().narrow(dim, first, hidden)
+        grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        each = (grad.float() * weight.detach().float()).abs().narrow(dim, first, hidden)
         return each if each.ndim == 1 else each.sum(1 - dim)
 
     score_F, *rest = (taylor(*place) for place in places)

@@ -42,7 +42,7 @@ def sample_prompt(args: argparse.Namespace, device: str) -> list[Path]:
         options[many] = count
     if many == "num_videos_per_prompt":
         options["output_type"] = "pil"
-    out = pipe(args.prompt, **_known(pipe, options))
+    out = pipe(prompt=args.prompt, **_known(pipe, options))
     images = out.images if hasattr(out, "images") else out.frames
     out = Path(args.out)
     paths = [out] if count == 1 else [
