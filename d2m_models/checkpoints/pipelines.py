@@ -68,6 +68,8 @@ def load_pipeline(
         pipe = diffusers.DiffusionPipeline.from_pretrained(_place(base), **parts)
     except Exception as error:  # diffusers, transformers, safetensors and the hub raise many kinds
         raise ValueError(f"cannot load the pipeline {base}: {_one_line(error)}") from error
+    # where a pipeline may do without (Wan's), diffusers ignores the one it is given
+    pipe.register_modules(**{part_of(index, base): transformer})
     return _put(pipe, device, offload)
 
 

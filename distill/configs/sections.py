@@ -56,8 +56,8 @@ class DataConfig:
     fonts: of the icons, see `distill.data.icons`. caption_dropout: share of samples that get the
     empty prompt (icons, shards).
 
-    The rest is for shards. folder: theirs. text_encoders: FLUX folder or hub name whose T5 and CLIP
-    run during training; not needed where the embeddings are in the shards. max_sequence_length: T5
+    The rest is for shards. folder: theirs. text_encoders: folder or hub name of the pipeline whose
+    text encoders run during training; not needed where the embeddings are in the shards. max_sequence_length: T5
     tokens a caption. guidance: the
     scale a guidance-distilled teacher is told. prefetch: batches read ahead. verify: compare every
     shard's SHA-256 at the start. max_bad_shards: how many may be damaged before it is an error. The

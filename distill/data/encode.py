@@ -213,6 +213,9 @@ class PipelineText:
             raise CheckpointError(
                 f"cannot load the text encoders of {model}: {' '.join(str(err).split())}"
             ) from err
+        # where a pipeline may do without (Wan's), diffusers has loaded it nevertheless
+        given = [n for n in self.pipe.components if n == "vae" or n.startswith("transformer")]
+        self.pipe.register_modules(**dict.fromkeys(given))
         self.pipe.to(device)
         self.family, self.device, self.length = family, device, length
         parts = sorted(self.pipe.components.items())
