@@ -41,7 +41,7 @@ def load_model(path: Path | str, dtype: torch.dtype | None = None) -> nn.Module:
 
 def load_dense(path: Path | str, dtype: torch.dtype | None = None) -> nn.Module:
     """A dense transformer of any diffusers class, from its folder, a pipeline's, or the hub."""
-    from d2m_models.checkpoints.pipelines import load_transformer, part_of, read_index
+    from d2m_models.checkpoints.pipelines import load_transformer, read_index
 
     local = Path(path).expanduser()
     if local.exists() and not any(
@@ -49,8 +49,8 @@ def load_dense(path: Path | str, dtype: torch.dtype | None = None) -> nn.Module:
     ):
         return load_flux(path, dtype=dtype)  # says what is missing
     index = read_index(path)
-    part = None if index is None else part_of(index, path)
-    kind = index[part][1] if index is not None else _class_in(local)
+    part = None if index is None else "transformer"
+    kind = _class_in(local) if index is None else index.get(part, [None, None])[1]
     if kind in (None, "FluxTransformer2DModel"):
         return load_flux(path, dtype=dtype)
     model = load_transformer(path, part, dtype)

@@ -27,9 +27,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     )
     p.add_argument("out", metavar="OUT", nargs="?", help="folder to write, or to go on with")
     p.add_argument("--check", action="store_true", help="only verify SOURCE, a prepared folder")
-    p.add_argument(
-        "--model", help="folder or hub name of the pipeline whose VAE and text encoders are used"
-    )
+    p.add_argument("--model", help="pipeline (folder, hub name) whose encoders are used")
     p.add_argument("--layout", choices=LAYOUTS, default="auto", help="default: %(default)s")
     p.add_argument("--caption-column", help="instead of the usual names")
     p.add_argument("--image-column", help="instead of the usual names")
