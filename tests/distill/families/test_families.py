@@ -21,7 +21,7 @@ from d2m_models.checkpoints.load import load_dense
 from d2m_models.config import AnyMoEConfig
 from d2m_models.conversion.any_model import convert_any, neuron_places
 from distill.cli import main
-from distill.configs.sections import DataConfig
+from distill.configs.sections import DataConfig, TeacherConfig
 from distill.data.batch import Batch
 from distill.data.encode import PipelineText
 from distill.data.sources import open_source
@@ -31,6 +31,7 @@ from distill.families.pixart import PixArt
 from distill.families.registry import family_of, find_family
 from distill.importance import flow_matching_loss, taylor_importance
 from distill.loop.progress import read_log
+from distill.plan.skeleton import teacher_skeleton
 
 # tokens a caption, and the blocks of a group
 FAMILIES = {
@@ -252,7 +253,7 @@ def test_epsilon_is_mixed_as_diffusers_scheduler_mixes_it():
     torch.testing.assert_close(batch.x_t, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_of_no_family_is_refused(family, tmp_path):
+def test_what_serves_flux_alone_refuses_others(family, tmp_path, capsys):
     from diffusers import ChromaTransformer2DModel
 
     with pytest.raises(UserError, match="ChromaTransformer2DModel is of no family"):
@@ -260,3 +261,8 @@ def test_a_model_of_no_family_is_refused(family, tmp_path):
     name, folder, _ = family
     with pytest.raises(UserError, match="data.name is 'digits', which a .* does not take"):
         open_source(DataConfig(), load_dense(folder))
+    with pytest.raises(UserError, match="--plan counts FLUX.1 alone"):
+        teacher_skeleton(TeacherConfig(path=str(folder)))
+    convert = ["convert", str(folder), str(tmp_path / "moe"), "--preset", "flux-moe-l"]
+    assert main([*convert, "--calibrate", "digits", "--device", "cpu"]) == 2
+    assert "--calibrate must be a diffusers FluxTransformer2DModel" in capsys.readouterr().err
