@@ -298,15 +298,71 @@ class FluxMoEConfig(_PlainData):
         return cls.from_dict(json.loads(text))
 
 
+@dataclass(frozen=True)
+class GroupsConfig(_PlainData):
+    """MoB groups of any model, see `add_mob`: {name of a list of blocks: groups of indices}."""
+
+    groups: Mapping[str, Any]
+    active: int = 1
+    alpha: float = 0.5
+    select: str = "topk"
+    condition: str | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.groups, Mapping) or not self.groups:
+            raise TypeError(
+                f"GroupsConfig.groups must name lists of blocks, got {self.groups!r}; expected "
+                "{name: [[1, 2], ...]}"
+            )
+        checked = {n: MoBConfig(g, (), *self._how()).double_groups for n, g in self.groups.items()}
+        object.__setattr__(self, "groups", {n: [*map(list, g)] for n, g in checked.items()})
+
+    def _how(self) -> tuple[int, float, str]:
+        return self.active, self.alpha, self.select
+
+
+@dataclass(frozen=True)
+class AnyMoEConfig(_PlainData):
+    """Structure of any DiT after `convert` and `add_mob`, as a saved model's configuration has it.
+
+    Args:
+        moe: of every FFN: a `MoEShare`, or a `MoEConfig` where all have its ratio.
+        mob: groups of blocks, or None.
+    """
+
+    moe: MoEShare | MoEConfig = MoEShare()
+    mob: GroupsConfig | None = None
+
+    adaln_dim = None  # compressed for FLUX.1 alone
+
+    def __post_init__(self):
+        if isinstance(self.moe, Mapping):
+            kind = MoEConfig if "shared_ratio" in self.moe else MoEShare
+            object.__setattr__(self, "moe", kind.from_dict(self.moe))
+        if isinstance(self.mob, Mapping):
+            object.__setattr__(self, "mob", GroupsConfig.from_dict(self.mob))
+        for name, kinds in (("moe", (MoEShare, MoEConfig)), ("mob", (GroupsConfig, type(None)))):
+            if not isinstance(value := getattr(self, name), kinds):
+                raise TypeError(f"AnyMoEConfig.{name} must be a mapping, got {value!r}")
+
+
 def named_blocks(model: Any) -> dict[str, Any]:
-    """A FLUX model's blocks by name, in order."""
+    """The blocks by name, in order: FLUX.1's, or those of a model that `convert_any` made."""
+    if (names := getattr(model, "d2m_blocks", None)) is not None:
+        return {name: model.get_submodule(name) for name in names}
     return {f"{kind}.{i}": b for kind in KINDS.values() for i, b in enumerate(getattr(model, kind))}
 
 
-def group_names(config: FluxMoEConfig) -> dict[str, tuple[str, ...]]:
-    """Group name ("mob.double.0") -> names of its blocks."""
+def group_names(config: FluxMoEConfig | AnyMoEConfig) -> dict[str, tuple[str, ...]]:
+    """Group name ("mob.double.0", "mob.layers.0") -> names of its blocks."""
     if config.mob is None:
         return {}
+    if isinstance(config, AnyMoEConfig):
+        return {
+            f"mob.{prefix}.{g}": tuple(f"{prefix}.{i}" for i in group)
+            for prefix, groups in config.mob.groups.items()
+            for g, group in enumerate(groups)
+        }
     return {
         f"mob.{kind}.{g}": tuple(f"{prefix}.{i}" for i in group)
         for kind, prefix in KINDS.items()

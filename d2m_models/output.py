@@ -5,19 +5,21 @@ Shapes: B samples, I image tokens, X text tokens, D width, m blocks of a group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from d2m_kernels import Routing
-from d2m_models.config import FluxMoEConfig, group_names, named_blocks
+from d2m_models.config import AnyMoEConfig, FluxMoEConfig, group_names, named_blocks
 from d2m_models.mob import MoBRouting
+from d2m_models.topk import moe_layers
 
-Features = dict[str, tuple[Tensor, Tensor]]
+Features = dict[str, tuple[Tensor, ...]]
 
 
 @dataclass
@@ -45,15 +47,22 @@ class FluxMoEOutput(Transformer2DModelOutput):
 
 
 @contextmanager
-def watched(model: nn.Module, see: Callable[[str, dict, tuple], None]) -> Iterator[None]:
-    """Inside, every FLUX block that has run is told: see(name, keyword arguments, output)."""
+def watched(
+    model: nn.Module, see: Callable[[str, dict, Any], None], names: Iterable[str] | None = None
+) -> Iterator[None]:
+    """Inside, every block that has run is told: see(name, keyword arguments, output).
+
+    Args:
+        names: of the blocks; without it those of `named_blocks`.
+    """
 
     def tell(_module, _args, kwargs, output, name):
         see(name, kwargs, output)
 
+    blocks = named_blocks(model) if names is None else {n: model.get_submodule(n) for n in names}
     handles = [
         block.register_forward_hook(partial(tell, name=name), with_kwargs=True)
-        for name, block in named_blocks(model).items()
+        for name, block in blocks.items()
     ]
     try:
         yield
@@ -62,21 +71,71 @@ def watched(model: nn.Module, see: Callable[[str, dict, tuple], None]) -> Iterat
             handle.remove()
 
 
-@contextmanager
-def block_features(model: nn.Module, config: FluxMoEConfig | None = None) -> Iterator[Features]:
-    """Records the block outputs of a (dense) FLUX model under the names `FluxMoEAux.features` uses.
+def _streams(output: Any) -> tuple[Tensor, ...]:
+    """A block's streams of tokens; of FLUX.1's (text, image) the image comes first."""
+    found = output if isinstance(output, tuple) else (output,)
+    return tuple(t for t in reversed(found) if isinstance(t, Tensor))
 
-        with block_features(teacher, student.d2m_config) as features:
+
+@contextmanager
+def block_features(
+    model: nn.Module,
+    config: FluxMoEConfig | AnyMoEConfig | None = None,
+    names: Iterable[str] | None = None,
+) -> Iterator[Features]:
+    """Records the block outputs of a (dense) model under the names `FluxMoEAux.features` uses.
+
+        with block_features(teacher, student.d2m_config, named_blocks(student)) as features:
             teacher(...)
 
     Each forward overwrites the entries. With the student's `config`, the group entries hold the
-    output of the group's last block, the teacher feature of the paper's third stage.
+    output of the group's last block, the teacher feature of the paper's third stage. `names` are
+    needed for all models but FLUX.1.
     """
     aliases = {} if config is None else {n[-1]: g for g, n in group_names(config).items()}
     features: Features = {}
 
     def record(name, _kwargs, output):
-        features[name] = features[aliases.get(name, name)] = (output[1], output[0])
+        features[name] = features[aliases.get(name, name)] = _streams(output)
 
-    with watched(model, record):
+    with watched(model, record, names):
         yield features
+
+
+def run_with_aux(model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, FluxMoEAux]:
+    """A converted model's output, of whatever family, and what distillation needs of the forward.
+
+    FLUX.1's forward gives it by itself. Others are watched: a layer's routing is what its
+    `run_experts` returns, a group's feature what its last block hands on.
+    """
+    if isinstance(model.d2m_config, FluxMoEConfig):
+        out = model(**inputs, output_aux=True)
+        return out, out.aux
+    aux, groups = FluxMoEAux(), group_names(model.d2m_config)
+    layers = moe_layers(model)
+
+    def routed(name: str, run: Callable) -> Callable:
+        def keep(*args, **kwargs):
+            y, aux.routing[name] = run(*args, **kwargs)
+            return y, aux.routing[name]
+
+        return keep
+
+    def chosen(_router, _args, output, name):
+        aux.mob[name] = output[2]
+
+    routers = zip(groups, getattr(model, "mob_routers", ()), strict=True)
+    handles = [r.register_forward_hook(partial(chosen, name=name)) for name, r in routers]
+    for name, layer in layers.items():
+        layer.run_experts = routed(name, layer.run_experts)
+    try:
+        with block_features(model, model.d2m_config) as features:
+            out = model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in layers.values():
+            del layer.run_experts
+    grouped = {name for names in groups.values() for name in names}
+    aux.features = {name: kept for name, kept in features.items() if name not in grouped}
+    return out, aux

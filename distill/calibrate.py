@@ -76,7 +76,7 @@ def calibrate(args: argparse.Namespace) -> Path:
 
     from d2m_models.checkpoints.convert import default_lora_scale
     from d2m_models.commands import structure_of
-    from d2m_models.conversion.flux import ffn_names
+    from d2m_models.conversion.flux import check_dense_flux, ffn_names
     from d2m_models.presets import resolve_config
     from distill import files as ckpt
     from distill.configs.sections import DataConfig, StudentConfig, TeacherConfig
@@ -96,6 +96,7 @@ def calibrate(args: argparse.Namespace) -> Path:
     path = TeacherConfig(path=args.source, dtype=dtype, lora=args.lora, lora_scale=scale)
     teacher = load_teacher(path, data, args.seed, device)
     with library_errors():
+        check_dense_flux(teacher, "the model of --calibrate")
         structure = resolve_config(config, len(teacher.transformer_blocks),
                                    len(teacher.single_transformer_blocks))  # fmt: skip
     if structure.moe is None:

@@ -70,6 +70,7 @@ def _add_sample(commands: Any) -> None:
     )  # fmt: skip
     prompt.add_argument("--guidance", type=float, help="scale (default: the pipeline's own)")
     prompt.add_argument("--size", metavar="N or HxW", help="pixels (default: the pipeline's own)")
+    prompt.add_argument("--frames", type=int, help="of a video (default: the pipeline's own)")
     prompt.add_argument("--batch", type=int, help="images; seeds go up by one (default: 1)")
     prompt.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="default: as saved"
@@ -137,7 +138,7 @@ def run_teacher(args: argparse.Namespace) -> None:
 def run_sample(args: argparse.Namespace) -> None:
     from distill.files import make_folder
 
-    for name in ("steps", "batch"):
+    for name in ("steps", "batch", "frames"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
@@ -151,7 +152,7 @@ def run_sample(args: argparse.Namespace) -> None:
         with library_errors():
             print("wrote " + ", ".join(map(str, sample_prompt(args, device))))
         return
-    for name in ("base", "size", "dtype", "offload", "compile"):
+    for name in ("base", "size", "frames", "dtype", "offload", "compile"):
         if getattr(args, name):
             raise UserError(f"--{name} is for models of a pipeline; this one draws icons or digits")
     from d2m_models import set_top_k

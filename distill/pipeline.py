@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from d2m_models.checkpoints.origin import base_pipeline
-from d2m_models.config import KINDS, FluxMoEConfig
+from d2m_models.config import KINDS, AnyMoEConfig, FluxMoEConfig
 from d2m_models.conversion.flux import skeleton
 from d2m_models.inspection.card import write_card
 from d2m_models.presets import find_preset
@@ -19,6 +19,8 @@ from distill.configs.sections import DistillConfig
 from distill.configs.training import first_batch, settings
 from distill.data.sources import data_fingerprint, open_source
 from distill.errors import CheckpointError, ConfigError
+from distill.families.flux import Flux
+from distill.families.registry import family_of
 from distill.loop.parallel import World, shard_model, start_world, stop_world
 from distill.sampling import Previews
 from distill.stages import VERSION, run_stage
@@ -27,8 +29,11 @@ from distill.teacher import load_teacher, modulation_inputs
 
 
 def student_structure(config: DistillConfig, teacher: nn.Module) -> Any:
-    """The student's FluxMoEConfig; depth defaults to the teacher's."""
+    """The student's FluxMoEConfig, whose depth defaults to the teacher's; AnyMoEConfig for models
+    of other families."""
     student = config.student
+    if not isinstance(family_of(teacher), Flux):
+        return _any_structure(config, teacher)
     depth = {"double": "num_layers", "single": "num_single_layers"}
     own = {depth[kind]: len(getattr(teacher, name)) for kind, name in KINDS.items()}
     try:
@@ -47,6 +52,21 @@ def student_structure(config: DistillConfig, teacher: nn.Module) -> Any:
                 f"has no key 'moe'; expected {plain!r}"
             )
     return structure
+
+
+def _any_structure(config: DistillConfig, teacher: nn.Module) -> AnyMoEConfig:
+    name, student = type(teacher).__name__, config.student
+    plain = {"preset": None, "initialisation": ("taylor", "random"), "routers": "random",
+             "outputs": "dense"}  # fmt: skip
+    for key, can in plain.items():
+        if (value := getattr(student, key)) != can and value not in (can or ()):
+            raise ConfigError(f"student.{key} is {value!r}; expected {can} for a {name}")
+    if any(stage.train.preview_every for stage in config.stages):
+        raise ConfigError("train.preview_every draws with FLUX.1 alone; expected null")
+    try:
+        return AnyMoEConfig.from_dict(student.structure or {})
+    except (TypeError, ValueError) as err:
+        raise ConfigError(f"student.structure: {err}") from err
 
 
 def distill(
@@ -78,8 +98,12 @@ def _distill(config: DistillConfig, world: World, progress: bool, accept_changed
     teacher = world.first(
         lambda: load_teacher(config.teacher, config.data, config.seed, str(device), progress)
     )
-    source = open_source(config.data, teacher, str(device))
     structure = student_structure(config, teacher)
+    if world.size > 1 and isinstance(structure, AnyMoEConfig):
+        raise ConfigError(
+            f"a {type(teacher).__name__} is distilled by one process; this is several"
+        )
+    source = open_source(config.data, teacher, str(device))
     model = start_student(config, structure, teacher, source, world)
     shard_model(teacher, world)
     parent = ckpt.fingerprint(VERSION, started["settings"])
@@ -87,7 +111,7 @@ def _distill(config: DistillConfig, world: World, progress: bool, accept_changed
         if stage.stage == "mob":
             if structure.mob is None:
                 raise ConfigError("stages has 'mob', but the student's structure has no key 'mob'")
-            model = group_blocks(model, structure.mob, config.seed)
+            model = group_blocks(model, structure.mob, config.seed, source)
         elif structure.moe is None:
             raise ConfigError(
                 f"stages has {stage.stage!r}, but the student's structure has no key 'moe'"
@@ -114,7 +138,8 @@ def _distill(config: DistillConfig, world: World, progress: bool, accept_changed
 
         def write(folder: Path) -> None:
             model.cpu().save_pretrained(folder)
-            write_card(folder, out.name)
+            if isinstance(structure, FluxMoEConfig):
+                write_card(folder, out.name)
 
         ckpt.write_folder(target, write)
     world.barrier()
@@ -151,10 +176,12 @@ def start_student(
     else:
         seed = config.seed
         how = measure(teacher, source, structure, config.student, seed)
-        temb = modulation_inputs(teacher, source, config.student.calibration, seed)
+        temb = None
+        if structure.adaln_dim is not None:
+            temb = modulation_inputs(teacher, source, config.student.calibration, seed)
         if world.size > 1:
             teacher.cpu()
-            temb = temb.cpu()
+            temb = None if temb is None else temb.cpu()
         model = make_student(teacher, structure, temb=temb, seed=seed, **how).float()
     world.barrier()
     return model

@@ -1,4 +1,4 @@
-"""`d2m sample MODEL PROMPT`: images of a prompt, through the pipeline that the model belongs to."""
+"""`d2m sample MODEL PROMPT`: images (or videos) of a prompt, through the model's own pipeline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from distill.errors import UserError
 
 
 def sample_prompt(args: argparse.Namespace, device: str) -> list[Path]:
-    """The PNGs written: --out, or with --batch N its name with -0 ... -(N - 1).
+    """The PNGs written: --out, or with --batch N its name with -0 ... -(N - 1); a video is an
+    animated PNG.
 
     Image i is drawn from the seed --seed + i, so it is the same whatever the batch.
     """
@@ -32,16 +33,27 @@ def sample_prompt(args: argparse.Namespace, device: str) -> list[Path]:
     count = args.batch or 1
     options = {
         **size, "num_inference_steps": args.steps, "guidance_scale": args.guidance,
-        "num_images_per_prompt": count,
+        "num_frames": args.frames,
         "generator": [torch.Generator().manual_seed(args.seed + i) for i in range(count)],
     }  # fmt: skip
-    images = pipe(args.prompt, **_known(pipe, options)).images
+    takes = inspect.signature(type(pipe).__call__).parameters
+    many = next((n for n in takes if n in ("num_images_per_prompt", "num_videos_per_prompt")), None)
+    if many is not None:
+        options[many] = count
+    if many == "num_videos_per_prompt":
+        options["output_type"] = "pil"
+    out = pipe(prompt=args.prompt, **_known(pipe, options))
+    images = out.images if hasattr(out, "images") else out.frames
     out = Path(args.out)
     paths = [out] if count == 1 else [
         out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(count)
     ]  # fmt: skip
     for path, image in zip(paths, images, strict=True):
-        ckpt.write_atomic(path, lambda tmp, image=image: image.save(tmp, format="png"))
+        first, *rest = image if isinstance(image, list) else [image]
+        more = {"save_all": True, "append_images": rest, "duration": 62} if rest else {}
+        ckpt.write_atomic(
+            path, lambda tmp, first=first, more=more: first.save(tmp, format="png", **more)
+        )
     return paths
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from d2m_models import moe_layers, set_top_k
 from d2m_models.config import group_names, named_blocks
-from d2m_models.conversion.flux import ffn_tensors
+from d2m_models.conversion.any_model import neuron_places
 from distill import files as ckpt
 from distill.configs.sections import StageConfig
 from distill.configs.training import settings
@@ -34,13 +34,11 @@ VERSION = 1  # raise when a change makes old checkpoints mean something else
 
 def ffn_slices(model: nn.Module, part: str) -> list[FrozenSlice]:
     """The "shared" or "experts" part of every MoE layer's w1 rows, b1 entries and w2 columns."""
-    shapes = {name: p.shape for name, p in model.named_parameters()}
     slices = []
     for name, layer in moe_layers(model).items():
         hidden = layer.neuron_order.numel()
-        for key, dim, _ in ffn_tensors(name):
-            first = shapes[key][dim] - hidden  # proj_out: the attention's columns come first
-            start, stop = (0, layer.shared) if part == "shared" else (layer.shared, hidden)
+        start, stop = (0, layer.shared) if part == "shared" else (layer.shared, hidden)
+        for key, dim, first in neuron_places(name, layer):
             slices.append(FrozenSlice(key, dim, first + start, first + stop))
     return slices
 

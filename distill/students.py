@@ -21,13 +21,15 @@ from d2m_models import (
     moe_layers,
     neuron_order_from_importance,
 )
-from d2m_models.conversion.flux import ffn_linears, ffn_widths, model_arguments, skeleton
+from d2m_models.config import AnyMoEConfig, GroupsConfig
+from d2m_models.conversion.any_model import convert_any, ffns, group_any
+from d2m_models.conversion.flux import ffn_linears, model_arguments, skeleton
 from d2m_models.conversion.formation import each_record
 from d2m_models.conversion.least_squares import least_squares, unexplained
 from d2m_models.conversion.start import Start, outputs, start_ffn
 from distill.configs.sections import StudentConfig
 from distill.data.batch import Batch, generator
-from distill.importance import taylor_importance
+from distill.importance import ffn_places, taylor_importance
 
 # --- measured on the teacher ----------------------------------------------------------------
 
@@ -67,10 +69,10 @@ def _compute(teacher: nn.Module) -> Iterator[None]:
 
 def measure_importance(
     teacher: nn.Module, source: Any, batches: int, seed: int, rows: int | None = None,
-    size: int = 128,
+    size: int = 128, structure: Any = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Eq. (6) over `batches` batches of `size` training samples, `rows` of them at a time; in bf16
-    if the teacher is.
+    if the teacher is. `structure`: see `distill.importance.ffn_places`.
 
     A large teacher's blocks are recomputed in the backward pass.
     """
@@ -80,7 +82,7 @@ def measure_importance(
     try:
         with _compute(teacher):
             parts = _calibration(teacher, source, batches, seed, rows, size)
-            return taylor_importance(teacher, parts)
+            return taylor_importance(teacher, parts, structure)
     finally:
         if large:
             teacher.disable_gradient_checkpointing()
@@ -121,7 +123,7 @@ def measure(
     scores = None
     if config.initialisation != "random":
         sizes = (config.importance_batches, seed, config.importance_rows, size)
-        scores = measure_importance(teacher, source, *sizes)
+        scores = measure_importance(teacher, source, *sizes, structure=structure)
     how = {"initialisation": config.initialisation, "routers": config.routers, "importance": scores}
     by_score = config.initialisation in ("taylor", "random") and config.routers == "random"
     if structure.moe is not None and not by_score:
@@ -156,10 +158,12 @@ def refit_outputs(
 # --- students -------------------------------------------------------------------------------
 
 
-def random_scores(teacher: nn.Module, seed: int) -> dict[str, Tensor]:
+def random_scores(teacher: nn.Module, seed: int, structure: Any = None) -> dict[str, Tensor]:
     """A random importance for every neuron: the baseline of Table 5."""
-    gen = generator(seed, "weights", 2)
-    return {name: torch.rand(width, generator=gen) for name, width in ffn_widths(teacher).items()}
+    gen, widths = generator(seed, "weights", 2), {}
+    for name, places in ffn_places(teacher, structure).items():
+        *_, widths[name] = places[0]
+    return {name: torch.rand(width, generator=gen) for name, width in widths.items()}
 
 
 def neuron_orders(
@@ -168,9 +172,13 @@ def neuron_orders(
     """FFN name -> its neurons' order: the best-scored are shared, the rest dealt evenly to the
     experts."""
     moe = structure.moe
-    shared, _ = moe.sizes(teacher.inner_dim, 4 * teacher.inner_dim)
+    if isinstance(structure, AnyMoEConfig):
+        shared = {name: layer.shared for name, layer in ffns(teacher, structure).items()}
+    else:
+        size, _ = moe.sizes(teacher.inner_dim, 4 * teacher.inner_dim)
+        shared = dict.fromkeys(scores, size)
     return {
-        name: neuron_order_from_importance(score, shared, moe.num_experts)
+        name: neuron_order_from_importance(score, shared[name], moe.num_experts)
         for name, score in scores.items()
     }
 
@@ -186,8 +194,8 @@ def make_student(
     routers: str = "random",
     starts: Mapping[str, Start] | None = None,
 ) -> nn.Module:
-    """`convert_flux` with neurons in order and a calibrated AdaLN basis; MoB groups come later, in
-    stage (c).
+    """`convert_flux`, or `convert_any`, with neurons in order and for FLUX.1 a calibrated AdaLN
+    basis; MoB groups come later, in stage (c).
 
     Args:
         importance: eq. (6), not needed for initialisation "random".
@@ -200,8 +208,11 @@ def make_student(
     if structure.moe is not None and starts is not None:
         orders = {name: start.order for name, start in starts.items()}
     elif structure.moe is not None:
-        scores = random_scores(teacher, seed) if initialisation == "random" else importance
+        random = initialisation == "random"
+        scores = random_scores(teacher, seed, structure) if random else importance
         orders = neuron_orders(teacher, structure, scores)
+    if isinstance(structure, AnyMoEConfig):
+        return convert_any(teacher, structure, orders, generator(seed, "weights").initial_seed())
     student = convert_flux(
         teacher,
         replace(structure, mob=None),
@@ -227,8 +238,16 @@ def apply_start(layer: nn.Module, start: Start, router: bool) -> None:
         down.bias.add_(start.b2.to(down.bias))
 
 
-def group_blocks(model: nn.Module, mob: Any, seed: int) -> nn.Module:
-    """A copy of the model with MoB groups and fresh block routers; no other weight changes."""
+def group_blocks(model: nn.Module, mob: Any, seed: int, source: Any = None) -> nn.Module:
+    """A copy of the model with MoB groups and fresh block routers; no other weight changes.
+
+    Args:
+        source: of two samples, which show the way of the tokens; not needed for FLUX.1.
+    """
+    if isinstance(mob, GroupsConfig):
+        weight = next(model.parameters())
+        inputs = source.batch(seed, 0, 2, "calibrate").to(weight.device).inputs()
+        return group_any(model, mob, inputs, generator(seed, "weights", 1).initial_seed())
     device = next(model.parameters()).device
     if device.type == "meta":
         return skeleton(model, replace(model.d2m_config, mob=mob))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from d2m_models.checkpoints.load import load_flux
+from d2m_models.checkpoints.load import load_dense, load_flux
+from d2m_models.conversion.flux import check_dense_flux
 from distill import files as ckpt
 from distill.configs.checked import to_dict
 from distill.configs.sections import DataConfig, TeacherConfig, TeacherRun
@@ -103,8 +104,9 @@ def load_teacher(
     """
     if config.path is not None:
         with library_errors():
-            teacher = load_flux(find_teacher(config.path), dtype=getattr(torch, config.dtype))
+            teacher = load_dense(find_teacher(config.path), dtype=getattr(torch, config.dtype))
         if config.lora is not None:
+            check_dense_flux(teacher, "teacher.path with teacher.lora")
             from d2m_models.checkpoints.lora_file import fuse_lora, read_lora
 
             fuse_lora(teacher, read_lora(config.lora, config.lora_scale))

@@ -41,6 +41,7 @@ LAYERS = {
     "distill": """
         errors
         files device configs
+        families
         page data
         loop prepare
         importance sampling

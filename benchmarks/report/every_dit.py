@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from distill.families.registry import FAMILIES
+
 
 def table(file: Path) -> tuple[list[str], list[list[str]]]:
     """From the rows that `benchmarks/every_dit.py` has written."""
-    rows = []
+    rows, known = [], {name for family in FAMILIES for name in family.transformers}
     for name, row in json.loads(file.read_text(encoding="utf-8"))["rows"].items():
         lists = row["mob"]
         served = [blocks for blocks, reason in lists.items() if not reason]
@@ -21,9 +23,10 @@ def table(file: Path) -> tuple[list[str], list[list[str]]]:
                 if "error" in row
                 else "",
                 "yes" if served and len(served) == len(lists) else ", ".join(served) or "no",
+                "yes" if name in known else "",
             ]
         )
-    return ["class", "FFNs converted", "named", "recovery error", "MoB"], rows
+    return ["class", "FFNs converted", "named", "recovery error", "MoB", "distil"], rows
 
 
 def below(file: Path) -> str:

@@ -39,6 +39,33 @@ def load_model(path: Path | str, dtype: torch.dtype | None = None) -> nn.Module:
     return _load(FluxMoETransformer2DModel, path, path, what, dtype=dtype).eval()
 
 
+def load_dense(path: Path | str, dtype: torch.dtype | None = None) -> nn.Module:
+    """A dense transformer of any diffusers class, from its folder, a pipeline's, or the hub."""
+    from d2m_models.checkpoints.pipelines import load_transformer, read_index
+
+    local = Path(path).expanduser()
+    if local.exists() and not any(
+        (local / n).is_file() for n in ("config.json", "model_index.json")
+    ):
+        return load_flux(path, dtype=dtype)  # says what is missing
+    index = read_index(path)
+    part = None if index is None else "transformer"
+    kind = _class_in(local) if index is None else index.get(part, [None, None])[1]
+    if kind in (None, "FluxTransformer2DModel"):
+        return load_flux(path, dtype=dtype)
+    model = load_transformer(path, part, dtype)
+    if hasattr(model, "d2m_config"):
+        raise ValueError(f"{path} is converted already; expected a dense transformer")
+    return model
+
+
+def _class_in(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def load_flux(
     path: Path | str, subfolder: str | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:

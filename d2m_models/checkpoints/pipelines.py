@@ -14,6 +14,7 @@ from torch import nn
 from d2m_models.checkpoints.origin import base_pipeline
 from d2m_models.checkpoints.places import may_be_hub_name
 from d2m_models.checkpoints.source import open_source
+from d2m_models.conversion.any_model import ENTRY, load_any
 from d2m_models.flux import FluxMoETransformer2DModel
 
 INDEX = "model_index.json"
@@ -67,6 +68,8 @@ def load_pipeline(
         pipe = diffusers.DiffusionPipeline.from_pretrained(_place(base), **parts)
     except Exception as error:  # diffusers, transformers, safetensors and the hub raise many kinds
         raise ValueError(f"cannot load the pipeline {base}: {_one_line(error)}") from error
+    # where a pipeline may do without (Wan's), diffusers ignores the one it is given
+    pipe.register_modules(**{part_of(index, base): transformer})
     return _put(pipe, device, offload)
 
 
@@ -90,6 +93,8 @@ def load_transformer(
         sizes[tensor.dtype] += tensor.nbytes * tensor.dtype.is_floating_point
     dtype = dtype or max(sizes, key=lambda found: sizes[found], default=None)
     try:
+        if ENTRY in source.config:
+            return load_any(kind, source.folder, dtype=dtype, use_safetensors=True)
         return kind.from_pretrained(source.folder, dtype=dtype, use_safetensors=True).eval()
     except Exception as error:
         raise ValueError(f"cannot load {name} from {model}: {_one_line(error)}") from error
@@ -105,6 +110,14 @@ def base_of(transformer: nn.Module, path: str | Path) -> str | None:
 def read_index(model: str | Path) -> dict[str, Any] | None:
     """model_index.json of a pipeline; None for anything else."""
     return _read(model, INDEX)
+
+
+def read_config(model: str | Path, part: str) -> dict[str, Any]:
+    """config.json of a pipeline's part."""
+    found = _read(model, f"{part}/config.json")
+    if found is None:
+        raise ValueError(f"{model} has no {part}/config.json; expected a whole pipeline")
+    return found
 
 
 def part_of(index: dict[str, Any], owner: str | Path) -> str:

@@ -50,6 +50,13 @@ class _Group:
     condition: str
     active: int
 
+    def to_dict(self) -> dict[str, Any]:
+        """What `regroup` makes it from again, beside the blocks."""
+        gates = self.router.token_gate, self.router.condition_gate
+        dim, width = (gate.in_features for gate in gates)
+        return {"streams": list(self.streams), "single": self.single,
+                "condition": self.condition, "dim": dim, "condition_dim": width}  # fmt: skip
+
     def result(self, tokens: Sequence[Tensor]) -> Any:
         return tokens[0] if self.single else tuple(tokens)
 
@@ -143,22 +150,51 @@ def add_mob(
     return model
 
 
+def regroup(
+    model: nn.Module,
+    members: Sequence[tuple[str, MoBConfig, Sequence[int]]],
+    described: Sequence[Mapping[str, Any]],
+) -> None:
+    """Groups as `add_mob` has formed them once, in place and without a forward.
+
+    Args:
+        members: of each group the name of its list of blocks, how it chooses, and its blocks.
+        described: of each group what `_Group.to_dict` has given.
+    """
+    routers = []
+    for (name, config, indices), how in zip(members, described, strict=True):
+        blocks = [model.get_submodule(name)[i] for i in indices]
+        router = MixtureOfBlocks(
+            how["dim"], len(blocks), config.active, config.alpha, config.select,
+            condition_dim=how["condition_dim"],
+        )  # fmt: skip
+        way = tuple(how["streams"]), how["single"], how["condition"]
+        _join(_Group(model, router, blocks, *way, config.active))
+        routers.append(router)
+    model.mob_routers = nn.ModuleList(routers)
+
+
+def _join(group: _Group) -> None:
+    for block in group.blocks:
+        block.__class__ = _grouped_class(type(block))
+        block.group, block.leads = group, block is group.blocks[0]
+
+
 def _install(model: nn.Module, formed: list[_Group], inputs: Mapping[str, Any]) -> None:
     """Makes the groups; undone where the model with all blocks active is not the dense one."""
     expected = tensors_of(run_in_eval(model, inputs))
-    members = [(group, block) for group in formed for block in group.blocks]
-    for group, block in members:
-        block.__class__ = _grouped_class(type(block))
-        block.group, block.leads = group, block is group.blocks[0]
+    members = [block for group in formed for block in group.blocks]
+    for group in formed:
+        _join(group)
         group.router.active = len(group.blocks)
     try:
         for y, y_dense in zip(tensors_of(run_in_eval(model, inputs)), expected, strict=True):
             torch.testing.assert_close(y, y_dense, rtol=1e-3, atol=1e-4)
     except Exception as error:
-        for _, block in members:
+        for block in members:
             block.__class__ = block.ungrouped
             del block.group, block.leads
-        kinds = sorted({type(block).__name__ for _, block in members})
+        kinds = sorted({type(block).__name__ for block in members})
         raise ValueError(
             f"{type(model).__name__} does not compute the same where {', '.join(kinds)} form "
             f"groups and all blocks run; it uses what is between the blocks of a group: "

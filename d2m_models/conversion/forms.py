@@ -118,7 +118,10 @@ def _recognise(ffn: nn.Module, ups: list[str], down: str) -> tuple[str, bool, st
 
     `gate` is the path of the gate's own Linear, or None.
     """
-    probe = copy.deepcopy(ffn).to("cpu", torch.float32).eval()
+    probe = copy.deepcopy(ffn)
+    if any(p.is_meta for p in probe.parameters()):  # a model that is about to be loaded
+        probe.to_empty(device="cpu")
+    probe = probe.to("cpu", torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     for _, linear in linears_of(probe):
         linear.weight.normal_(std=linear.in_features**-0.5, generator=generator)

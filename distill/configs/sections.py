@@ -12,13 +12,13 @@ from distill.errors import ConfigError
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The dense teacher: a digits model trained here, or a saved FLUX transformer.
+    """The dense teacher: a digits model trained here, or a saved transformer.
 
-    path: folder or hub name of a saved `FluxTransformer2DModel`, or "icons", which comes with the
-    package; then `train` and the sizes are not used. dtype: of its weights, "float32" or
-    "bfloat16". lora, lora_scale: a LoRA file that is fused into it, such as that of a few-step
-    HyperFLUX. width = heads * head_dim; rope are the per-axis rotary dimensions and add up to
-    head_dim.
+    path: folder or hub name of a saved transformer of one of the families (distill/families/) or
+    of its pipeline, or "icons", which comes with the package; then `train` and the sizes are not
+    used. dtype: of its weights, "float32" or "bfloat16". lora, lora_scale: a LoRA file that is
+    fused into it, such as that of a few-step HyperFLUX. width = heads * head_dim; rope are the
+    per-axis rotary dimensions and add up to head_dim.
     """
 
     path: str | None = None
@@ -56,12 +56,12 @@ class DataConfig:
     fonts, words: of the icons, see `distill.data.icons.Icons`. caption_dropout: share of samples
     that get the empty prompt (icons, shards).
 
-    The rest is for shards. folder: theirs. text_encoders: FLUX folder or hub name whose T5 and CLIP
-    run during training; not needed where the embeddings are in the shards. max_sequence_length: T5
-    tokens a caption. guidance: the
-    scale a guidance-distilled teacher is told. prefetch: batches read ahead. verify: compare every
-    shard's SHA-256 at the start. max_bad_shards: how many may be damaged before it is an error. The
-    result does not depend on these three.
+    The rest is for shards. folder: theirs. text_encoders: folder or hub name of the pipeline whose
+    text encoders run during training; not needed where the embeddings are in the shards.
+    max_sequence_length: (T5) tokens a caption. guidance: the scale a guidance-distilled teacher is
+    told. prefetch: batches read ahead. verify: compare every shard's SHA-256 at the start.
+    max_bad_shards: how many may be damaged before it is an error. The result does not depend on
+    these three.
     """
 
     name: str = "digits"
@@ -164,7 +164,8 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """The student: a preset name or a structure (the fields of `FluxMoEConfig`), never both.
+    """The student: a preset name or a structure (the fields of `FluxMoEConfig`, for other families
+    than FLUX.1 of `AnyMoEConfig`), never both.
 
     initialisation: which neurons are shared and which make an expert. "taylor": the paper's, the
     most important ones (eq. 6) are shared, the rest is dealt evenly; "random": the baseline of

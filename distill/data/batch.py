@@ -13,6 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from distill.families.family import Family
+from distill.families.flux import Flux
+
 # Streams keep draws for different purposes apart: the same (seed, step) never reuses random
 # numbers.
 STREAMS = {"train": 0, "calibrate": 1, "sample": 2, "test": 3, "order": 4, "weights": 5}
@@ -28,11 +31,12 @@ def generator(seed: int, stream: str, step: int = 0) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward of a FLUX transformer needs, and the clean latents and noise of x_t.
+    """What one forward of a transformer needs, and the clean latents and noise of x_t.
 
     x0, noise [B, S, C]; t [B] in (0, 1), 1 = pure noise; text [B, L, J]; pooled [B, P]; labels [B];
     img_ids [S, 3]; txt_ids [L, 3]; guidance [B], the scale that a guidance-distilled model (FLUX.1
-    [dev]) is told, or None. `batch[a:b]` holds those samples.
+    [dev]) is told, or None; grid: (frames, rows, columns) of the tokens, which all families but
+    FLUX.1 need; family: what makes a model's arguments of these. `batch[a:b]` holds those samples.
     """
 
     PER_SAMPLE: ClassVar = ("x0", "noise", "t", "text", "pooled", "labels", "guidance")
@@ -46,35 +50,27 @@ class Batch:
     img_ids: Tensor
     txt_ids: Tensor
     guidance: Tensor | None = None
+    grid: tuple[int, int, int] | None = None
+    family: Family = Flux()
 
     @property
     def x_t(self) -> Tensor:
-        """x_t = (1 - t) x0 + t noise (rectified flow)."""
-        t = self.t[:, None, None]
-        return (1 - t) * self.x0 + t * self.noise
+        """The noisy latents [B, S, C]."""
+        return self.family.noised(self)
 
     @property
     def velocity(self) -> Tensor:
-        """The flow-matching target d x_t / dt = noise - x0."""
-        return self.noise - self.x0
+        """What the model is to predict; for rectified flow d x_t / dt = noise - x0."""
+        return self.family.target(self)
 
-    def inputs(self) -> dict[str, Tensor]:
-        """Keyword arguments of `FluxTransformer2DModel.forward`."""
-        inputs = {
-            "hidden_states": self.x_t,
-            "timestep": self.t,
-            "encoder_hidden_states": self.text,
-            "pooled_projections": self.pooled,
-            "img_ids": self.img_ids,
-            "txt_ids": self.txt_ids,
-        }
-        if self.guidance is not None:
-            inputs["guidance"] = self.guidance
-        return inputs
+    def inputs(self) -> dict[str, Any]:
+        """Keyword arguments of the transformer's forward."""
+        return self.family.inputs(self)
 
     def to(self, device: torch.device | str) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in values.items() if v is not None})
+        tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **{k: v.to(device) for k, v in tensors.items()})
 
     def __getitem__(self, rows: slice) -> Batch:
         values = {name: getattr(self, name) for name in self.PER_SAMPLE}

@@ -1,4 +1,5 @@
-"""FLUX's own encoders: images to packed latents (VAE), captions to embeddings (T5 and CLIP).
+"""A family's own encoders: images to packed latents (VAE), captions to embeddings; FLUX.1's text
+encoders (T5 and CLIP) are run here, those of other families by their pipelines.
 
 Shapes: B batch, H x W pixels, h x w = H/8 x W/8 latents of c = 16 channels, S = hw/4 image tokens,
 C = 4c = 64 channels of a token, L text tokens, J text width, P pooled width.
@@ -16,24 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2m_models.checkpoints.pipelines import read_index
 from d2m_models.checkpoints.places import may_be_hub_name
-from distill.errors import CheckpointError, UserError
+from distill.errors import CheckpointError, UserError, library_errors
+from distill.families.family import Family
+from distill.families.flux import Flux
+from distill.families.packing import pack, unpack
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def pack(latents: Tensor) -> Tensor:
-    """[B, c, h, w] -> [B, hw/4, 4c]: 2 x 2 patches in rows, a token's channels (c, row, column)."""
-    B, c, h, w = latents.shape
-    x = latents.reshape(B, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return x.reshape(B, (h // 2) * (w // 2), 4 * c)
-
-
-def unpack(tokens: Tensor, rows: int) -> Tensor:
-    """The inverse of `pack` for `rows` rows of tokens (h = 2 rows)."""
-    B, S, C = tokens.shape
-    x = tokens.reshape(B, rows, S // rows, C // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return x.reshape(B, C // 4, 2 * rows, 2 * (S // rows))
 
 
 def _check_parts(model: str, *names: str) -> None:
@@ -83,23 +74,37 @@ def _own_precision(device: str) -> Iterator[None]:
         yield
 
 
-class LatentEncoder:
-    """`AutoencoderKL` of a FLUX folder or hub name: images to packed, scaled latents.
+def _vae_class(model: str, family: Family) -> Any:
+    import diffusers
 
-    latents = (z - shift_factor) * scaling_factor, z the mode of the VAE's posterior, or a draw.
+    if isinstance(family, Flux):
+        return diffusers.AutoencoderKL
+    with library_errors():
+        return getattr(diffusers, read_index(model)["vae"][1])
+
+
+class LatentEncoder:
+    """The VAE of a pipeline's folder or hub name: images to packed, scaled latents.
+
+    latents = (z - shift) * scale, z the mode of the VAE's posterior, or a draw; shift and scale are
+    the family's, for FLUX.1 numbers. A VAE for video is given one frame.
     """
 
-    def __init__(self, model: str, device: str = "cpu", dtype: str = "float32"):
-        from diffusers import AutoencoderKL
-
+    def __init__(
+        self, model: str, device: str = "cpu", dtype: str = "float32", family: Family | None = None
+    ):
+        family = family or Flux()
         _check_parts(model, "vae")
-        self.vae = _load(AutoencoderKL, model, "vae", dtype=DTYPES[dtype], use_safetensors=True)
+        kind = _vae_class(model, family)
+        self.vae = _load(kind, model, "vae", dtype=DTYPES[dtype], use_safetensors=True)
         self.vae.eval().requires_grad_(False)
         config = self.vae.config
-        self.shift, self.scale = float(config.shift_factor or 0), float(config.scaling_factor)
-        self.factor = 2 ** (len(config.block_out_channels) - 1)
-        self.channels = 4 * config.latent_channels
+        self.shift, self.scale = family.scaling(self.vae)
+        levels = config.get("temperal_downsample", config.get("block_out_channels", ())[1:])
+        self.factor, self.video = 2 ** len(levels), "temperal_downsample" in config
+        self.channels = 4 * (config["z_dim"] if self.video else config["latent_channels"])
         keys = ("latent_channels", "shift_factor", "scaling_factor", "block_out_channels")
+        keys = [k for k in (*keys, "latents_mean", "latents_std") if k in config]
         self.fingerprint = weights_fingerprint(self.vae, {k: config[k] for k in keys})
         self.device, self.dtype = device, DTYPES[dtype]
         self.vae.to(device)
@@ -116,21 +121,25 @@ class LatentEncoder:
         """
         x = images.to(self.device, torch.float32) / 127.5 - 1
         with _own_precision(self.device):
+            x = x[:, :, None] if self.video else x
             posterior = self.vae.encode(x.to(self.dtype)).latent_dist
         z = posterior.mean.float()
         if generators is not None:
             shape = z.shape[1:]
             noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
             z = z + posterior.std.float() * noise.to(z.device)
-        return pack((z - self.shift) * self.scale).cpu()
+        packed = pack(z[:, :, 0] if self.video else z).cpu()
+        return (packed - self.shift) * self.scale
 
     def decode(self, tokens: Tensor, rows: int) -> Tensor:
         """The way back: [B, S, C] of `rows` rows of tokens -> images [B, 3, H, W] in 0..1 on the
         CPU.
         """
-        z = unpack(tokens.to(self.device).float(), rows) / self.scale + self.shift
+        z = unpack(tokens.cpu().float() / self.scale + self.shift, rows).to(self.device)
+        z = z[:, :, None] if self.video else z
         with _own_precision(self.device):
             x = self.vae.decode(z.to(self.dtype)).sample.float().cpu()
+        x = x[:, :, 0] if self.video else x
         return (x / 2 + 0.5).clamp(0, 1)
 
 
@@ -157,7 +166,7 @@ class TextEncoder:
         self.t5_tokenizer = _load(AutoTokenizer, model, "tokenizer_2")
         for module in (self.clip, self.t5):
             module.eval().requires_grad_(False).to(device)
-        self.device, self.length = device, length
+        self.device, self.length, self.rows = device, length, length
         self.text_dim = self.t5.config.d_model
         self.pooled_dim = self.clip.config.hidden_size
         # 9.5 GB of T5: the first 4 KiB of every tensor tell versions apart.
@@ -182,6 +191,57 @@ class TextEncoder:
     def _ids(self, tokenizer: Any, caption: str, length: int) -> Tensor:
         options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         return tokenizer([caption], max_length=length, **options).input_ids.to(self.device)
+
+
+class PipelineText:
+    """The text encoders of a family's pipeline, run by its own `encode_prompt`, a caption at a time
+    (see `TextEncoder`); text shorter than L is followed by zeros."""
+
+    def __init__(
+        self, model: str, family: Family, device: str = "cpu", dtype: str = "bfloat16",
+        length: int = 512,
+    ):  # fmt: skip
+        from diffusers import DiffusionPipeline
+
+        path = Path(model).expanduser()
+        try:
+            self.pipe = DiffusionPipeline.from_pretrained(
+                str(path) if path.exists() else model, transformer=None, vae=None,
+                dtype=DTYPES[dtype],
+            )  # fmt: skip
+        except Exception as err:  # diffusers, transformers and the hub raise many kinds
+            raise CheckpointError(
+                f"cannot load the text encoders of {model}: {' '.join(str(err).split())}"
+            ) from err
+        # where a pipeline may do without (Wan's), diffusers has loaded it nevertheless
+        given = [n for n in self.pipe.components if n == "vae" or n.startswith("transformer")]
+        self.pipe.register_modules(**dict.fromkeys(given))
+        self.pipe.to(device)
+        self.family, self.device, self.length = family, device, length
+        parts = sorted(self.pipe.components.items())
+        modules = [m.eval().requires_grad_(False) for _, m in parts if isinstance(m, nn.Module)]
+        # the first 4 KiB of every tensor tell versions apart
+        self.fingerprint = "-".join(weights_fingerprint(m, {}, 4096) for m in modules)
+        self.rows = family.text_rows(self.pipe, length)
+        _, self.text_dim, self.pooled_dim = family.sizes()
+
+    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Captions -> (text [B, L, J], pooled [B, P]); P is 0 where there is none."""
+        texts, pooled = [], []
+        with _own_precision(self.device):
+            for caption in captions:
+                text, vector = self.family.encode(self.pipe, caption, self.length)
+                text = text[: self.rows]
+                texts.append(nn.functional.pad(text, (0, 0, 0, self.rows - len(text))))
+                pooled.append(text.new_zeros(0) if vector is None else vector)
+        return torch.stack(texts), torch.stack(pooled)
+
+
+def text_encoder(model: str, family: Family, *args: Any, **options: Any) -> Any:
+    """The encoder of a family's captions."""
+    if isinstance(family, Flux):
+        return TextEncoder(model, *args, **options)
+    return PipelineText(model, family, *args, **options)
 
 
 def text_sizes(model: str) -> tuple[int, int]:

@@ -23,18 +23,23 @@ from distill.data.batch import Batch, generator, image_ids, sample_timesteps
 from distill.data.folder import ShardFile, damage, read_manifest
 from distill.data.order import BucketOrder
 from distill.errors import CheckpointError, ConfigError, TrainingError, UserError
+from distill.families.family import Family
+from distill.families.flux import Flux
 from distill.files import fingerprint
 
 OPEN_FILES = 8  # mapped at once; pages that were read count as this process's memory
 
 
-def open_shards(config: DataConfig, device: str = "cpu", guidance: float | None = None) -> Any:
+def open_shards(
+    config: DataConfig, device: str = "cpu", guidance: float | None = None,
+    family: Family | None = None,
+) -> Any:  # fmt: skip
     """The source of a `DataConfig` named "shards", read ahead as `config.prefetch` says."""
     from distill.data.prefetch import Prefetch
 
     if device == "cuda":  # a thread of its own would take the first GPU
         device = f"cuda:{torch.cuda.current_device()}"
-    source = Shards(config, device, guidance)
+    source = Shards(config, device, guidance, family)
     return Prefetch(source, config.prefetch) if config.prefetch else source
 
 
@@ -73,9 +78,13 @@ class Shards:
     than `max_bad_shards` shards in which something is damaged are an error.
     """
 
-    def __init__(self, config: DataConfig, device: str = "cpu", guidance: float | None = None):
+    def __init__(
+        self, config: DataConfig, device: str = "cpu", guidance: float | None = None,
+        family: Family | None = None,
+    ):  # fmt: skip
         assert config.folder is not None
         self.config, self.device, self.guidance = config, device, guidance
+        self.family = family or Flux()
         parts = manifests(Path(config.folder).expanduser())
         first = parts[0][1]
         self.shards = [(folder, entry) for folder, m in parts for entry in m["shards"]]
@@ -131,17 +140,20 @@ class Shards:
                     empty = load_file(folder / "empty.safetensors")
                 except Exception as err:  # safetensors has its own error type
                     raise CheckpointError(f"cannot read {folder}/empty.safetensors: {err}") from err
-                self._empty = empty["text"].float(), empty["pooled"].float()
+                self._empty = empty["text"].float(), empty.get("pooled", torch.zeros(0)).float()
             return
         if config.text_encoders is None:
             raise ConfigError(
                 f"{folder} holds no text embeddings; expected data.text_encoders, the FLUX folder "
                 "or hub name whose T5 and CLIP encode the captions"
             )
-        from distill.data.encode import text_sizes
-
         self.text_tokens = config.max_sequence_length
-        self.text_dim, self.pooled_dim = text_sizes(config.text_encoders)
+        if isinstance(self.family, Flux):
+            from distill.data.encode import text_sizes
+
+            self.text_dim, self.pooled_dim = text_sizes(config.text_encoders)
+        else:
+            _, self.text_dim, self.pooled_dim = self.family.sizes()
 
     def __len__(self) -> int:
         return self.offsets[-1]
@@ -173,6 +185,8 @@ class Shards:
             labels=torch.from_numpy(numbers + self.offsets[bucket]),
             img_ids=image_ids(*self.tokens[self.buckets[bucket]]),
             txt_ids=torch.zeros(self.text_tokens, 3),
+            grid=(1, *self.tokens[self.buckets[bucket]]),
+            family=self.family,
             guidance=None if self.guidance is None else torch.full((len(t),), self.guidance),
         )
 
@@ -183,19 +197,20 @@ class Shards:
         kind, grid = self.config.timesteps, self.config.timestep_grid
         t = sample_timesteps(1, gen, kind, image_tokens=len(latent), grid=grid)[0]
         drop = bool(torch.rand((), generator=gen) < self.config.caption_dropout)
-        if text is None or pooled is None:
+        if text is None:
             text, pooled = self._encode("" if drop else caption)
         elif drop and self._empty is not None:
             text, pooled = self._empty
+        pooled = torch.zeros(0) if pooled is None else pooled
         return latent.float(), noise, t, text.float(), pooled.float()
 
     def _encode(self, caption: str) -> tuple[Tensor, Tensor]:
         if self.encoder is None:
-            from distill.data.encode import TextEncoder
+            from distill.data.encode import text_encoder
 
             assert self.config.text_encoders is not None
-            self.encoder = TextEncoder(
-                self.config.text_encoders, self.device, length=self.text_tokens
+            self.encoder = text_encoder(
+                self.config.text_encoders, self.family, self.device, length=self.text_tokens
             )
         text, pooled = self.encoder.encode([caption])
         return text[0], pooled[0]
@@ -216,7 +231,7 @@ class Shards:
         from distill.data.encode import LatentEncoder
 
         if self.vae is None:
-            self.vae = LatentEncoder(model, self.device)
+            self.vae = LatentEncoder(model, self.device, family=self.family)
         rows = int(img_ids[:, 1].max()) + 1
         images = [self.vae.decode(one[None], rows)[0] for one in latents]
         return torch.stack(images).permute(0, 2, 3, 1)

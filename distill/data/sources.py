@@ -15,25 +15,34 @@ from distill.data.digits import ClassPrompts, Digits
 from distill.data.icons import Icons
 from distill.data.photos import Photos
 from distill.errors import UserError
+from distill.families.family import Family
+from distill.families.flux import Flux
+from distill.families.registry import family_of
 
 
 def open_source(config: DataConfig, model: nn.Module | None = None, device: str = "cpu") -> Any:
     """The training data of `config`.
 
     Args:
-        model: the FLUX transformer that is to take the batches; sizes that do not fit are an error,
-            and guidance is given if it embeds one.
+        model: the transformer that is to take the batches; sizes that do not fit are an error, and
+            guidance is given if it embeds one.
         device: where text encoders run.
     """
+    family = Flux() if model is None else family_of(model)
     if config.name == "shards":
         from distill.data.prepared import open_shards
 
         embeds = model is not None and getattr(model.config, "guidance_embeds", False)
-        source = open_shards(config, device, config.guidance if embeds else None)
-    else:
+        source = open_shards(config, device, config.guidance if embeds else None, family)
+    elif isinstance(family, Flux):
         source = built_in(config)
+    else:
+        raise UserError(
+            f"data.name is {config.name!r}, which a {type(model).__name__} does not take; expected "
+            "'shards', a folder of `d2m prepare --model` with its own pipeline"
+        )
     if model is not None:
-        check_fit(source, model, config.name)
+        check_fit(source, family, config.name)
     return source
 
 
@@ -59,11 +68,9 @@ def data_fingerprint(config: DataConfig) -> str | None:
     return folder_fingerprint(config)
 
 
-def check_fit(source: Any, model: nn.Module, name: str) -> None:
+def check_fit(source: Any, family: Family, name: str) -> None:
     """A UserError unless the model takes tokens, text and pooled text of the source's sizes."""
-    have = tuple(
-        model.config[k] for k in ("in_channels", "joint_attention_dim", "pooled_projection_dim")
-    )
+    have = family.sizes()
     want = (source.channels, source.text_dim, source.pooled_dim)
     if have != want:
         raise UserError(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2m_models.output import block_features
+from d2m_models.output import block_features, run_with_aux
 from distill.configs.sections import LossConfig
 from distill.data.batch import Batch
 from distill.loop.losses import (
@@ -139,17 +139,18 @@ class Distillation:
 
     def terms(self, batch: Batch) -> Terms:
         """Both models on the batch."""
-        inputs = batch.inputs()
-        with torch.no_grad(), block_features(self.teacher, self.student.d2m_config) as known:
-            target = self.teacher(**inputs).sample
-        out = self.student(**inputs, output_aux=True)
-        distill = distill_loss(target, out.sample)
-        names = self.features if self.features is not None else list(out.aux.features)
+        inputs, family, student = batch.inputs(), batch.family, self.student
+        names = getattr(student, "d2m_blocks", None)  # None: FLUX.1's
+        with torch.no_grad(), block_features(self.teacher, student.d2m_config, names) as known:
+            target = family.output(self.teacher(**inputs))
+        out, aux = run_with_aux(self.student, inputs)
+        distill = distill_loss(target, family.output(out))
+        names = self.features if self.features is not None else list(aux.features)
         _, errors_L, norms_L = feature_terms(
             {name: known[self.aliases.get(name, name)] for name in names},
-            {name: out.aux.features[name] for name in names},
+            {name: aux.features[name] for name in names},
         )
-        balance = self._balance(out.aux)
+        balance = self._balance(aux)
         statistics = Statistics(
             rows=len(batch),
             distill=distill.detach(),

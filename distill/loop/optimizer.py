@@ -119,15 +119,23 @@ def set_rate(group: dict, rate: float) -> None:
 def decay_trained_slices(
     params: dict[str, nn.Parameter], frozen: Sequence[FrozenSlice], lr: float, weight_decay: float
 ) -> None:
-    """AdamW's decay, p *= 1 - lr * weight_decay, on the part of each matrix that is not frozen."""
+    """AdamW's decay, p *= 1 - lr * weight_decay, on the part of each matrix that is not frozen.
+
+    A fused gate's matrix has two frozen slices.
+    """
+    of: dict[tuple[str, int], list[FrozenSlice]] = {}
     for f in frozen:
-        p = params[f.name]
+        of.setdefault((f.name, f.dim), []).append(f)
+    for (name, dim), slices in of.items():
+        p = params[name]
         if p.ndim < 2 or not weight_decay:
             continue
-        for span in ((0, f.start), (f.stop, p.shape[f.dim])):
-            start, stop = local_span(p, f.dim, *span)
+        ends = [at for f in sorted(slices, key=lambda f: f.start) for at in (f.start, f.stop)]
+        edges = [0, *ends, p.shape[dim]]
+        for span in zip(edges[0::2], edges[1::2], strict=True):
+            start, stop = local_span(p, dim, *span)
             if stop > start:
-                local(p.detach()).narrow(f.dim, start, stop - start).mul_(1 - lr * weight_decay)
+                local(p.detach()).narrow(dim, start, stop - start).mul_(1 - lr * weight_decay)
 
 
 @torch.no_grad()

@@ -24,6 +24,9 @@ from d2m_models.output import watched
 from d2m_models.private import fake_mode, storage_key
 from distill.configs.sections import StageConfig, TeacherConfig
 from distill.data.batch import Batch
+from distill.errors import UserError
+from distill.families.flux import Flux
+from distill.families.registry import find_family
 from distill.loop.objective import Distillation
 from distill.loop.step import autocast
 from distill.plan.shorter import Unit, fewer, shortened, spread, units
@@ -43,7 +46,10 @@ def teacher_skeleton(config: TeacherConfig) -> nn.Module:
         folder = Path(config.path)
         for at in (folder / "transformer", folder):
             if (at / "config.json").is_file():
-                model = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(at))
+                found = FluxTransformer2DModel.load_config(at)
+                if not isinstance(find_family(found["_class_name"])(), Flux):
+                    raise UserError(f"--plan counts FLUX.1 alone; {at} is a {found['_class_name']}")
+                model = FluxTransformer2DModel.from_config(found)
                 break
         else:
             model = FluxTransformer2DModel(guidance_embeds=True)

@@ -27,7 +27,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     )
     p.add_argument("out", metavar="OUT", nargs="?", help="folder to write, or to go on with")
     p.add_argument("--check", action="store_true", help="only verify SOURCE, a prepared folder")
-    p.add_argument("--model", help="FLUX folder or hub name whose VAE and text encoders are used")
+    p.add_argument("--model", help="pipeline (folder, hub name) whose encoders are used")
     p.add_argument("--layout", choices=LAYOUTS, default="auto", help="default: %(default)s")
     p.add_argument("--caption-column", help="instead of the usual names")
     p.add_argument("--image-column", help="instead of the usual names")
@@ -64,8 +64,8 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     p.add_argument(
         "--text-embeddings",
         action="store_true",
-        help="also store T5 and CLIP embeddings, 4.2 MB a sample at 512 tokens; without it they "
-        "are computed during training",
+        help="also store text embeddings, FLUX.1's of 4.2 MB a sample at 512 tokens; without it "
+        "they are computed during training",
     )
     p.add_argument(
         "--max-sequence-length", type=int, default=512, help="T5 tokens a caption (%(default)s)"

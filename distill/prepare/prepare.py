@@ -75,7 +75,8 @@ def _prepare(
     run = Run(out, settings, encoders, listing)
     if encoders.text is not None:
         text, pooled = (x[0].cpu() for x in encoders.text.encode([""]))
-        ckpt.save_plain(out / "empty.safetensors", {"text": text, "pooled": pooled})
+        empty = {"text": text} | ({"pooled": pooled} if len(pooled) else {})
+        ckpt.save_plain(out / "empty.safetensors", empty)
     _fill(run, captions, buckets, workers, max_bad, progress)
     return _some(run.manifest, source, out)
 

@@ -18,9 +18,10 @@ import torch
 
 from distill import files as ckpt
 from distill.data.batch import generator
-from distill.data.encode import DTYPES, LatentEncoder, TextEncoder
+from distill.data.encode import DTYPES, LatentEncoder, text_encoder
 from distill.data.folder import FORMAT, Sample, bucket_size, damage, read_manifest, write_shard
 from distill.errors import CheckpointError, UserError
+from distill.families.registry import open_family
 from distill.prepare.decode import Decoded
 
 NAMED = 3  # entries the manifest names under a reason
@@ -56,10 +57,12 @@ class Encoders:
 
     def __init__(self, model: str, settings: Settings, device: str):
         self.settings = settings
-        self.vae = LatentEncoder(model, device, settings.precision)
+        family = open_family(model)
+        self.vae = LatentEncoder(model, device, settings.precision, family)
         self.text = None
         if settings.text_embeddings:
-            self.text = TextEncoder(model, device, settings.text_precision, settings.length)
+            options = (device, settings.text_precision, settings.length)
+            self.text = text_encoder(model, family, *options)
 
     def describe(self) -> dict[str, Any]:
         """The models' part of the manifest."""
@@ -67,8 +70,8 @@ class Encoders:
         about: dict[str, Any] = {
             "vae": {
                 "fingerprint": vae.fingerprint,
-                "shift_factor": vae.shift,
-                "scaling_factor": vae.scale,
+                "shift_factor": _plain(vae.shift),
+                "scaling_factor": _plain(vae.scale),
                 "factor": vae.factor,
                 "channels": vae.channels,
             },
@@ -89,7 +92,7 @@ class Encoders:
         size = len(item.caption.encode()) + 16  # with its end and its CRC
         size += rows * columns * self.vae.channels * DTYPES[self.settings.dtype].itemsize
         if self.text is not None:
-            width = self.text.length * self.text.text_dim + self.text.pooled_dim
+            width = self.text.rows * self.text.text_dim + self.text.pooled_dim
             size += width * DTYPES[self.settings.text_precision].itemsize
         return size
 
@@ -105,10 +108,15 @@ class Encoders:
             text = pooled = None
             if self.text is not None:
                 text, pooled = (x[0].cpu() for x in self.text.encode([d.caption]))
+                pooled = pooled if len(pooled) else None
             samples.append(
                 Sample(d.number, d.key, d.caption, d.bucket, d.size, latent.clone(), text, pooled)
             )
         return samples
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
 class Run:

@@ -35,6 +35,7 @@ def add_command(commands: Any) -> None:
 
 
 def run_survey(args: argparse.Namespace) -> None:
+    from d2m_models.conversion.flux import check_dense_flux
     from distill.configs.sections import DataConfig, TeacherConfig
     from distill.data.sources import BUILT_IN, open_source
     from distill.survey.page import describe, write_page
@@ -49,6 +50,7 @@ def run_survey(args: argparse.Namespace) -> None:
     model = load_teacher(TeacherConfig(path=args.model, dtype=args.dtype), data, args.seed, device)
     about = {"model": args.model, "data": args.calibrate, "dtype": args.dtype}
     with library_errors():
+        check_dense_flux(model, "MODEL")
         content = survey(
             model, open_source(data, model, device), args.out, about=about, samples=args.samples,
             rows=args.rows, tokens=args.tokens, seed=args.seed,

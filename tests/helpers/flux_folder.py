@@ -55,8 +55,8 @@ def flux_folder(path, guidance=False, factor=8):
             feed_forward_proj="gated-gelu",
         )
     ).save_pretrained(path / "text_encoder_2")
-    _clip_tokenizer(path / "tokenizer")
-    _t5_tokenizer(path / "tokenizer_2")
+    clip_tokenizer(path / "tokenizer")
+    t5_tokenizer(path / "tokenizer_2")
     FluxTransformer2DModel(
         in_channels=CHANNELS,
         num_layers=1,
@@ -83,7 +83,7 @@ def flux_folder(path, guidance=False, factor=8):
     return path
 
 
-def _t5_tokenizer(path):
+def t5_tokenizer(path):
     from transformers import T5TokenizerFast
 
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0)]
@@ -92,7 +92,7 @@ def _t5_tokenizer(path):
     tokenizer.save_pretrained(path)
 
 
-def _clip_tokenizer(path):
+def clip_tokenizer(path):
     from transformers import CLIPTokenizer
 
     letters = sorted(set("".join(WORDS)))

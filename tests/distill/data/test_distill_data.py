@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("sklearn")
+
+from helpers.batches import equal
 
 from distill.data.batch import flux_shift, generator, sample_timesteps
 from distill.data.digits import Digits, patchify, unpatchify
@@ -20,16 +22,11 @@ def digits():
     return Digits("train")
 
 
-def _equal(a, b):
-    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(a)]
-    return all((x is None and y is None) or torch.equal(x, y) for x, y in pairs)
-
-
 def test_batches_depend_on_seed_and_step_alone(digits):
     first = digits.batch(3, 17, 8)
     torch.manual_seed(99)
     torch.rand(5)
-    assert _equal(first, Digits("train").batch(3, 17, 8))
+    assert equal(first, Digits("train").batch(3, 17, 8))
     assert not torch.equal(first.noise, digits.batch(3, 18, 8).noise)
     assert not torch.equal(first.noise, digits.batch(4, 17, 8).noise)
     assert not torch.equal(first.noise, digits.batch(3, 17, 8, "calibrate").noise)
@@ -42,7 +39,7 @@ def test_a_rank_gets_its_rows_of_the_global_batch(kind):
     whole = digits.batch(3, 17, 8)
     for rows in (slice(0, 3), slice(3, 8), slice(5, 6)):
         part = digits.batch(3, 17, 8, rows=rows)
-        assert _equal(part, whole[rows]) and len(part) == rows.stop - rows.start
+        assert equal(part, whole[rows]) and len(part) == rows.stop - rows.start
         assert torch.equal(part.noise, whole.noise[rows]) and torch.equal(part.t, whole.t[rows])
         assert torch.equal(part.img_ids, whole.img_ids)
 
@@ -160,5 +157,5 @@ def test_sampler_integrates_the_velocity(digits):
 
 
 def test_same_noise_for_every_model(digits):
-    assert _equal(digits.noise_batch(5, 2), Digits("test").noise_batch(5, 2))
+    assert equal(digits.noise_batch(5, 2), Digits("test").noise_batch(5, 2))
     assert digits.noise_batch(5, 2).labels.tolist() == [d for d in range(10) for _ in range(2)]

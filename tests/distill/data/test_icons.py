@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from importlib.util import find_spec
 from itertools import combinations
 
@@ -14,6 +13,8 @@ pytest.importorskip("PIL")
 if find_spec("qtawesome") is None:
     pytest.skip("needs QtAwesome", allow_module_level=True)
 
+from helpers.batches import equal
+
 from distill.data import icons as data
 from distill.data.icons import FONTS, Icons, read_charmap, split_names, word_code
 from distill.errors import UserError
@@ -22,13 +23,6 @@ from distill.errors import UserError
 @pytest.fixture(scope="module")
 def icons():
     return Icons("train", fonts=["fa"])
-
-
-def same(a, b) -> bool:
-    return all(
-        x is y is None or torch.equal(x, y)
-        for x, y in ((getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
-    )
 
 
 def test_splits_cover_all_icons_once_and_keep_pairs_of_words_apart():
@@ -82,8 +76,8 @@ def test_prompts(icons):
 def test_batches(icons):
     batch = icons.batch(3, 7, 12)
     assert batch.x0.shape == (12, 64, 16) and batch.text.shape == (12, 8, 128)
-    assert same(batch, icons.batch(3, 7, 12))
-    assert same(batch[2:5], icons.batch(3, 7, 12, rows=slice(2, 5)))
+    assert equal(batch, icons.batch(3, 7, 12))
+    assert equal(batch[2:5], icons.batch(3, 7, 12, rows=slice(2, 5)))
     assert not torch.equal(batch.noise, icons.batch(3, 7, 12, "test").noise)
     epoch = torch.cat([icons.batch(0, s, 100).labels for s in range(len(icons) // 100)])
     assert len(epoch.unique()) == len(epoch)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import pytest
 import torch
 
 pytest.importorskip("skimage")
 pytest.importorskip("PIL")
+
+from helpers.batches import equal
 
 from distill.data.digits import patchify, unpatchify
 from distill.data.photos import PICTURES, Photos, read_picture
@@ -17,11 +17,6 @@ from distill.data.photos import PICTURES, Photos, read_picture
 @pytest.fixture(scope="module")
 def photos():
     return Photos("train")
-
-
-def same(a, b) -> bool:
-    values = ((getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
-    return all(x is y is None or torch.equal(x, y) for x, y in values)
 
 
 def test_shapes(photos):
@@ -37,7 +32,7 @@ def test_shapes(photos):
 
 def test_a_batch_depends_on_its_arguments_alone(photos):
     batch = photos.batch(3, 7, 12, "test")
-    assert same(batch, Photos("train").batch(3, 7, 12, "test"))
+    assert equal(batch, Photos("train").batch(3, 7, 12, "test"))
     for other in ((4, 7, 12, "test"), (3, 8, 12, "test"), (3, 7, 12, "train")):
         changed = photos.batch(*other)
         assert not torch.equal(batch.noise, changed.noise)
@@ -47,7 +42,7 @@ def test_a_batch_depends_on_its_arguments_alone(photos):
 @pytest.mark.parametrize("rows", [slice(0, 5), slice(5, 12), slice(11, 12), slice(4, 4)])
 def test_rows_are_those_of_the_whole_batch(photos, rows):
     whole, part = photos.batch(1, 2, 12), photos.batch(1, 2, 12, rows=rows)
-    assert same(whole[rows], part)
+    assert equal(whole[rows], part)
 
 
 def test_grid(photos):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 pytest.importorskip("PIL")
 
+from helpers.batches import equal
 from helpers.flux_folder import CHANNELS, LENGTH, caption, flux_folder, image_folder
 
 from distill.configs.sections import DataConfig
@@ -60,11 +61,6 @@ def cached(flux, images, tmp_path_factory):
 def config(folder, **changes):
     options = {"max_sequence_length": LENGTH, "prefetch": 0, **changes}
     return DataConfig(name="shards", folder=str(folder), **options)
-
-
-def equal(a, b):
-    pairs = ((getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
-    return all(x is y if x is None or y is None else torch.equal(x, y) for x, y in pairs)
 
 
 # --- contents -------------------------------------------------------------------------------
