@@ -448,7 +448,7 @@ def test_down_projection_with_gate_and_residual_of_the_block():
         h, neuron_columns(w2, S, 2), out, offsets, y2=y2, inverse_TK=inverse, weights_TK=weights,
         bias=bias, adaln_BD=gate, residual_TD=residual,
     )  # fmt: skip
-    down_shared("down_combine", [end], S=S, scale=1.3)
+    down_shared("down_combine", [end], None, S=S, scale=1.3)
     inner = reference.combine(y2, inverse, weights, offsets, h @ w2[:, :S].T, bias, 1.3)
     expected = residual + gate.repeat_interleave(T // 3, 0) * inner
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
@@ -683,8 +683,8 @@ def test_forward_with_256_experts(activation):
 @pytest.mark.parametrize("activation", ["gelu_tanh", "geglu"])
 def test_half_tiles_give_the_same_bits(activation, monkeypatch):
     """Experts with 1, 64, 65, 0 and 190 rows, a shared expert with 160: all kinds of last tile."""
-    wide = configs.by_name()["128x128x64w8s4p1halftma"]
-    assert wide.halves and wide != configs.by_name()["128x128x64w8s4p1tma"]
+    wide = configs.named("128x128x64w8s4p1halftma")
+    assert wide.halves
     size = dict(D=16, S=16, H=16, E=5, k=2, activation=activation, dtype=torch.bfloat16)
     case = Case(T=160, **size)
     p = case.build(grad=False)
@@ -751,16 +751,17 @@ def test_a_tile_that_does_not_fit_falls_back(monkeypatch):
 
     class Kernel:
         def __getitem__(self, grid):
-            def run(columns, **meta):
+            def run(columns, ticket_ptr, **meta):
                 used.append(columns)
                 if columns > 64:
                     raise OutOfResources(250_000, 232_448, "shared memory")
 
             return run
 
-    big = configs.by_name()[TMA]
+    big = configs.named(TMA)
     with pytest.warns(RuntimeWarning, match="does not fit here"):
-        launch.launch(Kernel(), "up", big, torch.device("cpu"), lambda c: dict(columns=c.block_n))
+        arguments, cpu = lambda c: dict(columns=c.block_n), torch.device("cpu")
+        launch.launch(Kernel(), "up", big, cpu, arguments, None)
     assert used == [128, 64]
 
 
