@@ -38,7 +38,7 @@ def instructions(sass: str) -> dict:
             loops.append((int(branch[1], 16), address))
     inner = [
         (first, last) for first, last in loops
-        if not any((f, l) != (first, last) and first <= f and l <= last for f, l in loops)
+        if not any((f, e) != (first, last) and first <= f and e <= last for f, e in loops)
     ]  # fmt: skip
     steps = []
     for first, last in sorted(inner):

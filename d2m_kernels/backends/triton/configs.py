@@ -23,7 +23,8 @@ STAGES = ("up", "up_gated", "down", "down_combine", "act_bwd", "dx", "dx_combine
 class Config:
     """One tile shape, BLOCK_M rows, BLOCK_N columns, BLOCK_K of the sum at a time, and its launch.
 
-    `name` leaves out what is as by default: 128x128x64w8s3p2g4r128halftmastaticnofence has it all.
+    `name` leaves out what is as by default; with everything in it:
+    128x128x64w8s3p2g4r128halftmaatmastaticnofenceexact.
     """
 
     block_m: int
@@ -39,9 +40,7 @@ class Config:
     tickets: bool = True  # the next tile to whichever program is free, else in rounds of the grid
     fence: bool = True  # where Triton leaves it out: see `fences`
     approx: bool = True  # bf16 gelu_tanh by tanh.approx
-    shared_tma: bool = (
-        False  # with tma: the shared expert's rows of A as well, in a loop of its own
-    )
+    shared_tma: bool = False  # with tma: the shared expert's rows of A too, in their own loop
 
     @property
     def name(self) -> str:
@@ -63,8 +62,10 @@ class Config:
         return meta if self.max_registers is None else meta | dict(maxnreg=self.max_registers)
 
 
-_WORDS = {"half": ("halves", True), "tma": ("tma", True), "static": ("tickets", False),
-          "nofence": ("fence", False), "exact": ("approx", False), "atma": ("shared_tma", True)}  # fmt: skip
+_WORDS = {
+    "half": ("halves", True), "tma": ("tma", True), "atma": ("shared_tma", True),
+    "static": ("tickets", False), "nofence": ("fence", False), "exact": ("approx", False),
+}  # fmt: skip
 _NAME = re.compile(
     r"(\d+)x(\d+)x(\d+)w(\d+)s(\d+)(?:p(\d+))?(?:g(\d+))?(?:r(\d+))?"
     + "".join(f"({word})?" for word in _WORDS)
@@ -120,7 +121,7 @@ def _halved(*rules: Rule) -> tuple[Rule, ...]:
 
 
 # sm_90. 128x256 over 8 warps needs 9.3 TB/s of L2 at 790 TFLOP/s, 128x128 needs 12.3: the wide tile
-# where K is long, two programs of the narrow one on an SM where K is 768 and the epilogue weighs.
+# wherever its columns are not mostly padding, else two programs of the narrow one on an SM.
 # The epilogue of "act_bwd" holds dA', z and act'(z) at once: 187 to 255 registers, one program.
 # Two programs of 8 warps have 128 registers a thread; left to itself ptxas takes up to 144 of them.
 _WIDE = Config(128, 256, 64, warps=8, stages=3, tma=True)
@@ -128,14 +129,15 @@ _NARROW = Config(128, 128, 64, warps=8, stages=4, tma=True)
 _PAIR = Config(128, 128, 64, warps=8, stages=3, per_sm=2, tma=True, max_registers=128)
 _SHORT = Config(64, 128, 64, warps=4, stages=4, per_sm=2, tma=True)
 _SHORT_GATED = Config(64, 64, 64, warps=4, stages=4, per_sm=2, tma=True)
+_DOWN = (Rule(_PAIR, max_width=1536), Rule(_WIDE))
 _SM90 = {
     "up": _halved(Rule(_SHORT, max_rows=128), Rule(_NARROW, max_width=128), Rule(_WIDE)),
     "up_gated": _halved(Rule(_SHORT_GATED, max_rows=128), Rule(_NARROW)),
-    "down": _halved(Rule(_SHORT, max_rows=128), Rule(_PAIR)),
-    "down_combine": _static(Rule(_SHORT, max_rows=512), Rule(_PAIR)),
+    "down": _halved(Rule(_SHORT, max_rows=128), *_DOWN),
+    "down_combine": _static(Rule(_SHORT, max_rows=512), *_DOWN),
     "act_bwd": (Rule(_SHORT, max_rows=128), Rule(_NARROW)),
-    "dx": _halved(Rule(_SHORT, max_rows=128), Rule(_PAIR)),
-    "dx_combine": _static(Rule(_SHORT, max_rows=512), Rule(_PAIR)),
+    "dx": _halved(Rule(_SHORT, max_rows=128), *_DOWN),
+    "dx_combine": _static(Rule(_SHORT, max_rows=512), *_DOWN),
     "wgrad": (Rule(Config(128, 256, 64, warps=8, stages=3)),),
 }
 
@@ -243,6 +245,14 @@ def _pinned(spec: str) -> dict[str, Config]:
     return pins
 
 
+def from_table(arch: str, stage: str, rows: float, width: int) -> Config:
+    """The first rule that applies to 16-bit numbers."""
+    for rule in TABLE.get(arch, {}).get(stage, ()):
+        if rows <= rule.max_rows and width <= rule.max_width:
+            return rule.config
+    return SMALL
+
+
 def select(stage: str, x: torch.Tensor, rows: float, width: int, sizes: tuple) -> Config:
     """The config of a launch on x's device and dtype, for groups of `rows` x `width` outputs.
 
@@ -256,7 +266,4 @@ def select(stage: str, x: torch.Tensor, rows: float, width: int, sizes: tuple) -
         return RAGGED_FP32 if ragged else FP32
     if ragged:
         return RAGGED
-    for rule in TABLE.get(arch_of(x.device.type, x.device.index), {}).get(stage, ()):
-        if rows <= rule.max_rows and width <= rule.max_width:
-            return rule.config
-    return SMALL
+    return from_table(arch_of(x.device.type, x.device.index), stage, rows, width)

@@ -54,8 +54,8 @@ def _grouped_gemm_tiles(tile, s, d, T, M, N, K, S, E, corners, ticket_ptr,
 @triton.jit(do_not_specialize=["T", "M", "T_2", "M_2"])
 def _grouped_gemm_fwd_kernel(
     s, T, M, x_desc, w_desc, gate_desc, s_2, T_2, M_2, x_desc_2, w_desc_2, gate_desc_2,
-    N, K, S, E, corners, ticket_ptr, PAIR: tl.constexpr, GATHER_DIV: tl.constexpr, BLOCK_E: tl.constexpr,
-    P: tl.constexpr,
+    N, K, S, E, corners, ticket_ptr, PAIR: tl.constexpr, GATHER_DIV: tl.constexpr,
+    BLOCK_E: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """out[r] = act(x[row(r)] W_e^T + b_e) for the rows of every expert e, zero past offsets[E].
 
@@ -119,10 +119,10 @@ def grouped_matmul(
     dual=False,
 ):  # fmt: skip
     """Launches the kernel for one or two streams, which differ in tensors and rows alone."""
-    streams = [s for s in streams if s.work()]
+    streams = sorted((s for s in streams if s.work()), key=Operands.work)
     if not streams:
         return
-    large = max(streams, key=Operands.work)  # its sizes choose the tile
+    large = streams[-1]  # its sizes choose the tile, and its half tiles come last
     (T, S), M, E, x = large.shared, large.out.shape[0], large.offsets.shape[0] - 1, large.x
     gated = large.gate is not None and not dual
 

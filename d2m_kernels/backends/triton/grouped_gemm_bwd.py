@@ -30,9 +30,8 @@ def grouped_gemm_bwd(
         dx = x.new_empty(M, K)
         gate = None if w_gate is None else stacked(w_gate)
         operands = Operands(dz, offsets, stacked(w_ENK), dx, gate)
-        grouped_matmul(
-            "dx", [operands], next(counters), N=K, K=N, trans=True, dual=gate is not None
-        )
+        gated = gate is not None
+        grouped_matmul("dx", [operands], next(counters), N=K, K=N, trans=True, dual=gated)
         if gather is not None:
             # index_put_ with accumulate sorts on CUDA: unlike index_add_, bitwise reproducible.
             total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
