@@ -17,6 +17,7 @@ from d2m_kernels.backends.triton.down import Shared, down_shared
 from d2m_kernels.backends.triton.grouped_gemm import Operands, grouped_matmul
 from d2m_kernels.backends.triton.launch import tickets
 from d2m_kernels.backends.triton.operands import Saved, neuron_columns, neuron_rows, rows_of
+from d2m_kernels.backends.triton.plans import planned
 from d2m_kernels.backends.triton.weight_grads import bias_grad, sums, weight_grad
 from d2m_kernels.contract import FFNAttrs, FFNInputs
 from d2m_kernels.eager import finish_block
@@ -31,6 +32,13 @@ def ffn_fwd(streams, attrs: FFNAttrs, ends):
     Returns (y [T, D], z_shared [T, S or 2S], z_routed [N, H or 2H]) of each stream; the last two
     None unless `save`.
     """
+    if not attrs.shared:
+        return _ffn_fwd(streams, attrs, ends)
+    tensors = [t for given in (*streams, *ends) for t in given]
+    return planned(lambda: _ffn_fwd(streams, attrs, ends), tensors, attrs)
+
+
+def _ffn_fwd(streams, attrs: FFNAttrs, ends):
     shared, activation, scale, save = attrs.shared, attrs.activation, attrs.scale, attrs.save
     first = streams[0]
     D, K, gated = first.x.shape[1], first.weights.shape[1], first.gate is not None
@@ -59,7 +67,7 @@ def ffn_fwd(streams, attrs: FFNAttrs, ends):
                    adaln_BD=adaln, residual_TD=residual)
         )  # fmt: skip
     stage = "up_gated" if gated else "up"
-    counters, div = tickets(first.x, 3), max(K, 1)
+    counters, div = tickets(first.x.device, 3), max(K, 1)
     grouped_matmul(stage, ups, next(counters), N=H, K=D, gather_div=div, activation=activation)
     grouped_matmul("down", downs, next(counters), N=D, K=H)
     finish("down_combine", lasts, next(counters), shared, scale=scale)
@@ -94,7 +102,7 @@ def ffn_bwd(dys, streams, zs, attrs: FFNAttrs, grads) -> None:
         _buffers(dy, s, *z, shared, H, gated, frozen, g)
         for dy, s, z, g in zip(dys, streams, zs, grads, strict=True)
     ]
-    counters = tickets(streams[0].x, 5 + gated)
+    counters = tickets(streams[0].x.device, 5 + gated)
     activations(
         [p for p, s in zip(parts, streams, strict=True) if _wanted(p, s, H)], next(counters),
         shared=shared, shared_h_width=shared if shared > frozen else 0, H=H, activation=activation,

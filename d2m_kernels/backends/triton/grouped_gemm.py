@@ -156,5 +156,5 @@ def grouped_gemm(
     gate = None if w_gate is None else stacked(w_gate)
     operands = Operands(x, offsets, w, out, gate, gather, bias_EN, bias_gate)
     stage = "up" if w_gate is None else "up_gated"
-    grouped_matmul(stage, [operands], next(tickets(x, 1)), N=N, K=K, activation=activation)
+    grouped_matmul(stage, [operands], next(tickets(x.device, 1)), N=N, K=K, activation=activation)
     return out

@@ -21,7 +21,7 @@ def grouped_gemm_bwd(
     need_x, need_w, need_w_gate, need_bias, need_bias_gate = needs
     if w_gate is not None and w_gate.stride() != w_ENK.stride():
         w_ENK, w_gate = w_ENK.contiguous(), w_gate.contiguous()
-    counters = tickets(x, 3)
+    counters = tickets(x.device, 3)
     dz = _pre_activation_grad(
         dout, x, w_ENK, offsets, w_gate, gather, bias_EN, bias_gate, activation
     )

@@ -1,6 +1,7 @@
 """Launching: over the whole device, one or two streams, and a second try with the small tile."""
 
 import functools
+import threading
 import warnings
 
 import torch
@@ -29,14 +30,20 @@ def programs(device: torch.device, per_multiprocessor: int) -> int:
     return _multiprocessors(index) * per_multiprocessor
 
 
-def tickets(x: torch.Tensor, launches: int):
-    """A zeroed counter for each launch of a call on x's device, a line of L2 each.
+TICKET_BYTES = 128
+# .launches, where it is a list, is given (compiled kernel, grid, arguments) of every launch below
+recorder = threading.local()
+
+
+def tickets(device: torch.device, launches: int):
+    """A zeroed counter for each launch of a call on a device, a line of L2 each.
 
     The zeros are written in the call's own stream, and again whenever a CUDA graph is replayed.
     Counters of a call's own, unlike one that lies with the routing, are right also where two calls
     share a routing, at the same time or one after the other.
     """
-    return iter(x.new_zeros(launches, 32, dtype=torch.int32).unbind())
+    counters = torch.zeros(launches, TICKET_BYTES // 4, dtype=torch.int32, device=device)
+    return iter(counters.unbind())
 
 
 def launch(kernel, stage: str, config: configs.Config, device, arguments, ticket) -> None:
@@ -44,14 +51,18 @@ def launch(kernel, stage: str, config: configs.Config, device, arguments, ticket
 
     `arguments` is a function because descriptors and evenness flags depend on the tile.
     """
-    grid, ticket_ptr = (programs(device, config.per_sm),), ticket if config.tickets else None
+    grid = (programs(device, config.per_sm), 1, 1)
+    given = arguments(config) | dict(ticket_ptr=ticket if config.tickets else None)
     try:
-        kernel[grid](**arguments(config), ticket_ptr=ticket_ptr, **config.meta())
+        compiled = kernel[grid](**given, **config.meta())
     except OutOfResources as error:
         if config == configs.SMALL:
             raise
         _warn_once(f"{stage}: {config.name} does not fit here ({error}); using the small tile")
-        launch(kernel, stage, configs.SMALL, device, arguments, ticket)
+        return launch(kernel, stage, configs.SMALL, device, arguments, ticket)
+    if getattr(recorder, "launches", None) is not None:
+        ordered = tuple(given[name] for name in kernel.arg_names)
+        recorder.launches.append((compiled, grid, ordered))
 
 
 @functools.cache
