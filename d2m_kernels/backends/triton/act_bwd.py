@@ -59,16 +59,20 @@ def _differentiate(acc, z_ptr, dz_ptr, h_ptr, factor, r, end, n0, width, h_width
 
 
 @triton.jit
-def _down_bwd_tiles(tile, s, w_desc, T, N, K, S, E, corners, top_k, scale, shared_h_width,
+def _down_bwd_tiles(tile, first, s, w_desc, T, N, K, S, E, corners, top_k, scale, shared_h_width,
                     ticket_ptr, BLOCK_E: tl.constexpr, P: tl.constexpr):  # fmt: skip
-    """This program's tiles of one stream, from `tile` on; returns its first of the next stream."""
+    """This program's tiles, from `tile` on, of a stream whose first has the number `first`.
+
+    Returns the program's next tile and the number after the stream's last.
+    """
     BLOCK_M: tl.constexpr = P.M
     BLOCK_N: tl.constexpr = P.N
     PARTS: tl.constexpr = P.PARTS
     SHARED: tl.constexpr = s.z_shared is not None
     spans = _row_tiles(s.offsets, T, 0, N, S, E, SHARED, BLOCK_E, P, False)
-    while tile < spans.total:
-        g = _group_of(tile, spans, T, N, S, corners, SHARED)
+    last = first + spans.total
+    while tile < last:
+        g = _group_of(tile - first, spans, T, N, S, corners, SHARED)
         r0, n0 = _corner_of(g, P, False)
         r = r0 + tl.arange(0, BLOCK_M)
         source = tl.minimum(r, g.end - 1)
@@ -102,7 +106,7 @@ def _down_bwd_tiles(tile, s, w_desc, T, N, K, S, E, corners, top_k, scale, share
         if s.partial is not None:
             ptrs = s.partial + slot.to(tl.int64) * s.stride_ps + n0 // BLOCK_N
             tl.store(ptrs, scale * sums, mask=r < tl.where(g.routed, g.end, 0))
-    return tile - spans.total
+    return tile, last
 
 
 @triton.jit(do_not_specialize=["T", "T_2"])
@@ -115,10 +119,10 @@ def _down_bwd_kernel(
     factor = scale * weight for a routed row, 1 for the shared expert's (z_shared given, T rows).
     A PAIR's second stream continues the list of tiles where the first one ends.
     """
-    tile = _down_bwd_tiles(tl.program_id(0), s, w_desc, T, N, K, S, E, corners, top_k, scale,
-                           shared_h_width, ticket_ptr, BLOCK_E, P)  # fmt: skip
+    tile, last = _down_bwd_tiles(tl.program_id(0), 0, s, w_desc, T, N, K, S, E, corners, top_k,
+                                 scale, shared_h_width, ticket_ptr, BLOCK_E, P)  # fmt: skip
     if PAIR:
-        _down_bwd_tiles(tile, s_2, w_desc_2, T_2, N, K, S, E, corners, top_k, scale,
+        _down_bwd_tiles(tile, last, s_2, w_desc_2, T_2, N, K, S, E, corners, top_k, scale,
                         shared_h_width, ticket_ptr, BLOCK_E, P)  # fmt: skip
 
 

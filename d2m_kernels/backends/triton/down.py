@@ -53,8 +53,11 @@ def _add_and_store(acc, s, live, t, T, n0, D, top_k, scale, WIDTH: tl.constexpr)
 
 
 @triton.jit
-def _down_tiles(tile, s, d, T, D, S, E, top_k, scale, ticket_ptr, P: tl.constexpr):
-    """This program's tiles of one stream, from `tile` on; returns its first of the next stream."""
+def _down_tiles(tile, first, s, d, T, D, S, E, top_k, scale, ticket_ptr, P: tl.constexpr):
+    """This program's tiles, from `tile` on, of a stream whose first has the number `first`.
+
+    Returns the program's next tile and the number after the stream's last.
+    """
     M: tl.constexpr = P.M
     N: tl.constexpr = P.N
     PARTS: tl.constexpr = P.PARTS
@@ -63,8 +66,9 @@ def _down_tiles(tile, s, d, T, D, S, E, top_k, scale, ticket_ptr, P: tl.constexp
     live = 0
     if s.y2 is not None:
         live = tl.load(s.offsets + E)
-    while tile < tiles_m * tiles_n:
-        m, n = _grouped(tile, tiles_m, tiles_n, P.GROUP_M)
+    last = first + tiles_m * tiles_n
+    while tile < last:
+        m, n = _grouped(tile - first, tiles_m, tiles_n, P.GROUP_M)
         n0 = n * N
         t = m * M + tl.arange(0, M)
         h = Left(s.h, s.stride_ht, d.a, tl.minimum(t, T - 1), m * M)
@@ -78,7 +82,7 @@ def _down_tiles(tile, s, d, T, D, S, E, top_k, scale, ticket_ptr, P: tl.constexp
         for i in tl.static_range(PARTS):
             _add_and_store(pieces[i], s, live, t, T, n0 + i * (N // PARTS), D, top_k, scale,
                            N // PARTS)  # fmt: skip
-    return tile - tiles_m * tiles_n
+    return tile, last
 
 
 @triton.jit(do_not_specialize=["T", "T_2"])
@@ -90,11 +94,11 @@ def _down_fwd_kernel(
 
     A PAIR's second stream continues the list of tiles where the first one ends.
     """
-    tile = _down_tiles(tl.program_id(0), s, Descriptors(h_desc, w_desc, gate_desc), T, D, S, E,
-                       top_k, scale, ticket_ptr, P)  # fmt: skip
+    tile, last = _down_tiles(tl.program_id(0), 0, s, Descriptors(h_desc, w_desc, gate_desc), T, D,
+                             S, E, top_k, scale, ticket_ptr, P)  # fmt: skip
     if PAIR:
-        _down_tiles(tile, s_2, Descriptors(h_desc_2, w_desc_2, gate_desc_2), T_2, D, S, E, top_k,
-                    scale, ticket_ptr, P)  # fmt: skip
+        _down_tiles(tile, last, s_2, Descriptors(h_desc_2, w_desc_2, gate_desc_2), T_2, D, S, E,
+                    top_k, scale, ticket_ptr, P)  # fmt: skip
 
 
 @dataclass

@@ -28,17 +28,21 @@ from d2m_kernels.backends.triton.tile import _grouped_gemm_tile
 
 
 @triton.jit
-def _grouped_gemm_tiles(tile, s, d, T, M, N, K, S, E, corners, ticket_ptr,
+def _grouped_gemm_tiles(tile, first, s, d, T, M, N, K, S, E, corners, ticket_ptr,
                         GATHER_DIV: tl.constexpr, BLOCK_E: tl.constexpr,
                         P: tl.constexpr):  # fmt: skip
-    """This program's tiles of one stream, from `tile` on; returns its first of the next stream."""
+    """This program's tiles, from `tile` on, of a stream whose first has the number `first`.
+
+    Returns the program's next tile and the number after the stream's last.
+    """
     SHARED: tl.constexpr = s.out_shared is not None
     HALF: tl.constexpr = P.M // 2
     WHOLE: tl.constexpr = P.M
     HALVES: tl.constexpr = P.HALVES
     spans = _row_tiles(s.offsets, T, M, N, S, E, SHARED, BLOCK_E, P, HALVES)
-    while tile < spans.total:
-        g = _group_of(tile, spans, T, N, S, corners, SHARED, HALVES)
+    last = first + spans.total
+    while tile < last:
+        g = _group_of(tile - first, spans, T, N, S, corners, SHARED, HALVES)
         depth = tl.where(g.expert == E, 0, K)  # the tail has no product: it is stored as zero
         r0, n0 = _corner_of(g, P, HALVES)
         if g.half:  # the descriptor's box is a whole tile
@@ -48,7 +52,7 @@ def _grouped_gemm_tiles(tile, s, d, T, M, N, K, S, E, corners, ticket_ptr,
         else:
             tile = _grouped_gemm_tile(s, d, g, tile, ticket_ptr, r0, n0, K, depth, GATHER_DIV, P,
                                       WHOLE)  # fmt: skip
-    return tile - spans.total
+    return tile, last
 
 
 @triton.jit(do_not_specialize=["T", "M", "T_2", "M_2"])
@@ -63,13 +67,13 @@ def _grouped_gemm_fwd_kernel(
     sum over both halves. The shared expert (out_shared given) is a group of all T rows, S wide.
     A PAIR's second stream continues the list of tiles where the first one ends.
     """
-    tile = _grouped_gemm_tiles(
-        tl.program_id(0), s, Descriptors(x_desc, w_desc, gate_desc), T, M, N, K, S, E, corners,
+    tile, last = _grouped_gemm_tiles(
+        tl.program_id(0), 0, s, Descriptors(x_desc, w_desc, gate_desc), T, M, N, K, S, E, corners,
         ticket_ptr, GATHER_DIV, BLOCK_E, P,
     )  # fmt: skip
     if PAIR:
         _grouped_gemm_tiles(
-            tile, s_2, Descriptors(x_desc_2, w_desc_2, gate_desc_2), T_2, M_2, N, K, S, E,
+            tile, last, s_2, Descriptors(x_desc_2, w_desc_2, gate_desc_2), T_2, M_2, N, K, S, E,
             corners, ticket_ptr, GATHER_DIV, BLOCK_E, P,
         )  # fmt: skip
 

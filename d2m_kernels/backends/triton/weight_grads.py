@@ -43,9 +43,12 @@ def _store_grad(acc, s, neuron, d0, last, D, frozen, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _weight_bwd_tiles(tile, s, T, D, S, H, E, frozen, half, top_k, ticket_ptr,
+def _weight_bwd_tiles(tile, first, s, T, D, S, H, E, frozen, half, top_k, ticket_ptr,
                       BLOCK_E: tl.constexpr, P: tl.constexpr):  # fmt: skip
-    """This program's tiles of one stream, from `tile` on; returns its first of the next stream."""
+    """This program's tiles, from `tile` on, of a stream whose first has the number `first`.
+
+    Returns the program's next tile and the number after the stream's last.
+    """
     BLOCK_M: tl.constexpr = P.M
     BLOCK_N: tl.constexpr = P.N
     BLOCK_K: tl.constexpr = P.K
@@ -56,8 +59,9 @@ def _weight_bwd_tiles(tile, s, T, D, S, H, E, frozen, half, top_k, ticket_ptr,
     if SHARED:  # neurons before `frozen` are not even computed
         shared = tl.cdiv(tl.maximum(S - frozen, 0), BLOCK_M) * tiles_d
     spans = _neuron_tiles(s.offsets, H, E, tiles_d, shared, BLOCK_M, BLOCK_E)
-    while tile < spans.total:
-        g = _group_of(tile, spans, T, H, S, Corners(S, 0, H, 0, 0, 0), SHARED)
+    last = first + spans.total
+    while tile < last:
+        g = _group_of(tile - first, spans, T, H, S, Corners(S, 0, H, 0, 0, 0), SHARED)
         d0 = (g.local % tiles_d) * BLOCK_N
         skip = tl.where(g.routed, 0, frozen)
         offs_m = skip + g.local // tiles_d * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -94,7 +98,7 @@ def _weight_bwd_tiles(tile, s, T, D, S, H, E, frozen, half, top_k, ticket_ptr,
         for i in tl.static_range(PARTS):
             _store_grad(pieces[i], s, g.row + offs_m, d0 + i * (BLOCK_N // PARTS),
                         g.row + g.width, D, frozen, BLOCK_N // PARTS)  # fmt: skip
-    return tile - spans.total
+    return tile, last
 
 
 @triton.jit(do_not_specialize=["T", "T_2"])
@@ -106,10 +110,11 @@ def _weight_bwd_kernel(
 
     A PAIR's second stream continues the list of tiles where the first one ends.
     """
-    tile = _weight_bwd_tiles(tl.program_id(0), s, T, D, S, H, E, frozen, half, top_k, ticket_ptr,
-                             BLOCK_E, P)  # fmt: skip
+    tile, last = _weight_bwd_tiles(tl.program_id(0), 0, s, T, D, S, H, E, frozen, half, top_k,
+                                   ticket_ptr, BLOCK_E, P)  # fmt: skip
     if PAIR:
-        _weight_bwd_tiles(tile, s_2, T_2, D, S, H, E, frozen, half, top_k, ticket_ptr, BLOCK_E, P)
+        _weight_bwd_tiles(tile, last, s_2, T_2, D, S, H, E, frozen, half, top_k, ticket_ptr,
+                          BLOCK_E, P)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T"])
