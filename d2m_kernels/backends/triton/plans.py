@@ -71,8 +71,8 @@ class Plan:
         everything = [*(arguments for *_, arguments in launches), *results]
         leaves = [x for items in everything for member in items for x in _leaves(member)]
         plain = [x for x in leaves if not isinstance(x, torch.Tensor)]
-        if any(isinstance(x, torch.Tensor) and not x.numel() for x in (*tensors, *leaves)):
-            raise Unplannable("an empty tensor has no address")
+        if not all(x.data_ptr() for x in (*tensors, *leaves) if isinstance(x, torch.Tensor)):
+            raise Unplannable("an empty tensor, or a meta tensor, has no address")
         self.constants = list({(type(x), x): x for x in plain}.values())
         self._numbers = {(type(x), x): i for i, x in enumerate(self.constants)}
         self._given, self._end = {}, len(self.constants)
