@@ -5,9 +5,13 @@
 #   benchmarks/gpu.sh --missing
 #
 # Parts, in order of importance; a run cut short keeps what it has measured:
-#   build tests layers stages models skewed blocks distill host scaling shapes  (--only: also sweep)
+#   build tests layers stages models skewed blocks distill host scaling shapes
+# and with --only alone: first sweep. A GPU that has never run this code:
+#   benchmarks/gpu.sh OUT --only first sweep    is each stage right, and which tiles are fast
+#   tests/gpu/run.sh                            is everything right
+#   D2M_TRITON_CONFIG=... benchmarks/gpu.sh OUT with the winners pinned
 # OUT gets <gpu>.json (see README.md here; renewed after every measurement), gpu.log with the output
-# of all parts, and with `--only sweep` sweep.json. `draw.py --results OUT` makes the report of it, on any
+# of all parts, and first.json and sweep.json of those. `draw.py --results OUT` makes the report of it, on any
 # machine. D2M_COMMIT names the commit where the tree came without its history.
 #
 # The machine needs nvcc, torch >= 2.11, triton, numpy and pytest. All else that is used is listed
@@ -65,7 +69,7 @@ END
 fi
 [ -n "$out" ] || usage
 for part in $only; do
-  case " $all sweep " in *" $part "*) ;; *) echo "unknown part $part; parts: $all sweep" >&2; exit 2 ;; esac
+  case " $all first sweep " in *" $part "*) ;; *) echo "unknown part $part; parts: $all first sweep" >&2; exit 2 ;; esac
 done
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
@@ -82,11 +86,11 @@ if [ -n "$wheels" ]; then
 fi
 export PYTHONPATH="$site:$carried:$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-size=() sweep=()
-if [ "$rehearse" = 1 ]; then size=(--tiny --on cpu) sweep=(--rehearse --tiles 2); fi
+size=() first=() sweep=()
+if [ "$rehearse" = 1 ]; then size=(--tiny --on cpu) first=(--rehearse) sweep=(--rehearse --tiles 2); fi
 
 status=0
-wanted() { [ -z "$only" ] && [ "$1" != sweep ] || [[ " $only " == *" $1 "* ]]; }
+wanted() { [ -z "$only" ] && [[ " $all " == *" $1 "* ]] || [[ " $only " == *" $1 "* ]]; }
 left() { echo $((budget - SECONDS)); }
 part() { # part NAME SECONDS COMMAND...: within what is left of the budget; its verdict on a line
   local name=$1 limit=$2 rc
@@ -121,6 +125,7 @@ plugin=1
 "$python" -c 'import pytest_benchmark' 2>>"$log" || plugin=0
 cuda=1
 [ "$rehearse" = 0 ] || cuda=0
+part first 200 "$python" benchmarks/first_run.py "$out/first.json" --budget 180 "${first[@]}"
 part build 150 env D2M_CUDA=$cuda TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-9.0a}" \
   "$python" -m pip install --no-build-isolation --no-deps --target "$site" --upgrade .
 # The clone shadows the installed packages, so that this tree is what runs; only the compiled

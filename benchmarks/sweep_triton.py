@@ -32,6 +32,7 @@ from harness.shapes import FFNShape  # noqa: E402
 from d2m_kernels import moe_ffn  # noqa: E402
 
 SHARED_BYTES = 227 * 1024
+REGISTERS = 65536
 FIELDS = {
     "block_m": (64, 128, 256),
     "block_n": (64, 128, 256),
@@ -41,27 +42,32 @@ FIELDS = {
     "per_sm": (1, 2),
     "tma": (True, False),
     "halves": (False, True),
+    "tickets": (True, False),
 }
 
 
 class Launch:
     """One launch of the library: kernel, stage, the library's tile, and its arguments by tile."""
 
-    def __init__(self, kernel, stage, config, device, arguments):
+    def __init__(self, kernel, stage, config, device, arguments, ticket):
         self.kernel, self.stage, self.config = kernel, stage, config
-        self.device, self.arguments = device, arguments
+        self.device, self.arguments, self.ticket = device, arguments, ticket
 
     def run(self, config):
-        from d2m_kernels.backends.triton.launch import programs
-
-        grid = (programs(self.device, config.per_sm),)
-        return self.kernel[grid](**self.arguments(config), **config.meta())
+        if config.tickets:
+            self.ticket.zero_()
+        return self._with(config, lambda grid, **given: self.kernel[grid](**given))
 
     def compile(self, config):
+        self._with(config, self.kernel.warmup)
+
+    def _with(self, config, function):
         from d2m_kernels.backends.triton.launch import programs
 
         grid = (programs(self.device, config.per_sm),)
-        self.kernel.warmup(grid=grid, **self.arguments(config), **config.meta())
+        ticket = self.ticket if config.tickets else None
+        given = self.arguments(config) | dict(ticket_ptr=ticket) | config.meta()
+        return function(grid=grid, **given)
 
     def tensors(self, config) -> dict[str, torch.Tensor]:
         found = {}
@@ -78,9 +84,9 @@ def catch(shape: FFNShape, device: torch.device) -> list[Launch]:
     caught: list[Launch] = []
     real = launching.launch
 
-    def recording(kernel, stage, config, device, arguments):
-        caught.append(Launch(kernel, stage, config, device, arguments))
-        real(kernel, stage, config, device, arguments)
+    def recording(*launched):
+        caught.append(Launch(*launched))
+        real(*launched)
 
     ours = [m for n, m in sys.modules.items() if n.startswith("d2m_kernels.backends.triton")]
     modules = [m for m in ours if getattr(m, "launch", None) is real]
@@ -99,9 +105,10 @@ def catch(shape: FFNShape, device: torch.device) -> list[Launch]:
 def candidates(own, count: int) -> list:
     """The library's tile, then others, nearest first; those that cannot fit are left out."""
     others = []
-    free = dataclasses.replace(own, max_registers=None)  # a bound is its own tile's
     for values in itertools.product(*FIELDS.values()):
-        config = dataclasses.replace(free, **dict(zip(FIELDS, values, strict=True)))
+        config = dataclasses.replace(own, **dict(zip(FIELDS, values, strict=True)))
+        registers = REGISTERS // (32 * config.warps * config.per_sm)  # what per_sm counts on
+        config = dataclasses.replace(config, max_registers=registers if registers < 255 else None)
         shared = config.stages * (config.block_m + config.block_n) * config.block_k * 2
         accumulator = config.block_m * config.block_n // (32 * config.warps)
         if shared * config.per_sm > SHARED_BYTES or not 32 <= accumulator <= 128:

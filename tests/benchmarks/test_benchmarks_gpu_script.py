@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -33,8 +34,23 @@ def test_gpu_script_rehearsal(tmp_path):
     content = results.load(tmp_path / "out" / "cpu.json")
     stages = {row["stage"] for row in content["stages"]}
     assert stages == {"route", "permute", "combine", "grouped_gemm_up", "grouped_gemm_down"}
-    assert len(content["host"]) == 2 and content["environment"]["size"] == "tiny"
+    kinds = {row["id"].rsplit("/", 1)[-1] for row in content["host"]}
+    assert {"forward", "forward_backward"} <= kinds and content["environment"]["size"] == "tiny"
     assert "build" not in run.stdout and "host" in run.stdout
+
+
+@pytest.mark.slow
+def test_the_first_run_is_rehearsed(tmp_path):
+    """Every stage in a process of its own, right and alike twice; every pin is understood."""
+    pytest.importorskip("triton")
+    command = ["bash", "benchmarks/gpu.sh", str(tmp_path / "out"), "--rehearse", "--only", "first"]
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    log = (tmp_path / "out" / "gpu.log").read_text()
+    assert run.returncode == 0 and "ignored" not in log, run.stdout + log[-3000:]
+    content = json.loads((tmp_path / "out" / "first.json").read_text())
+    assert [len(attempts) for attempts in content["stages"].values()] == [1] * 4
+    assert set(content["pins"]) == {"forward", "backward"}
 
 
 @pytest.mark.slow

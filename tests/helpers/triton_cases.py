@@ -68,7 +68,8 @@ def arithmetic(config):
     """What of a tile decides the numbers and the code an interpreter walks: not warps and stages,
     but in how many parts an epilogue that follows from them takes it."""
     parts = tuple(config.parts(most) for most in (16, 32, 64))
-    tile = replace(config, warps=0, stages=0, per_sm=0, max_registers=None, group_m=0)
+    tile = replace(config, warps=0, stages=0, per_sm=0, max_registers=None, group_m=0,
+                   fence=True)  # fmt: skip
     return tile, parts
 
 

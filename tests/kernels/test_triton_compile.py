@@ -22,12 +22,13 @@ import pkgutil
 import re
 import subprocess
 import sys
-import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 ARCHS = (90, 80)
+BUDGETS = Path(__file__).with_name("sass_budgets.json")
 SHARED_LIMIT = {90: 227 * 1024, 80: 163 * 1024}
 REGISTERS = 65536
 MOST_PARAMETERS = 30
@@ -75,6 +76,13 @@ def cases(arch: int):
 
     table = f"sm{arch}"
     tiles = {stage: configs.candidates(stage, table) for stage in configs.STAGES}
+    chosen = {stage: c[-2] for stage, c in tiles.items()}  # what FLUX's own sizes get
+    yield "flux chosen", chosen, lambda: layer("flux", "gelu_tanh")
+    before = {s: replace(c, tickets=False, fence=False, approx=False) for s, c in chosen.items()}
+    yield "flux as before", before, lambda: layer("flux", "gelu_tanh")
+    if arch == 90:
+        pins = chosen | {"up": replace(chosen["up"], shared_tma=True)}
+        yield "flux shared tma", pins, lambda: layer("flux", "gelu_tanh")
     for i in range(max(len(c) for c in tiles.values())):
         pins = {stage: c[min(i, len(c) - 1)] for stage, c in tiles.items()}
         for activation in ("gelu_tanh", "geglu"):
@@ -94,9 +102,9 @@ def cases(arch: int):
         pins = {"down_combine": tiles["down_combine"][i]}
         yield "flux block", pins, block_end
         yield "flux block pair", pins, lambda: block_end((4096, 512))
-    chosen = {stage: tiles[stage][0] for stage in tiles}  # for groups of 36 rows
-    chosen |= {s: tiles[s][-2] for s in ("down_combine", "dx_combine")}  # but these take T rows
-    yield "many gelu_tanh", chosen, lambda: layer("many", "gelu_tanh")
+    few = {stage: tiles[stage][0] for stage in tiles}  # for groups of 36 rows
+    few |= {s: tiles[s][-2] for s in ("down_combine", "dx_combine")}  # but these take T rows
+    yield "many gelu_tanh", few, lambda: layer("many", "gelu_tanh")
     ragged = {"": (configs.RAGGED, "bfloat16"), " fp32": (configs.RAGGED_FP32, "float32")}
     for suffix, (tile, dtype) in ragged.items():
         pins = dict.fromkeys(configs.STAGES, tile)
@@ -172,7 +180,7 @@ def block_end(tokens=()):
             adaln_BD=new(1, 6 * D)[:, 5 * D :], residual_TD=new(T, D),
         )  # fmt: skip
 
-    down_shared("down_combine", [end(n) for n in tokens or (T,)], S=S)
+    down_shared("down_combine", [end(n) for n in tokens or (T,)], None, S=S)
 
 
 def small_stages(experts: int, x_dtype: str, router_dtype: str):
@@ -191,23 +199,20 @@ def small_stages(experts: int, x_dtype: str, router_dtype: str):
     triton_backend.combine(x.new_empty(T * K, D), inverse.view(T, K), weights, offsets, x, x[0])
 
 
-def resources(kernel) -> dict:
+def resources(kernel, label: str) -> dict:
     """Registers, stack and shared memory of a cubin, and which instructions its PTX has."""
-    import triton
+    from helpers import sass
 
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [str(cuobjdump), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    cubin, ptx = kernel.asm["cubin"], kernel.asm["ptx"]
+    text = sass.dump(cubin, "--dump-resource-usage")
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
-    ptx = kernel.asm["ptx"]
-    return dict(
+    counted = sass.instructions(sass.dump(cubin, "-sass")) if label == "flux chosen" else {}
+    return counted | dict(
         registers=int(registers), stack=int(stack), shared=kernel.metadata.shared,
         local="ld.local" in ptx or "st.local" in ptx, wgmma="wgmma.mma_async" in ptx,
         mma="mma.sync" in ptx, tma="cp.async.bulk.tensor" in ptx,
         wide_stores="st.global.v4" in ptx or "st.global.v8" in ptx,
+        unfenced=len(sass.unfenced(ptx)),
     )  # fmt: skip
 
 
@@ -229,16 +234,17 @@ def compile_all(arch: int, only: str | None = None) -> list[dict]:
             names = dict(kernel=self.__name__.removesuffix("_kernel"), arch=arch)
             config = current.get("config") if self.__name__ in _GEMM_NAMES else None
             about = dict(label=current["label"], config=config, warps=kernel.metadata.num_warps)
-            rows.append(names | about | resources(kernel))
+            about["stage"] = current.get("stage") if config else None
+            rows.append(names | about | resources(kernel, current["label"]))
         return kernel
 
     JITFunction.run = compile_only
-    configs.arch_of = lambda *_: f"sm{arch}"
+    configs.arch_of, configs.capability = lambda *_: f"sm{arch}", lambda _: (arch // 10, 0)
     wanted = [case for case in cases(arch) if only in (None, case[0])]
     for label, pins, function in wanted if only is None else wanted[:1]:
 
         def select(stage, *_, pins=pins):
-            current["config"] = pins[stage].name
+            current["config"], current["stage"] = pins[stage].name, stage
             return pins[stage]
 
         configs.select, current["label"] = select, label
@@ -261,8 +267,11 @@ def other_tritons():
     return [pytest.param(None, id="others", marks=pytest.mark.skip(reason=reason))]
 
 
-def environment() -> dict[str, str]:
+def environment(folder: str | None = None) -> dict[str, str]:
+    """A worker's; with the Triton of `folder`, where there is one."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if folder:
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, env.get("PYTHONPATH"))))
     return env | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
@@ -283,9 +292,7 @@ def result_of(worker: subprocess.Popen):
 def rows(request, tmp_path_factory):
     pytest.importorskip("triton")
     folder = request.param
-    env = environment()
-    if folder is not None:
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, env.get("PYTHONPATH"))))
+    env = environment(folder)
     workers, found = [start_worker(env, arch) for arch in ARCHS], []
     for worker in workers:
         module, version, compiled = result_of(worker)
@@ -343,10 +350,12 @@ def test_every_kernel_and_config_was_compiled(rows):
         assert kernels == {*GEMMS, *OTHERS}
         tiles = {c.name for s in configs.STAGES for c in configs.candidates(s, f"sm{arch}")}
         compiled = {r["config"] for r in rows if r["arch"] == arch and r["config"]}
-        assert any(configs.by_name()[name].halves for name in compiled)
-        whole = {configs.without_halves(configs.by_name()[name]).name for name in tiles}
+        assert any(configs.named(name).halves for name in compiled)
+        whole = {configs.without_halves(configs.named(name)).name for name in tiles}
         others = {c.name for c in (configs.FP32, configs.RAGGED, configs.RAGGED_FP32)}
-        assert tiles | others <= compiled <= tiles | others | whole
+        assert tiles | others <= compiled
+        # what else was: whole tiles for halved ones, and pins to compare with
+        assert {configs.named(name).block_m for name in compiled - tiles - others - whole} == {128}
 
 
 @pytest.mark.slow
@@ -355,6 +364,46 @@ def test_nothing_spills(rows):
     assert labels <= {r["label"] for r in rows}
     spilled = [r for r in rows if r["stack"] or r["local"]]
     assert not spilled, described(spilled)
+
+
+@pytest.mark.slow
+def test_a_fence_lies_between_copies_and_the_products_that_read_them(rows):
+    wrong = [r for r in rows if r["unfenced"] and r["label"] != "flux as before"]
+    assert not wrong, described(wrong)
+
+
+def budgets_of(found) -> dict[str, list]:
+    """{"stage, its n-th kernel": [instructions of each loop over the sum, all others]}."""
+    table: dict[str, list] = {}
+    for r in found:
+        if r["stage"]:
+            number = 1 + sum(key.startswith(r["stage"] + " ") for key in table)
+            table[f"{r['stage']} {number}"] = [[n for n, _ in r["steps"]], r["rest"]]
+    return table
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("folder", ["", *OTHERS_OF_TRITON])
+def test_instructions_stay_within_the_budgets(folder, arch):
+    """5% around sass_budgets.json, which D2M_UPDATE_BUDGETS=1 writes anew."""
+    pytest.importorskip("triton")
+    worker = start_worker(environment(folder), arch, "flux chosen")
+    _, version, found = result_of(worker)
+    key, table = f"triton {version} sm_{arch}", json.loads(BUDGETS.read_text())
+    counted = budgets_of(found)
+    if os.environ.get("D2M_UPDATE_BUDGETS") == "1":
+        table[key] = counted
+        text = json.dumps(dict(sorted(table.items())), indent=1)
+        BUDGETS.write_text(re.sub(r"\s+(?=[\d\]\[])", " ", text) + "\n")
+    if key not in table:
+        pytest.skip(f"{BUDGETS.name} knows nothing of {key}")
+    expected = table[key]
+    assert counted.keys() == expected.keys()
+    for stage, (steps, rest) in expected.items():
+        assert counted[stage] == [pytest.approx(steps, rel=0.05), pytest.approx(rest, rel=0.05)], (
+            stage
+        )
 
 
 @pytest.mark.slow
@@ -385,8 +434,10 @@ def test_products_run_on_tensor_cores(rows):
 
 @pytest.mark.slow
 def test_tma_is_used_where_the_table_says_so(rows):
+    from d2m_kernels.backends.triton import configs
+
     aligned = [r for r in rows if r["label"].startswith("flux") and r["kernel"] in GEMMS]
-    wrong = [r for r in aligned if r["tma"] != r["config"].endswith("tma")]
+    wrong = [r for r in aligned if r["tma"] != configs.named(r["config"]).tma]
     assert not wrong, described(wrong)
 
 
@@ -404,9 +455,9 @@ def test_the_grid_counts_on_programs_that_fit(rows):
 
     wrong = []
     for r in rows:
-        config = configs.by_name().get(r["config"])
-        if config is None or not r["label"].startswith("flux"):
+        if r["config"] is None or not r["label"].startswith("flux"):
             continue
+        config = configs.named(r["config"])
         threads = 32 * r["warps"]
         registers = -(-r["registers"] // 8) * 8 * threads * config.per_sm
         shared = (r["shared"] + 1024) * config.per_sm
@@ -416,7 +467,7 @@ def test_the_grid_counts_on_programs_that_fit(rows):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (2, 1)]
     import triton
 
     compiled = compile_all(int(sys.argv[1]), *sys.argv[2:])

@@ -39,6 +39,8 @@ if not INTERPRETED:
 
 
 if INTERPRETED:
+    import triton
+    import triton.language as tl
     from helpers.cases import (
         Case,
         assert_as_good_as_torch,
@@ -59,7 +61,8 @@ if INTERPRETED:
     from d2m_kernels.backends import triton as triton_backend
     from d2m_kernels.backends.triton import configs
     from d2m_kernels.backends.triton.down import Shared, down_shared
-    from d2m_kernels.backends.triton.operands import neuron_columns
+    from d2m_kernels.backends.triton.operands import Corners, neuron_columns
+    from d2m_kernels.backends.triton.pieces import _corner_of, _group_of, _row_tiles
     from d2m_kernels.contract import FFNAttrs, FFNGrads, FFNInputs
     from d2m_kernels.eager import modulate
 
@@ -68,6 +71,25 @@ if INTERPRETED:
         pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # numpy, about the NaN rows
         pytest.mark.filterwarnings("ignore:.*All-NaN.*:RuntimeWarning"),
     ]
+
+    @triton.jit
+    def _list_tiles_kernel(
+        offsets_ptr, out_ptr, T, M, N, S, E, SHARED: tl.constexpr, BLOCK_E: tl.constexpr,
+        P: tl.constexpr,
+    ):  # fmt: skip
+        """Group, row, column, half of a tile and the number of all, as the kernels find them."""
+        tile = tl.program_id(0)
+        spans = _row_tiles(offsets_ptr, T, M, N, S, E, SHARED, BLOCK_E, P, P.HALVES)
+        tl.store(out_ptr + tile * 5 + 4, spans.total)
+        if tile < spans.total:
+            corners = Corners(0, 0, 0, 0, 0, 0)
+            g = _group_of(tile, spans, T, N, S, corners, SHARED, P.HALVES)
+            r0, n0 = _corner_of(g, P, P.HALVES)
+            tl.store(out_ptr + tile * 5, tl.where(g.routed, g.expert, -1))
+            tl.store(out_ptr + tile * 5 + 1, r0 - g.first)
+            tl.store(out_ptr + tile * 5 + 2, n0)
+            tl.store(out_ptr + tile * 5 + 3, tl.where(g.half, 1, 0))
+
 
 TMA = "64x128x64w4s4p2tma"  # the smallest tile that goes through descriptors
 PINS = ("small", TMA, "up=64x64x64w4s4p2tma,up_gated=64x64x64w4s4p2tma")
@@ -448,7 +470,7 @@ def test_down_projection_with_gate_and_residual_of_the_block():
         h, neuron_columns(w2, S, 2), out, offsets, y2=y2, inverse_TK=inverse, weights_TK=weights,
         bias=bias, adaln_BD=gate, residual_TD=residual,
     )  # fmt: skip
-    down_shared("down_combine", [end], S=S, scale=1.3)
+    down_shared("down_combine", [end], None, S=S, scale=1.3)
     inner = reference.combine(y2, inverse, weights, offsets, h @ w2[:, :S].T, bias, 1.3)
     expected = residual + gate.repeat_interleave(T // 3, 0) * inner
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
@@ -683,8 +705,8 @@ def test_forward_with_256_experts(activation):
 @pytest.mark.parametrize("activation", ["gelu_tanh", "geglu"])
 def test_half_tiles_give_the_same_bits(activation, monkeypatch):
     """Experts with 1, 64, 65, 0 and 190 rows, a shared expert with 160: all kinds of last tile."""
-    wide = configs.by_name()["128x128x64w8s4p1halftma"]
-    assert wide.halves and wide != configs.by_name()["128x128x64w8s4p1tma"]
+    wide = configs.named("128x128x64w8s4p1halftma")
+    assert wide.halves
     size = dict(D=16, S=16, H=16, E=5, k=2, activation=activation, dtype=torch.bfloat16)
     case = Case(T=160, **size)
     p = case.build(grad=False)
@@ -713,6 +735,27 @@ def test_half_tiles_give_the_same_bits(activation, monkeypatch):
     assert torch.equal(out, triton_backend.grouped_gemm(*gemm))
 
 
+@interpreted
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("counts", [(1, 64, 65, 0, 190), (0, 0, 320, 0, 0)])
+@pytest.mark.parametrize("T", [0, 130, 1300])
+def test_tiles_come_in_the_order_that_is_simulated(T, counts, halves):
+    """Every tile once; whole ones of all groups first."""
+    from harness.schedule import tiles_of
+
+    from d2m_kernels.backends.triton.launch import product
+
+    config = configs.named("128x64x32w4s2" + "half" * halves)
+    M, N, S = sum(counts), 100, 200
+    P = product(config, randn(1, dtype=torch.bfloat16), (N, S), 32, 32)
+    offsets = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+    expected = tiles_of([(n, N) for n in counts], (T, S) if T else None, config, halves)
+    found = torch.full((len(expected) + 1, 5), -9, dtype=torch.int32)
+    _list_tiles_kernel[(len(found),)](offsets, found, T, M, N, S, len(counts), T > 0, 8, P)
+    assert found[-1].tolist() == [-9, -9, -9, -9, len(expected)]
+    assert [tuple(row[:4]) for row in found[:-1].tolist()] == [tuple(map(int, t)) for t in expected]
+
+
 # ------------------------------------------------------------------------------- the table of tiles
 
 
@@ -722,11 +765,26 @@ def test_pinning_understands_stages_and_ignores_nonsense(monkeypatch):
     monkeypatch.setenv(configs.ENV, f"up={TMA},wgrad=small")
     assert configs.select("up", x, 1e6, 64, (64, 33)).name == TMA
     assert configs.select("wgrad", x, 1e6, 64, (64, 48)) is configs.SMALL
-    monkeypatch.setenv(configs.ENV, "up=nothing")
-    with pytest.warns(UserWarning, match="ignored 'up=nothing'; expected"):
-        assert configs.select("up", x, 1e6, 64, (64,)) is configs.SMALL  # the CPU's only wide tile
+    for nonsense in ("up=nothing", "side=small", "up=128x96x64w8s3", "up=128x16x64w8s3"):
+        monkeypatch.setenv(configs.ENV, nonsense)
+        with pytest.warns(UserWarning, match=f"ignored '{nonsense}'; .*expected"):
+            config = configs.select("up", x, 1e6, 64, (64,))
+        assert config is configs.SMALL  # the CPU's only wide tile
     monkeypatch.setenv(configs.ENV, TMA)
     assert {configs.select(s, x, 1, 1, (1,)).name for s in configs.STAGES} == {TMA}
+
+
+@interpreted
+def test_any_tile_can_be_pinned_by_its_name():
+    full = "256x64x128w16s5p3g4r96halftmaatmastaticnofenceexact"
+    config = configs.named(full)
+    assert config.name == full and (config.group_m, config.max_registers) == (4, 96)
+    assert config.shared_tma and not (config.tickets or config.fence or config.approx)
+    for arch in configs.TABLE:
+        for stage in configs.STAGES:
+            for config in configs.candidates(stage, arch):
+                assert configs.named(config.name) == config
+                assert configs.named(configs.without_halves(config).name).halves is False
 
 
 @interpreted
@@ -751,16 +809,17 @@ def test_a_tile_that_does_not_fit_falls_back(monkeypatch):
 
     class Kernel:
         def __getitem__(self, grid):
-            def run(columns, **meta):
+            def run(columns, ticket_ptr, **meta):
                 used.append(columns)
                 if columns > 64:
                     raise OutOfResources(250_000, 232_448, "shared memory")
 
             return run
 
-    big = configs.by_name()[TMA]
+    big = configs.named(TMA)
     with pytest.warns(RuntimeWarning, match="does not fit here"):
-        launch.launch(Kernel(), "up", big, torch.device("cpu"), lambda c: dict(columns=c.block_n))
+        arguments, cpu = lambda c: dict(columns=c.block_n), torch.device("cpu")
+        launch.launch(Kernel(), "up", big, cpu, arguments, None)
     assert used == [128, 64]
 
 

@@ -33,7 +33,7 @@ else:
 
     def test_no_tile_is_left_out():
         tried = {tuple(entry.split("=")) for _, pin in ROWS for entry in pin.split(",")}
-        tried = {(stage, arithmetic(configs.by_name()[name])) for stage, name in tried}
+        tried = {(stage, arithmetic(configs.named(name))) for stage, name in tried}
         for arch in ARCHS:
             for stage in configs.STAGES:
                 for config in (*configs.candidates(stage, arch), configs.RAGGED):

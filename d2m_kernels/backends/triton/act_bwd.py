@@ -14,16 +14,14 @@ from d2m_kernels.backends.triton.operands import Left, Right, Saved, neuron_colu
 from d2m_kernels.backends.triton.pieces import (  # fmt: skip
     _act,
     _act_grad,
+    _corner_of,
     _group_of,
-    _grouped,
     _matmul,
-    _next_start,
+    _next_tile,
     _parts,
     _rounded,
     _row_tiles,
 )
-
-LEAST_BLOCK_N = min(config.block_n for config in configs.by_name().values())
 
 
 @triton.jit
@@ -61,20 +59,22 @@ def _differentiate(acc, z_ptr, dz_ptr, h_ptr, factor, r, end, n0, width, h_width
 
 
 @triton.jit
-def _down_bwd_tiles(start, s, w_desc, T, N, K, S, E, corners, top_k, scale, shared_h_width,
-                    BLOCK_E: tl.constexpr, P: tl.constexpr):  # fmt: skip
-    """This program's tiles of one stream, from tile `start` on; returns the next stream's start."""
+def _down_bwd_tiles(tile, first, s, w_desc, T, N, K, S, E, corners, top_k, scale, shared_h_width,
+                    ticket_ptr, BLOCK_E: tl.constexpr, P: tl.constexpr):  # fmt: skip
+    """This program's tiles, from `tile` on, of a stream whose first has the number `first`.
+
+    Returns the program's next tile and the number after the stream's last.
+    """
     BLOCK_M: tl.constexpr = P.M
     BLOCK_N: tl.constexpr = P.N
     PARTS: tl.constexpr = P.PARTS
     SHARED: tl.constexpr = s.z_shared is not None
-    spans = _row_tiles(s.offsets, T, 0, N, S, E, SHARED, BLOCK_E, P)
-    for tile in tl.range(start, spans.total, tl.num_programs(0)):
-        g = _group_of(tile, spans, T, N, S, corners, SHARED)
-        tiles_m = tl.cdiv(g.end - g.first, BLOCK_M)
-        m, n = _grouped(g.local, tiles_m, tl.cdiv(g.width, BLOCK_N), P.GROUP_M)
-        n0 = n * BLOCK_N
-        r = g.first + m * BLOCK_M + tl.arange(0, BLOCK_M)
+    spans = _row_tiles(s.offsets, T, 0, N, S, E, SHARED, BLOCK_E, P, False)
+    last = first + spans.total
+    while tile < last:
+        g = _group_of(tile - first, spans, T, N, S, corners, SHARED)
+        r0, n0 = _corner_of(g, P, False)
+        r = r0 + tl.arange(0, BLOCK_M)
         source = tl.minimum(r, g.end - 1)
         gathered = source < tl.where(g.routed, g.end, 0)
         slot = tl.load(s.order + source, mask=gathered, other=0)
@@ -85,6 +85,7 @@ def _down_bwd_tiles(start, s, w_desc, T, N, K, S, E, corners, top_k, scale, shar
         dy = Left(s.dy, s.stride_dt, None, source, 0)
         w = Right(s.w, s.stride_wn, w_desc, g.row, g.col, n0, g.width)
         acc = _matmul(tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), dy, 0, w, K, K, P)
+        tile = _next_tile(tile, ticket_ptr)
 
         z = s.z
         dz = s.dz
@@ -103,29 +104,31 @@ def _down_bwd_tiles(start, s, w_desc, T, N, K, S, E, corners, top_k, scale, shar
                                    n0 + i * (BLOCK_N // PARTS), g.width, h_width,
                                    BLOCK_N // PARTS, P)  # fmt: skip
         if s.partial is not None:
-            ptrs = s.partial + slot.to(tl.int64) * s.stride_ps + n
+            ptrs = s.partial + slot.to(tl.int64) * s.stride_ps + n0 // BLOCK_N
             tl.store(ptrs, scale * sums, mask=r < tl.where(g.routed, g.end, 0))
-    return _next_start(start, spans.total)
+    return tile, last
 
 
 @triton.jit(do_not_specialize=["T", "T_2"])
 def _down_bwd_kernel(
     s, T, w_desc, s_2, T_2, w_desc_2, N, K, S, E, corners, top_k, scale, shared_h_width,
-    PAIR: tl.constexpr, BLOCK_E: tl.constexpr, P: tl.constexpr,
+    ticket_ptr, PAIR: tl.constexpr, BLOCK_E: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """dA' = dy[token] W2_e; stores dz, factor * h and dweight's partial sums, one a column tile.
 
     factor = scale * weight for a routed row, 1 for the shared expert's (z_shared given, T rows).
     A PAIR's second stream continues the list of tiles where the first one ends.
     """
-    start = _down_bwd_tiles(tl.program_id(0), s, w_desc, T, N, K, S, E, corners, top_k, scale,
-                            shared_h_width, BLOCK_E, P)  # fmt: skip
+    tile, last = _down_bwd_tiles(tl.program_id(0), 0, s, w_desc, T, N, K, S, E, corners, top_k,
+                                 scale, shared_h_width, ticket_ptr, BLOCK_E, P)  # fmt: skip
     if PAIR:
-        _down_bwd_tiles(start, s_2, w_desc_2, T_2, N, K, S, E, corners, top_k, scale,
-                        shared_h_width, BLOCK_E, P)  # fmt: skip
+        _down_bwd_tiles(tile, last, s_2, w_desc_2, T_2, N, K, S, E, corners, top_k, scale,
+                        shared_h_width, ticket_ptr, BLOCK_E, P)  # fmt: skip
 
 
-def activations(streams: list[Saved], *, shared, shared_h_width, H, activation, gated, scale):
+def activations(
+    streams: list[Saved], ticket, *, shared, shared_h_width, H, activation, gated, scale
+):
     """Launches the kernel for one or two streams; no z_shared: the shared expert takes no part."""
     if not streams:
         return
@@ -141,11 +144,11 @@ def activations(streams: list[Saved], *, shared, shared_h_width, H, activation, 
             N=H, K=D, S=shared, E=E, corners=neuron_columns(large.w, shared, H).corners,
             scale=float(scale), top_k=max(large.weights.shape[1], 1),
             shared_h_width=shared_h_width, BLOCK_E=power_of_two(E + 2),
-            P=product(config, large.dy.dtype, (H, shared), D, 16 if gated else 32, True,
+            P=product(config, large.dy, (H, shared), D, 16 if gated else 32, True,
                       activation, gated),
         )  # fmt: skip
 
     routed = (large.order.shape[0] / E, H)
     rows, width = (T, shared) if large.z_shared is not None else routed
     config = configs.select("act_bwd", large.dy, rows, width, (H, D, shared))
-    launch(_down_bwd_kernel, "act_bwd", config, large.dy.device, arguments)
+    launch(_down_bwd_kernel, "act_bwd", config, large.dy.device, arguments, ticket)

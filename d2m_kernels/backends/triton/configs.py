@@ -8,10 +8,12 @@ at run time unless the user asks by pinning.
 
 import functools
 import os
+import re
 import warnings
 from dataclasses import dataclass, replace
 
 import torch
+import triton
 
 ENV = "D2M_TRITON_CONFIG"
 STAGES = ("up", "up_gated", "down", "down_combine", "act_bwd", "dx", "dx_combine", "wgrad")
@@ -19,7 +21,11 @@ STAGES = ("up", "up_gated", "down", "down_combine", "act_bwd", "dx", "dx_combine
 
 @dataclass(frozen=True)
 class Config:
-    """One tile shape: BLOCK_M rows, BLOCK_N columns, BLOCK_K of the sum at a time."""
+    """One tile shape, BLOCK_M rows, BLOCK_N columns, BLOCK_K of the sum at a time, and its launch.
+
+    `name` leaves out what is as by default; with everything in it:
+    128x128x64w8s3p2g4r128halftmaatmastaticnofenceexact.
+    """
 
     block_m: int
     block_n: int
@@ -31,12 +37,17 @@ class Config:
     group_m: int = 8
     max_registers: int | None = None
     halves: bool = False  # a group's last rows, where they fill half a tile, in half a tile
+    tickets: bool = True  # the next tile to whichever program is free, else in rounds of the grid
+    fence: bool = True  # where Triton leaves it out: see `fences`
+    approx: bool = True  # bf16 gelu_tanh by tanh.approx
+    shared_tma: bool = False  # with tma: the shared expert's rows of A too, in their own loop
 
     @property
     def name(self) -> str:
-        tail = f"r{self.max_registers}" if self.max_registers else ""
-        tail += "half" if self.halves else ""
-        tail += "tma" if self.tma else ""
+        tail = f"g{self.group_m}" if self.group_m != 8 else ""
+        tail += f"r{self.max_registers}" if self.max_registers else ""
+        for word, (field, value) in _WORDS.items():
+            tail += word if getattr(self, field) == value else ""
         tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
         return f"{tile}w{self.warps}s{self.stages}p{self.per_sm}{tail}"
 
@@ -49,6 +60,19 @@ class Config:
         """How the JIT is to compile; the tile itself is in the launch's Product."""
         meta = dict(num_warps=self.warps, num_stages=self.stages)
         return meta if self.max_registers is None else meta | dict(maxnreg=self.max_registers)
+
+
+_WORDS = {
+    "half": ("halves", True), "tma": ("tma", True), "atma": ("shared_tma", True),
+    "static": ("tickets", False), "nofence": ("fence", False), "exact": ("approx", False),
+}  # fmt: skip
+_NAME = re.compile(
+    r"(\d+)x(\d+)x(\d+)w(\d+)s(\d+)(?:p(\d+))?(?:g(\d+))?(?:r(\d+))?"
+    + "".join(f"({word})?" for word in _WORDS)
+)
+_NUMBERS = ("block_m", "block_n", "block_k", "warps", "stages", "per_sm", "group_m",
+            "max_registers")  # fmt: skip
+LEAST_BLOCK_N = 32  # sums over a row's tiles have room for as many
 
 
 def with_halves(config: Config) -> Config:
@@ -85,6 +109,11 @@ RAGGED = Config(64, 32, 32, warps=4, stages=2, max_registers=255)
 RAGGED_FP32 = replace(FP32, block_n=32)
 
 
+def _static(*rules: Rule) -> tuple[Rule, ...]:
+    """Where all tiles are equal a ticket decides nothing, and costs a word out of L2."""
+    return tuple(replace(rule, config=replace(rule.config, tickets=False)) for rule in rules)
+
+
 def _halved(*rules: Rule) -> tuple[Rule, ...]:
     """With whole tiles of 128 rows alone 8% of the routed rows are padding at T = 4608, with half
     tiles at the groups' ends 4%."""
@@ -92,7 +121,7 @@ def _halved(*rules: Rule) -> tuple[Rule, ...]:
 
 
 # sm_90. 128x256 over 8 warps needs 9.3 TB/s of L2 at 790 TFLOP/s, 128x128 needs 12.3: the wide tile
-# where K is long, two programs of the narrow one on an SM where K is 768 and the epilogue weighs.
+# wherever its columns are not mostly padding, else two programs of the narrow one on an SM.
 # The epilogue of "act_bwd" holds dA', z and act'(z) at once: 187 to 255 registers, one program.
 # Two programs of 8 warps have 128 registers a thread; left to itself ptxas takes up to 144 of them.
 _WIDE = Config(128, 256, 64, warps=8, stages=3, tma=True)
@@ -100,14 +129,15 @@ _NARROW = Config(128, 128, 64, warps=8, stages=4, tma=True)
 _PAIR = Config(128, 128, 64, warps=8, stages=3, per_sm=2, tma=True, max_registers=128)
 _SHORT = Config(64, 128, 64, warps=4, stages=4, per_sm=2, tma=True)
 _SHORT_GATED = Config(64, 64, 64, warps=4, stages=4, per_sm=2, tma=True)
+_DOWN = (Rule(_PAIR, max_width=1536), Rule(_WIDE))
 _SM90 = {
     "up": _halved(Rule(_SHORT, max_rows=128), Rule(_NARROW, max_width=128), Rule(_WIDE)),
     "up_gated": _halved(Rule(_SHORT_GATED, max_rows=128), Rule(_NARROW)),
-    "down": _halved(Rule(_SHORT, max_rows=128), Rule(_PAIR)),
-    "down_combine": (Rule(_SHORT, max_rows=512), Rule(_PAIR)),
+    "down": _halved(Rule(_SHORT, max_rows=128), *_DOWN),
+    "down_combine": _static(Rule(_SHORT, max_rows=512), *_DOWN),
     "act_bwd": (Rule(_SHORT, max_rows=128), Rule(_NARROW)),
-    "dx": _halved(Rule(_SHORT, max_rows=128), Rule(_PAIR)),
-    "dx_combine": (Rule(_SHORT, max_rows=512), Rule(_PAIR)),
+    "dx": _halved(Rule(_SHORT, max_rows=128), *_DOWN),
+    "dx_combine": _static(Rule(_SHORT, max_rows=512), *_DOWN),
     "wgrad": (Rule(Config(128, 256, 64, warps=8, stages=3)),),
 }
 
@@ -122,10 +152,10 @@ _SM80 = {
     "up": _halved(*_SM80_FORWARD),
     "up_gated": (Rule(_SM80_SHORT),),
     "down": _halved(*_SM80_FORWARD),
-    "down_combine": _SM80_FORWARD,
+    "down_combine": _static(*_SM80_FORWARD),
     "act_bwd": _SM80_BACKWARD,
     "dx": _halved(*_SM80_BACKWARD),
-    "dx_combine": _SM80_BACKWARD,
+    "dx_combine": _static(*_SM80_BACKWARD),
     "wgrad": (Rule(_SM80_PAIR),),
 }
 TABLE = {"sm90": _SM90, "sm80": _SM80}
@@ -137,6 +167,22 @@ def candidates(stage: str, arch: str) -> tuple[Config, ...]:
     """Every 16-bit config the table can choose for a stage, SMALL last."""
     found = [rule.config for rule in TABLE.get(arch, {}).get(stage, ())]
     return tuple(dict.fromkeys((*found, SMALL)))
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """(0, 0) where there is no CUDA."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@functools.cache
+def fences(device: torch.device) -> bool:
+    """Whether the kernels must order cp.async's writes before a product's reads themselves.
+
+    From Hopper on products read shared memory through another proxy than cp.async writes it by;
+    only a proxy fence orders the two, and Triton emits it itself from 3.8 on.
+    """
+    version = tuple(int(n) for n in triton.__version__.split(".")[:2])
+    return version < (3, 8) and capability(device)[0] >= 9
 
 
 @functools.cache
@@ -152,17 +198,34 @@ def arch_of(device_type: str, device_index: int | None) -> str:
     return "sm80" if major >= 8 and roomy else "small"
 
 
+NAMED = {"small": SMALL, "ragged": RAGGED, "fp32": FP32, "ragged_fp32": RAGGED_FP32}
+
+
 @functools.cache
-def by_name() -> dict[str, Config]:
-    """Every config that ENV may name."""
-    named = {"small": SMALL, "ragged": RAGGED, "fp32": FP32, "ragged_fp32": RAGGED_FP32}
-    named |= {config.name: config for config in named.values()}
-    for arch in TABLE:
-        for stage in STAGES:
-            named.update((config.name, config) for config in candidates(stage, arch))
-    for variant in (with_halves, without_halves):
-        named |= {config.name: config for config in map(variant, tuple(named.values()))}
-    return named
+def named(name: str) -> Config:
+    """The config that ENV may name so, be it in the table or not.
+
+    Raises:
+        ValueError: `name` is neither in NAMED nor made as `Config.name` is.
+    """
+    if name in NAMED:
+        return NAMED[name]
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"expected {', '.join(NAMED)} or a tile such as {SMALL.name}")
+    groups = match.groups()
+    numbers = {f: int(n) for f, n in zip(_NUMBERS, groups, strict=False) if n is not None}
+    words = dict(w for w, given in zip(_WORDS.values(), groups[len(_NUMBERS) :], strict=True)
+                 if given)  # fmt: skip
+    config = Config(**numbers, **words)
+    least = dict(block_m=32 if config.halves else 16, block_n=LEAST_BLOCK_N, block_k=16, warps=1)
+    for field, bound in least.items():
+        value = getattr(config, field)
+        if value < bound or value & (value - 1):
+            raise ValueError(f"{field} is {value}; expected a power of two of at least {bound}")
+    if not (config.stages and config.per_sm and config.group_m):
+        raise ValueError("stages, programs and group_m; expected at least 1 of each")
+    return config
 
 
 @functools.cache
@@ -171,16 +234,23 @@ def _pinned(spec: str) -> dict[str, Config]:
     pins = {}
     for entry in filter(None, (part.strip() for part in spec.split(","))):
         stage, _, name = entry.rpartition("=")
-        config = by_name().get(name)
-        if config is None or stage not in ("", *STAGES):
-            warnings.warn(
-                f"{ENV}: ignored {entry!r}; expected NAME or STAGE=NAME with a stage of "
-                f"{', '.join(STAGES)} and a name of {', '.join(by_name())}",
-                stacklevel=2,
-            )
+        try:
+            if stage not in ("", *STAGES):
+                raise ValueError(f"expected NAME or STAGE=NAME, a stage of {', '.join(STAGES)}")
+            config = named(name)
+        except ValueError as error:
+            warnings.warn(f"{ENV}: ignored {entry!r}; {error}", stacklevel=2)
             continue
         pins.update(dict.fromkeys(STAGES if stage == "" else (stage,), config))
     return pins
+
+
+def from_table(arch: str, stage: str, rows: float, width: int) -> Config:
+    """The first rule that applies to 16-bit numbers."""
+    for rule in TABLE.get(arch, {}).get(stage, ()):
+        if rows <= rule.max_rows and width <= rule.max_width:
+            return rule.config
+    return SMALL
 
 
 def select(stage: str, x: torch.Tensor, rows: float, width: int, sizes: tuple) -> Config:
@@ -196,7 +266,4 @@ def select(stage: str, x: torch.Tensor, rows: float, width: int, sizes: tuple) -
         return RAGGED_FP32 if ragged else FP32
     if ragged:
         return RAGGED
-    for rule in TABLE.get(arch_of(x.device.type, x.device.index), {}).get(stage, ()):
-        if rows <= rule.max_rows and width <= rule.max_width:
-            return rule.config
-    return SMALL
+    return from_table(arch_of(x.device.type, x.device.index), stage, rows, width)

@@ -26,7 +26,7 @@ from d2m_kernels.backends.triton.operands import (
     rows_descriptor,
     rows_of,
 )
-from d2m_kernels.backends.triton.pieces import _grouped, _matmul, _next_start, _parts, _rounded
+from d2m_kernels.backends.triton.pieces import _grouped, _matmul, _next_tile, _parts, _rounded
 
 
 @triton.jit
@@ -53,8 +53,11 @@ def _add_and_store(acc, s, live, t, T, n0, D, top_k, scale, WIDTH: tl.constexpr)
 
 
 @triton.jit
-def _down_tiles(start, s, d, T, D, S, E, top_k, scale, P: tl.constexpr):
-    """This program's tiles of one stream, from tile `start` on; returns the next stream's start."""
+def _down_tiles(tile, first, s, d, T, D, S, E, top_k, scale, ticket_ptr, P: tl.constexpr):
+    """This program's tiles, from `tile` on, of a stream whose first has the number `first`.
+
+    Returns the program's next tile and the number after the stream's last.
+    """
     M: tl.constexpr = P.M
     N: tl.constexpr = P.N
     PARTS: tl.constexpr = P.PARTS
@@ -63,8 +66,9 @@ def _down_tiles(start, s, d, T, D, S, E, top_k, scale, P: tl.constexpr):
     live = 0
     if s.y2 is not None:
         live = tl.load(s.offsets + E)
-    for tile in tl.range(start, tiles_m * tiles_n, tl.num_programs(0)):
-        m, n = _grouped(tile, tiles_m, tiles_n, P.GROUP_M)
+    last = first + tiles_m * tiles_n
+    while tile < last:
+        m, n = _grouped(tile - first, tiles_m, tiles_n, P.GROUP_M)
         n0 = n * N
         t = m * M + tl.arange(0, M)
         h = Left(s.h, s.stride_ht, d.a, tl.minimum(t, T - 1), m * M)
@@ -73,27 +77,28 @@ def _down_tiles(start, s, d, T, D, S, E, top_k, scale, P: tl.constexpr):
         if P.DUAL:
             gate = Right(s.gate, s.stride_gn, d.gate, 0, 0, n0, D)
             acc = _matmul(acc, h, S, gate, S, S, P)
+        tile = _next_tile(tile, ticket_ptr)
         pieces = _parts(acc, PARTS)
         for i in tl.static_range(PARTS):
             _add_and_store(pieces[i], s, live, t, T, n0 + i * (N // PARTS), D, top_k, scale,
                            N // PARTS)  # fmt: skip
-    return _next_start(start, tiles_m * tiles_n)
+    return tile, last
 
 
 @triton.jit(do_not_specialize=["T", "T_2"])
 def _down_fwd_kernel(
     s, T, h_desc, w_desc, gate_desc, s_2, T_2, h_desc_2, w_desc_2, gate_desc_2,
-    D, S, E, top_k, scale, PAIR: tl.constexpr, P: tl.constexpr,
+    D, S, E, top_k, scale, ticket_ptr, PAIR: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """out = h[:, :S] W (+ h[:, S:] G when DUAL) + bias + scale * sum_j weights[:, j] * y2[...].
 
     A PAIR's second stream continues the list of tiles where the first one ends.
     """
-    start = _down_tiles(tl.program_id(0), s, Descriptors(h_desc, w_desc, gate_desc), T, D, S, E,
-                        top_k, scale, P)  # fmt: skip
+    tile, last = _down_tiles(tl.program_id(0), 0, s, Descriptors(h_desc, w_desc, gate_desc), T, D,
+                             S, E, top_k, scale, ticket_ptr, P)  # fmt: skip
     if PAIR:
-        _down_tiles(start, s_2, Descriptors(h_desc_2, w_desc_2, gate_desc_2), T_2, D, S, E, top_k,
-                    scale, P)  # fmt: skip
+        _down_tiles(tile, last, s_2, Descriptors(h_desc_2, w_desc_2, gate_desc_2), T_2, D, S, E,
+                    top_k, scale, ticket_ptr, P)  # fmt: skip
 
 
 @dataclass
@@ -125,7 +130,7 @@ class Shared:
         )  # fmt: skip
 
 
-def down_shared(stage, streams: list[Shared], *, S: int, scale=1.0, trans=False):
+def down_shared(stage, streams: list[Shared], ticket, *, S: int, scale=1.0, trans=False):
     """Launches the kernel for one or two streams, over the first S neurons of their weights."""
     streams = [s for s in streams if s.out.numel()]
     if not streams:
@@ -138,11 +143,11 @@ def down_shared(stage, streams: list[Shared], *, S: int, scale=1.0, trans=False)
         return numbered([s.arguments(config, S, trans) for s in streams]) | dict(
             D=D, S=S, E=large.offsets.shape[0] - 1,
             top_k=0 if large.inverse_TK is None else large.inverse_TK.shape[1], scale=float(scale),
-            P=product(config, large.h.dtype, (D,), S, 32 if plain else 16, trans,
+            P=product(config, large.h, (D,), S, 32 if plain else 16, trans,
                       dual=large.gate is not None),
         )  # fmt: skip
 
     config = configs.select(stage, large.h, T, D, (D, S))
     if large.gate is not None and S % config.block_k:
         config = configs.unbounded(config)
-    launch(_down_fwd_kernel, stage, config, large.h.device, arguments)
+    launch(_down_fwd_kernel, stage, config, large.h.device, arguments, ticket)

@@ -10,11 +10,14 @@ three launches.
 import torch
 import triton
 
-from d2m_kernels.backends.triton.act_bwd import LEAST_BLOCK_N, activations
+from d2m_kernels.backends.triton.act_bwd import activations
 from d2m_kernels.backends.triton.combine import combine_into
+from d2m_kernels.backends.triton.configs import LEAST_BLOCK_N
 from d2m_kernels.backends.triton.down import Shared, down_shared
 from d2m_kernels.backends.triton.grouped_gemm import Operands, grouped_matmul
+from d2m_kernels.backends.triton.launch import tickets
 from d2m_kernels.backends.triton.operands import Saved, neuron_columns, neuron_rows, rows_of
+from d2m_kernels.backends.triton.plans import planned
 from d2m_kernels.backends.triton.weight_grads import bias_grad, sums, weight_grad
 from d2m_kernels.contract import FFNAttrs, FFNInputs
 from d2m_kernels.eager import finish_block
@@ -29,6 +32,13 @@ def ffn_fwd(streams, attrs: FFNAttrs, ends):
     Returns (y [T, D], z_shared [T, S or 2S], z_routed [N, H or 2H]) of each stream; the last two
     None unless `save`.
     """
+    if not attrs.shared:
+        return _ffn_fwd(streams, attrs, ends)
+    tensors = [t for given in (*streams, *ends) for t in given]
+    return planned(lambda: _ffn_fwd(streams, attrs, ends), tensors, attrs)
+
+
+def _ffn_fwd(streams, attrs: FFNAttrs, ends):
     shared, activation, scale, save = attrs.shared, attrs.activation, attrs.scale, attrs.save
     first = streams[0]
     D, K, gated = first.x.shape[1], first.weights.shape[1], first.gate is not None
@@ -57,16 +67,17 @@ def ffn_fwd(streams, attrs: FFNAttrs, ends):
                    adaln_BD=adaln, residual_TD=residual)
         )  # fmt: skip
     stage = "up_gated" if gated else "up"
-    grouped_matmul(stage, ups, N=H, K=D, gather_div=max(K, 1), activation=activation)
-    grouped_matmul("down", downs, N=D, K=H)
-    finish("down_combine", lasts, shared, scale=scale)
+    counters, div = tickets(first.x.device, 3), max(K, 1)
+    grouped_matmul(stage, ups, next(counters), N=H, K=D, gather_div=div, activation=activation)
+    grouped_matmul("down", downs, next(counters), N=D, K=H)
+    finish("down_combine", lasts, next(counters), shared, scale=scale)
     return [(last.out, *z) for last, z in zip(lasts, saved, strict=True)]
 
 
-def finish(stage, ends: list[Shared], shared: int, *, scale=1.0, trans=False):
+def finish(stage, ends: list[Shared], ticket, shared: int, *, scale=1.0, trans=False):
     """out = h_shared W + bias + the routed rows: in the shared GEMM's epilogue if there is one."""
     if shared:
-        down_shared(stage, ends, S=shared, scale=scale, trans=trans)
+        down_shared(stage, ends, ticket, S=shared, scale=scale, trans=trans)
         return
     for s in ends:
         if s.y2 is not None:
@@ -91,18 +102,19 @@ def ffn_bwd(dys, streams, zs, attrs: FFNAttrs, grads) -> None:
         _buffers(dy, s, *z, shared, H, gated, frozen, g)
         for dy, s, z, g in zip(dys, streams, zs, grads, strict=True)
     ]
+    counters = tickets(streams[0].x.device, 5 + gated)
     activations(
-        [p for p, s in zip(parts, streams, strict=True) if _wanted(p, s, H)], shared=shared,
-        shared_h_width=shared if shared > frozen else 0, H=H, activation=activation, gated=gated,
-        scale=scale,
+        [p for p, s in zip(parts, streams, strict=True) if _wanted(p, s, H)], next(counters),
+        shared=shared, shared_h_width=shared if shared > frozen else 0, H=H, activation=activation,
+        gated=gated, scale=scale,
     )  # fmt: skip
     all_of = list(zip(parts, streams, grads, strict=True))
     for p, s, g in all_of:
         if g.weights is not None:
             sums_NP = p.partial.view(*s.weights.shape, p.partial.shape[1])
             torch.sum(sums_NP, -1, out=g.weights)
-    _inputs([t for t in all_of if t[2].x is not None], shared, H, gated)
-    _weights(all_of, shared, H, gated, frozen, K)
+    _inputs([t for t in all_of if t[2].x is not None], counters, shared, H, gated)
+    _weights(all_of, counters, shared, H, gated, frozen, K)
     for dy, g in zip(dys, grads, strict=True):
         if g.b2 is not None:
             g.b2.copy_(dy.sum(0, dtype=torch.float32))
@@ -136,7 +148,7 @@ def _wanted(p: Saved, s: FFNInputs, H: int) -> bool:
     return anything and s.x.shape[0] > 0 and (p.z_shared is not None or s.order.shape[0] * H > 0)
 
 
-def _inputs(wanted, shared, H, gated):
+def _inputs(wanted, counters, shared, H, gated):
     """dx = dz W1: routed rows in expert order, then the shared expert's launch adds them up."""
     routed, ends = [], []
     for p, s, g in wanted:
@@ -151,11 +163,11 @@ def _inputs(wanted, shared, H, gated):
     if not ends:
         return
     D = ends[0].out.shape[1]
-    grouped_matmul("dx", routed, N=D, K=H, trans=True, dual=gated)
-    finish("dx_combine", ends, shared, trans=True)
+    grouped_matmul("dx", routed, next(counters), N=D, K=H, trans=True, dual=gated)
+    finish("dx_combine", ends, next(counters), shared, trans=True)
 
 
-def _weights(all_of, shared, H, gated, frozen, K):
+def _weights(all_of, counters, shared, H, gated, frozen, K):
     """dW1 = dz^T x, dW2 = dy^T h and the biases' column sums, each over its group's rows."""
     sizes = dict(shared=shared, H=H, frozen=frozen)
     for half, (w, b) in enumerate([("up", "b_up"), ("gate", "b_gate")][: 1 + gated]):
@@ -164,7 +176,7 @@ def _weights(all_of, shared, H, gated, frozen, K):
             for p, s, g in all_of
             if getattr(g, w) is not None
         ]
-        weight_grad(wanted, half=half, top_k=K, **sizes)
+        weight_grad(wanted, next(counters), half=half, top_k=K, **sizes)
         for p, s, g in all_of:
             if getattr(g, b) is not None:
                 bias_grad(getattr(g, b), p.dz_shared, p.dz, s.offsets, half=half, **sizes)
@@ -173,4 +185,4 @@ def _weights(all_of, shared, H, gated, frozen, K):
         for p, s, g in all_of
         if g.w2 is not None
     ]
-    weight_grad(wanted, half=0, top_k=K, **sizes)
+    weight_grad(wanted, next(counters), half=0, top_k=K, **sizes)

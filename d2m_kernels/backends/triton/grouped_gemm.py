@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from d2m_kernels.backends.triton import configs
-from d2m_kernels.backends.triton.launch import launch, numbered, power_of_two, product
+from d2m_kernels.backends.triton.launch import launch, numbered, power_of_two, product, tickets
 from d2m_kernels.backends.triton.operands import (
     NO_WEIGHTS,
     Descriptors,
@@ -23,41 +23,43 @@ from d2m_kernels.backends.triton.operands import (
     rows_of,
     stacked,
 )
-from d2m_kernels.backends.triton.pieces import _group_of, _grouped, _next_start, _row_tiles
+from d2m_kernels.backends.triton.pieces import _corner_of, _group_of, _row_tiles
 from d2m_kernels.backends.triton.tile import _grouped_gemm_tile
 
 
 @triton.jit
-def _grouped_gemm_tiles(start, s, d, T, M, N, K, S, E, corners, GATHER_DIV: tl.constexpr,
-                        BLOCK_E: tl.constexpr, P: tl.constexpr):  # fmt: skip
-    """This program's tiles of one stream, from tile `start` on; returns the next stream's start."""
+def _grouped_gemm_tiles(tile, first, s, d, T, M, N, K, S, E, corners, ticket_ptr,
+                        GATHER_DIV: tl.constexpr, BLOCK_E: tl.constexpr,
+                        P: tl.constexpr):  # fmt: skip
+    """This program's tiles, from `tile` on, of a stream whose first has the number `first`.
+
+    Returns the program's next tile and the number after the stream's last.
+    """
     SHARED: tl.constexpr = s.out_shared is not None
     HALF: tl.constexpr = P.M // 2
     WHOLE: tl.constexpr = P.M
-    spans = _row_tiles(s.offsets, T, M, N, S, E, SHARED, BLOCK_E, P)
-    for tile in tl.range(start, spans.total, tl.num_programs(0)):
-        g = _group_of(tile, spans, T, N, S, corners, SHARED)
+    HALVES: tl.constexpr = P.HALVES
+    spans = _row_tiles(s.offsets, T, M, N, S, E, SHARED, BLOCK_E, P, HALVES)
+    last = first + spans.total
+    while tile < last:
+        g = _group_of(tile - first, spans, T, N, S, corners, SHARED, HALVES)
         depth = tl.where(g.expert == E, 0, K)  # the tail has no product: it is stored as zero
-        tiles_m = tl.cdiv(g.end - g.first, P.M)
-        m, n = _grouped(g.local, tiles_m, tl.cdiv(g.width, P.N), P.GROUP_M)
-        r0 = g.first + m * P.M
-        if P.HALVES:
-            few = g.end - r0 <= HALF
-        else:
-            few = False
-        if few:  # the descriptor's box is a whole tile
+        r0, n0 = _corner_of(g, P, HALVES)
+        if g.half:  # the descriptor's box is a whole tile
             rows_by_name = Descriptors(None, d.w, d.gate)
-            _grouped_gemm_tile(s, rows_by_name, g, r0, n * P.N, K, depth, GATHER_DIV, P, HALF)
+            tile = _grouped_gemm_tile(s, rows_by_name, g, tile, ticket_ptr, r0, n0, K, depth,
+                                      GATHER_DIV, P, HALF)  # fmt: skip
         else:
-            _grouped_gemm_tile(s, d, g, r0, n * P.N, K, depth, GATHER_DIV, P, WHOLE)
-    return _next_start(start, spans.total)
+            tile = _grouped_gemm_tile(s, d, g, tile, ticket_ptr, r0, n0, K, depth, GATHER_DIV, P,
+                                      WHOLE)  # fmt: skip
+    return tile, last
 
 
 @triton.jit(do_not_specialize=["T", "M", "T_2", "M_2"])
 def _grouped_gemm_fwd_kernel(
     s, T, M, x_desc, w_desc, gate_desc, s_2, T_2, M_2, x_desc_2, w_desc_2, gate_desc_2,
-    N, K, S, E, corners, PAIR: tl.constexpr, GATHER_DIV: tl.constexpr, BLOCK_E: tl.constexpr,
-    P: tl.constexpr,
+    N, K, S, E, corners, ticket_ptr, PAIR: tl.constexpr, GATHER_DIV: tl.constexpr,
+    BLOCK_E: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """out[r] = act(x[row(r)] W_e^T + b_e) for the rows of every expert e, zero past offsets[E].
 
@@ -65,14 +67,14 @@ def _grouped_gemm_fwd_kernel(
     sum over both halves. The shared expert (out_shared given) is a group of all T rows, S wide.
     A PAIR's second stream continues the list of tiles where the first one ends.
     """
-    start = _grouped_gemm_tiles(
-        tl.program_id(0), s, Descriptors(x_desc, w_desc, gate_desc), T, M, N, K, S, E, corners,
-        GATHER_DIV, BLOCK_E, P,
+    tile, last = _grouped_gemm_tiles(
+        tl.program_id(0), 0, s, Descriptors(x_desc, w_desc, gate_desc), T, M, N, K, S, E, corners,
+        ticket_ptr, GATHER_DIV, BLOCK_E, P,
     )  # fmt: skip
     if PAIR:
         _grouped_gemm_tiles(
-            start, s_2, Descriptors(x_desc_2, w_desc_2, gate_desc_2), T_2, M_2, N, K, S, E,
-            corners, GATHER_DIV, BLOCK_E, P,
+            tile, last, s_2, Descriptors(x_desc_2, w_desc_2, gate_desc_2), T_2, M_2, N, K, S, E,
+            corners, ticket_ptr, GATHER_DIV, BLOCK_E, P,
         )  # fmt: skip
 
 
@@ -102,7 +104,9 @@ class Operands:
 
     def arguments(self, config, K: int, trans: bool) -> dict:
         w, gate = self.weights, self.gate or NO_WEIGHTS
-        consecutive = self.gather is None and self.out_shared is None
+        consecutive = self.gather is None
+        if self.out_shared is not None:  # its rows are, whichever way the experts' are found
+            consecutive = config.shared_tma and self.gate is None
         s = Stream(
             *rows_of(self.x), self.gather, self.offsets, *w[:2], *gate[:2], self.bias,
             self.bias_gate, self.out, self.z, self.out_shared, self.z_shared,
@@ -115,13 +119,14 @@ class Operands:
 
 
 def grouped_matmul(
-    stage, streams: list[Operands], *, N, K, gather_div=1, activation=None, trans=False, dual=False
-):
+    stage, streams: list[Operands], ticket, *, N, K, gather_div=1, activation=None, trans=False,
+    dual=False,
+):  # fmt: skip
     """Launches the kernel for one or two streams, which differ in tensors and rows alone."""
-    streams = [s for s in streams if s.work()]
+    streams = sorted((s for s in streams if s.work()), key=Operands.work)
     if not streams:
         return
-    large = max(streams, key=Operands.work)  # its sizes choose the tile
+    large = streams[-1]  # its sizes choose the tile, and its half tiles come last
     (T, S), M, E, x = large.shared, large.out.shape[0], large.offsets.shape[0] - 1, large.x
     gated = large.gate is not None and not dual
 
@@ -129,14 +134,15 @@ def grouped_matmul(
         return numbered([s.arguments(config, K, trans) for s in streams]) | dict(
             N=N, K=K, S=S, E=E, corners=large.weights.corners, GATHER_DIV=gather_div,
             BLOCK_E=power_of_two(E + 2),
-            P=product(config, x.dtype, (N, S), K, 32, trans, activation, gated, dual),
+            P=product(config, x, (N, S), K, 32, trans, activation, gated, dual,
+                      approx=config.approx and x.dtype == torch.bfloat16),
         )  # fmt: skip
 
     rows, width = (T, S) if T * S > M * N else (M / E, N)
     config = configs.select(stage, x, rows, width, (N, K, S))
     if dual and K % config.block_k:
         config = configs.unbounded(config)
-    launch(_grouped_gemm_fwd_kernel, stage, config, x.device, arguments)
+    launch(_grouped_gemm_fwd_kernel, stage, config, x.device, arguments, ticket)
 
 
 def grouped_gemm(
@@ -154,5 +160,5 @@ def grouped_gemm(
     gate = None if w_gate is None else stacked(w_gate)
     operands = Operands(x, offsets, w, out, gate, gather, bias_EN, bias_gate)
     stage = "up" if w_gate is None else "up_gated"
-    grouped_matmul(stage, [operands], N=N, K=K, activation=activation)
+    grouped_matmul(stage, [operands], next(tickets(x.device, 1)), N=N, K=K, activation=activation)
     return out

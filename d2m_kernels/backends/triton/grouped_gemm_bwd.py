@@ -8,6 +8,7 @@ import torch
 
 from d2m_kernels.activations import pointwise, pointwise_backward
 from d2m_kernels.backends.triton.grouped_gemm import Operands, grouped_gemm, grouped_matmul
+from d2m_kernels.backends.triton.launch import tickets
 from d2m_kernels.backends.triton.operands import stacked
 from d2m_kernels.backends.triton.weight_grads import bias_grad, sums, weight_grad
 
@@ -20,6 +21,7 @@ def grouped_gemm_bwd(
     need_x, need_w, need_w_gate, need_bias, need_bias_gate = needs
     if w_gate is not None and w_gate.stride() != w_ENK.stride():
         w_ENK, w_gate = w_ENK.contiguous(), w_gate.contiguous()
+    counters = tickets(x.device, 3)
     dz = _pre_activation_grad(
         dout, x, w_ENK, offsets, w_gate, gather, bias_EN, bias_gate, activation
     )
@@ -28,7 +30,8 @@ def grouped_gemm_bwd(
         dx = x.new_empty(M, K)
         gate = None if w_gate is None else stacked(w_gate)
         operands = Operands(dz, offsets, stacked(w_ENK), dx, gate)
-        grouped_matmul("dx", [operands], N=K, K=N, trans=True, dual=gate is not None)
+        gated = gate is not None
+        grouped_matmul("dx", [operands], next(counters), N=K, K=N, trans=True, dual=gated)
         if gather is not None:
             # index_put_ with accumulate sorts on CUDA: unlike index_add_, bitwise reproducible.
             total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
@@ -43,7 +46,7 @@ def grouped_gemm_bwd(
         db = x.new_empty(E * N) if need_b else None
         if need:
             operands = sums(dw, None, dz, x, offsets, rows)
-            weight_grad([operands], half=half, top_k=1, **sizes)
+            weight_grad([operands], next(counters), half=half, top_k=1, **sizes)
         if need_b:
             bias_grad(db, None, dz, offsets, half=half, **sizes)
         return None if dw is None else dw.view(E, N, K), None if db is None else db.view(E, N)

@@ -55,11 +55,12 @@ Descriptors = namedtuple("Descriptors", "a w gate")
 Left = namedtuple("Left", "ptr stride desc rows row0")
 # a group's weights from its corner (row, col) on: the columns n0 .. of its width
 Right = namedtuple("Right", "ptr stride desc row col n0 width")
-# the shared expert's tiles; a lane an expert: its first row, the next one's first tile; all tiles
-Spans = namedtuple("Spans", "shared first stop total")
+# The whole tiles: the shared expert's, then, a lane an expert, its first row and the next one's
+# first tile. From number `whole` on the half tiles in the same order, up to all tiles.
+Spans = namedtuple("Spans", "shared first stop whole shared_half stop_half total")
 # what owns a tile: the shared expert, or if `routed` expert e, where E is the tail that none owns;
-# its rows first .. end, outputs and corners, and the tile's number within it
-Group = namedtuple("Group", "routed expert first end width row col bias local")
+# its rows first .. end, outputs and corners, and the tile's number among its whole or half ones
+Group = namedtuple("Group", "routed expert first end width row col bias local half")
 # where expert 0's weights and bias start, and the steps to the next; the shared expert's: 0
 Corners = namedtuple("Corners", "row col row_step col_step bias bias_step")
 
@@ -80,6 +81,7 @@ class Product(NamedTuple):
     ACT: str
     GATED: bool  # act(A G) * (A W)
     DUAL: bool  # A[:, :K] W + A[:, K:] G
+    FENCE: bool  # an explicit proxy fence before each product (configs.fences)
 
 
 # --------------------------------------------------------------------------------- on the host

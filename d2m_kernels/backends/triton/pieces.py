@@ -23,9 +23,10 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def pointwise_name(activation: str | None) -> str:
+def pointwise_name(activation: str | None, approx: bool = False) -> str:
     """The constexpr ACT of the kernels: what goes through a nonlinearity (gated: the gate)."""
-    return GATED.get(activation, activation) or "none"
+    name = GATED.get(activation, activation) or "none"
+    return name + "_approx" if approx and name == "gelu_tanh" else name
 
 
 def even(size: int, block: int) -> bool:
@@ -36,10 +37,17 @@ def even(size: int, block: int) -> bool:
 
 
 @triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
+def _dot(a, b, acc, COPIED: tl.constexpr, P: tl.constexpr):
+    """acc + a b; COPIED: whether an operand came by cp.async, whose writes P.FENCE then orders."""
     # The interpreter multiplies bf16 operands as if their bits were integers.
     if INTERPRET:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    if P.FENCE and COPIED:
+        tl.inline_asm_elementwise(
+            "fence.proxy.async.shared::cta; mov.b32 $0, 0;", "=r", [], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    PRECISION: tl.constexpr = P.PRECISION
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
@@ -55,6 +63,18 @@ def _rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _tanh_approx(u):
+    """tanh u by one instruction, whose relative error is at most 2^-11 (PTX ISA)."""
+    if INTERPRET:  # cut off where that error begins
+        bits = (2.0 * tl.sigmoid(2.0 * u) - 1.0).to(tl.int32, bitcast=True)
+        return (bits & -4096).to(tl.float32, bitcast=True)
+    else:
+        return tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def _act(z, ACT: tl.constexpr):
     """act(z) in fp32."""
     if ACT == "gelu":
@@ -62,6 +82,9 @@ def _act(z, ACT: tl.constexpr):
     elif ACT == "gelu_tanh":
         # 0.5 (1 + tanh u) = sigmoid(2u): one exponential, and no cancellation for large -z
         return z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+    elif ACT == "gelu_tanh_approx":
+        half = 0.5 * z
+        return half + half * _tanh_approx(z * (0.7978845608028654 + 0.035677408136300125 * z * z))
     elif ACT == "silu":
         return z * tl.sigmoid(z)
     elif ACT == "relu":
@@ -124,13 +147,17 @@ def _grouped(local, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _next_start(start, total):
-    """Where a program goes on in the next list of tiles, having walked `total` from `start` on.
+def _next_tile(tile, ticket_ptr):
+    """The tile that a program takes after this one; its first is the program's own number.
 
-    Two lists then share the programs out as one list of both would.
+    With tickets whichever program is free takes the next tile, without them it is a round of the
+    grid further. Tiles of a second stream follow the first one's. To be drawn when a tile is nearly
+    done: tickets drawn at its start would share equal tiles out in rounds again.
     """
-    steps = tl.cdiv(tl.maximum(total - start, 0), tl.num_programs(0))
-    return start + steps * tl.num_programs(0) - total
+    if ticket_ptr is None:
+        return tile + tl.num_programs(0)
+    else:
+        return tl.num_programs(0) + tl.atomic_add(ticket_ptr, 1, sem="relaxed")
 
 
 @triton.jit
@@ -145,35 +172,62 @@ def _expert_rows(offsets_ptr, M, E, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def _row_tiles(offsets_ptr, T, M, N, S, E, SHARED: tl.constexpr, BLOCK_E: tl.constexpr,
-               P: tl.constexpr):  # fmt: skip
-    """Spans of groups tiled by their rows: N outputs wide, the SHARED expert's T rows S wide."""
+               P: tl.constexpr, HALVES: tl.constexpr):  # fmt: skip
+    """Spans of groups tiled by their rows: N outputs wide, the SHARED expert's T rows S wide.
+
+    HALVES: a group's last tile, where it has at most half the rows, is a half tile.
+    """
     shared = 0
+    shared_half = 0
     if SHARED:
-        shared = tl.cdiv(T, P.M) * tl.cdiv(S, P.N)
+        shared = _whole_tiles(T, P, HALVES) * tl.cdiv(S, P.N)
+        shared_half = tl.cdiv(T, P.M) * tl.cdiv(S, P.N) - shared
     e, first, end = _expert_rows(offsets_ptr, M, E, BLOCK_E)
-    tiles = tl.where(e <= E, (end - first + P.M - 1) // P.M * tl.cdiv(N, P.N), 0)
-    return Spans(shared, first, tl.cumsum(tiles, 0), shared + tl.sum(tiles, 0))
+    wide = tl.where(e <= E, tl.cdiv(N, P.N), 0)
+    tiles = _whole_tiles(end - first, P, HALVES) * wide
+    stop = tl.cumsum(tiles, 0)
+    whole = shared + tl.sum(tiles, 0)
+    if not HALVES:
+        return Spans(shared, first, stop, whole, 0, stop, whole)
+    halves = (end - first + P.M - 1) // P.M * wide - tiles
+    total = whole + shared_half + tl.sum(halves, 0)
+    return Spans(shared, first, stop, whole, shared_half, tl.cumsum(halves, 0), total)
 
 
 @triton.jit
-def _group_of(tile, spans, T, N, S, corners, SHARED: tl.constexpr):
+def _whole_tiles(rows, P: tl.constexpr, HALVES: tl.constexpr):
+    """Tiles of P.M rows, where the last one may be another with HALVES."""
+    SPARED: tl.constexpr = P.M // 2 if HALVES else 0
+    return (rows + (P.M - 1 - SPARED)) // P.M
+
+
+@triton.jit
+def _group_of(tile, spans, T, N, S, corners, SHARED: tl.constexpr, HALVES: tl.constexpr = False):
     """The group that owns a tile: its rows, its width and its weights' corners.
 
     The spans stay in registers for a program's whole life, so that this is four reductions over
     their lanes and no memory access.
     """
-    local = tile - spans.shared
-    before = spans.stop <= local
+    shared = spans.shared
+    stop = spans.stop
+    half = False
+    if HALVES:
+        half = tile >= spans.whole
+        tile = tl.where(half, tile - spans.whole, tile)
+        shared = tl.where(half, spans.shared_half, shared)
+        stop = tl.where(half, spans.stop_half, stop)
+    local = tile - shared
+    before = stop <= local
     expert = tl.sum(before.to(tl.int32), 0)
-    local -= tl.max(tl.where(before, spans.stop, 0), 0)
-    e = tl.arange(0, spans.stop.shape[0])
+    local -= tl.max(tl.where(before, stop, 0), 0)
+    e = tl.arange(0, stop.shape[0])
     first = tl.sum(tl.where(e == expert, spans.first, 0), 0)
     end = tl.sum(tl.where(e == expert + 1, spans.first, 0), 0)
     width = N
     row = corners.row + expert * corners.row_step
     col = corners.col + expert * corners.col_step
     bias = corners.bias + expert * corners.bias_step
-    routed = tile >= spans.shared
+    routed = tile >= shared
     if SHARED:
         local = tl.where(routed, local, tile)
         first = tl.where(routed, first, 0)
@@ -182,7 +236,20 @@ def _group_of(tile, spans, T, N, S, corners, SHARED: tl.constexpr):
         row = tl.where(routed, row, 0)
         col = tl.where(routed, col, 0)
         bias = tl.where(routed, bias, 0)
-    return Group(routed, expert, first, end, width, row, col, bias, local)
+    return Group(routed, expert, first, end, width, row, col, bias, local, half)
+
+
+@triton.jit
+def _corner_of(g, P: tl.constexpr, HALVES: tl.constexpr):
+    """The first row and the first column of a tile of group g."""
+    tiles_m = _whole_tiles(g.end - g.first, P, HALVES)
+    if HALVES:
+        rows = tl.where(g.half, 1, tiles_m)
+        m, n = _grouped(g.local, rows, tl.cdiv(g.width, P.N), P.GROUP_M)
+        m = tl.where(g.half, tiles_m, m)
+    else:
+        m, n = _grouped(g.local, tiles_m, tl.cdiv(g.width, P.N), P.GROUP_M)
+    return g.first + m * P.M, n * P.N
 
 
 # ---------------------------------------------------------------------------------------- K loops
@@ -223,7 +290,7 @@ def _load_w(w, K, k0, P: tl.constexpr):
 @triton.jit
 def _matmul(acc, a, col, w, K, depth, P: tl.constexpr):
     """acc += A[:, col:] W over the first `depth` of K."""
-    PRECISION: tl.constexpr = P.PRECISION
+    COPIED: tl.constexpr = a.desc is None or w.desc is None
     for k0 in tl.range(0, depth, P.K):
-        acc = _dot(_load_a(a, col, K, k0, P), _load_w(w, K, k0, P), acc, PRECISION)
+        acc = _dot(_load_a(a, col, K, k0, P), _load_w(w, K, k0, P), acc, COPIED, P)
     return acc

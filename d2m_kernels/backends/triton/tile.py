@@ -13,17 +13,20 @@ from d2m_kernels.backends.triton.pieces import (  # fmt: skip
     _load_a,
     _load_w,
     _matmul,
+    _next_tile,
     _parts,
     _rounded,
 )
 
 
 @triton.jit
-def _grouped_gemm_tile(s, d, g, r0, n0, K, depth, GATHER_DIV: tl.constexpr, P: tl.constexpr,
-                       BLOCK_M: tl.constexpr):  # fmt: skip
-    """Rows r0 .. of group g, columns n0 .. of its width; the sum goes over `depth` of K."""
+def _grouped_gemm_tile(s, d, g, tile, ticket_ptr, r0, n0, K, depth, GATHER_DIV: tl.constexpr,
+                       P: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+    """Rows r0 .. of group g, columns n0 .. of its width; the sum goes over `depth` of K.
+
+    Returns the program's next tile.
+    """
     N: tl.constexpr = P.N
-    PRECISION: tl.constexpr = P.PRECISION
     PARTS: tl.constexpr = P.PARTS
     r = r0 + tl.arange(0, BLOCK_M)
     source = tl.minimum(r, g.end - 1)  # rows past the group repeat its last, unstored
@@ -42,16 +45,25 @@ def _grouped_gemm_tile(s, d, g, r0, n0, K, depth, GATHER_DIV: tl.constexpr, P: t
     acc = tl.zeros((BLOCK_M, N), dtype=tl.float32)
     if P.GATED:
         acc_gate = tl.zeros((BLOCK_M, N), dtype=tl.float32)
+        COPIED: tl.constexpr = d.a is None or d.w is None or d.gate is None
         for k0 in tl.range(0, depth, P.K):
             a_tile = _load_a(a, 0, K, k0, P)
             w_tile = _load_w(w, K, k0, P)
             gate_tile = _load_w(gate, K, k0, P)
-            acc = _dot(a_tile, w_tile, acc, PRECISION)
-            acc_gate = _dot(a_tile, gate_tile, acc_gate, PRECISION)
+            acc = _dot(a_tile, w_tile, acc, COPIED, P)
+            acc_gate = _dot(a_tile, gate_tile, acc_gate, COPIED, P)
+    elif d.a is not None and s.rows is not None:  # the shared expert's rows alone are consecutive
+        if g.routed:
+            gathered = Left(s.x, s.stride_xt, None, source, r0)
+            acc = _matmul(acc, gathered, 0, w, K, depth, P)
+        else:
+            acc = _matmul(acc, a, 0, w, K, depth, P)
     else:
         acc = _matmul(acc, a, 0, w, K, depth, P)
         if P.DUAL:
             acc = _matmul(acc, a, K, gate, K, depth, P)
+
+    tile = _next_tile(tile, ticket_ptr)
 
     # -- bias, pre-activation, activation: in parts: the whole tile overflows the registers
     out = s.out
@@ -68,6 +80,7 @@ def _grouped_gemm_tile(s, d, g, r0, n0, K, depth, GATHER_DIV: tl.constexpr, P: t
     for i in tl.static_range(PARTS):
         _finish(pieces[i], gates[i], s, g, out, z, r, n0 + i * (N // PARTS), bias_width,
                 N // PARTS, P)  # fmt: skip
+    return tile
 
 
 @triton.jit

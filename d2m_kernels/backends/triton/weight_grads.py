@@ -16,7 +16,7 @@ from d2m_kernels.backends.triton.pieces import (  # fmt: skip
     _dot,
     _expert_rows,
     _group_of,
-    _next_start,
+    _next_tile,
     _parts,
     _rounded,
 )
@@ -27,7 +27,9 @@ def _neuron_tiles(offsets_ptr, H, E, across, shared, BLOCK: tl.constexpr, BLOCK_
     """Spans of groups tiled by their neurons: H of an expert, `across` tiles in a row of them."""
     e, first, _ = _expert_rows(offsets_ptr, 0, E, BLOCK_E)
     tiles = tl.where(e < E, tl.cdiv(H, BLOCK) * across, 0)
-    return Spans(shared, first, tl.cumsum(tiles, 0), shared + tl.sum(tiles, 0))
+    stop = tl.cumsum(tiles, 0)
+    total = shared + tl.sum(tiles, 0)
+    return Spans(shared, first, stop, total, 0, stop, total)
 
 
 @triton.jit
@@ -41,13 +43,15 @@ def _store_grad(acc, s, neuron, d0, last, D, frozen, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _weight_bwd_tiles(start, s, T, D, S, H, E, frozen, half, top_k, BLOCK_E: tl.constexpr,
-                      P: tl.constexpr):  # fmt: skip
-    """This program's tiles of one stream, from tile `start` on; returns the next stream's start."""
+def _weight_bwd_tiles(tile, first, s, T, D, S, H, E, frozen, half, top_k, ticket_ptr,
+                      BLOCK_E: tl.constexpr, P: tl.constexpr):  # fmt: skip
+    """This program's tiles, from `tile` on, of a stream whose first has the number `first`.
+
+    Returns the program's next tile and the number after the stream's last.
+    """
     BLOCK_M: tl.constexpr = P.M
     BLOCK_N: tl.constexpr = P.N
     BLOCK_K: tl.constexpr = P.K
-    PRECISION: tl.constexpr = P.PRECISION
     PARTS: tl.constexpr = P.PARTS
     SHARED: tl.constexpr = s.left_shared is not None
     tiles_d = tl.cdiv(D, BLOCK_N)
@@ -55,8 +59,9 @@ def _weight_bwd_tiles(start, s, T, D, S, H, E, frozen, half, top_k, BLOCK_E: tl.
     if SHARED:  # neurons before `frozen` are not even computed
         shared = tl.cdiv(tl.maximum(S - frozen, 0), BLOCK_M) * tiles_d
     spans = _neuron_tiles(s.offsets, H, E, tiles_d, shared, BLOCK_M, BLOCK_E)
-    for tile in tl.range(start, spans.total, tl.num_programs(0)):
-        g = _group_of(tile, spans, T, H, S, Corners(S, 0, H, 0, 0, 0), SHARED)
+    last = first + spans.total
+    while tile < last:
+        g = _group_of(tile - first, spans, T, H, S, Corners(S, 0, H, 0, 0, 0), SHARED)
         d0 = (g.local % tiles_d) * BLOCK_N
         skip = tl.where(g.routed, 0, frozen)
         offs_m = skip + g.local // tiles_d * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -87,26 +92,29 @@ def _weight_bwd_tiles(start, s, T, D, S, H, E, frozen, half, top_k, BLOCK_E: tl.
                 b = tl.load(ptrs, mask=k_ok[:, None], other=0.0)
             else:
                 b = tl.load(ptrs, mask=k_ok[:, None] & (offs_d < D)[None, :], other=0.0)
-            acc = _dot(tl.trans(a), b, acc, PRECISION)
+            acc = _dot(tl.trans(a), b, acc, True, P)
+        tile = _next_tile(tile, ticket_ptr)
         pieces = _parts(acc, PARTS)
         for i in tl.static_range(PARTS):
             _store_grad(pieces[i], s, g.row + offs_m, d0 + i * (BLOCK_N // PARTS),
                         g.row + g.width, D, frozen, BLOCK_N // PARTS)  # fmt: skip
-    return _next_start(start, spans.total)
+    return tile, last
 
 
 @triton.jit(do_not_specialize=["T", "T_2"])
 def _weight_bwd_kernel(
-    s, T, s_2, T_2, D, S, H, E, frozen, half, top_k, PAIR: tl.constexpr, BLOCK_E: tl.constexpr,
-    P: tl.constexpr,
+    s, T, s_2, T_2, D, S, H, E, frozen, half, top_k, ticket_ptr, PAIR: tl.constexpr,
+    BLOCK_E: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """out[neuron] = sum over its group's rows r of left[r, neuron] * right[token(r)].
 
     A PAIR's second stream continues the list of tiles where the first one ends.
     """
-    start = _weight_bwd_tiles(tl.program_id(0), s, T, D, S, H, E, frozen, half, top_k, BLOCK_E, P)
+    tile, last = _weight_bwd_tiles(tl.program_id(0), 0, s, T, D, S, H, E, frozen, half, top_k,
+                                   ticket_ptr, BLOCK_E, P)  # fmt: skip
     if PAIR:
-        _weight_bwd_tiles(start, s_2, T_2, D, S, H, E, frozen, half, top_k, BLOCK_E, P)
+        _weight_bwd_tiles(tile, last, s_2, T_2, D, S, H, E, frozen, half, top_k, ticket_ptr,
+                          BLOCK_E, P)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -146,7 +154,7 @@ def sums(out_FD, left_shared, left_routed, right, offsets, order_N) -> Sums:
     return Sums(*lefts, *rows_of(right), order_N, offsets, out_FD, *out_FD.stride())
 
 
-def weight_grad(streams: list[Sums], *, shared, H, frozen, top_k, half):
+def weight_grad(streams: list[Sums], ticket, *, shared, H, frozen, top_k, half):
     """Fills each stream's out: the shared neurons' gradient, then each expert's."""
     for s in streams:
         absent = s.left_shared is None
@@ -161,12 +169,12 @@ def weight_grad(streams: list[Sums], *, shared, H, frozen, top_k, half):
     def arguments(config):
         return numbered([dict(s=s, T=s.right.shape[0]) for s in streams]) | dict(
             D=D, S=shared, H=H, E=E, frozen=frozen, half=half, top_k=max(top_k, 1),
-            BLOCK_E=power_of_two(E + 2), P=product(config, x.dtype, (D,), 0, 64),
+            BLOCK_E=power_of_two(E + 2), P=product(config, x, (D,), 0, 64),
         )  # fmt: skip
 
     rows = H if first.left_shared is None else shared
     config = configs.select("wgrad", x, rows, D, (D, H, shared))
-    launch(_weight_bwd_kernel, "wgrad", config, x.device, arguments)
+    launch(_weight_bwd_kernel, "wgrad", config, x.device, arguments, ticket)
 
 
 def bias_grad(out_F, left_shared, left_routed, offsets, *, shared, H, frozen, half):
