@@ -80,7 +80,18 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     p.add_argument(
         "--batch", type=int, default=8, help="images the VAE takes at once (%(default)s)"
     )
-    p.add_argument("--workers", type=int, default=4, help="threads that decode (%(default)s)")
+    p.add_argument(
+        "--workers",
+        type=int,
+        default=4,
+        help="threads that decode, with --ray processes on the cluster (%(default)s)",
+    )
+    p.add_argument(
+        "--ray",
+        metavar="auto|ADDRESS",
+        help="decode and encode on a Ray cluster; auto: the one of RAY_ADDRESS or of this machine, "
+        "else a local one is started",
+    )
     p.add_argument(
         "--max-bad",
         default="1%",
@@ -117,6 +128,7 @@ def run_prepare(args: argparse.Namespace) -> None:
         device=pick_device(args.device),
         workers=args.workers,
         max_bad=args.max_bad,
+        ray=args.ray,
         part=(int(part[1]), int(part[2])),
         **{name: given[name] for name in READING},
     )

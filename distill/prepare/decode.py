@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from distill.errors import UserError
 from distill.prepare.buckets import enlargement, fit, nearest
 from distill.prepare.colour import to_srgb
-from distill.prepare.item import Item, printable
+from distill.prepare.item import Captions, Item, printable
 
 T, R = TypeVar("T"), TypeVar("R")
 SMALL = "smaller than --size (--max-upscale allows smaller ones)"
@@ -61,6 +62,21 @@ def decode(item: Item, number: int, buckets: list[tuple[int, int]], max_upscale:
         # without addresses: the same damage is to read the same in every run
         text = re.sub(r" at 0x[0-9a-fA-F]+", "", f"{type(err).__name__}: {err}")
         return Decoded(number, key, error=printable(" ".join(text.split()), 300))
+
+
+def numbered(captions: Captions, start: int) -> Iterator[tuple[int, Item]]:
+    """The source's items from number `start` on; what goes wrong between them is a user's error."""
+    number = start
+    try:
+        for number, item in enumerate(captions.items(start), start):
+            yield number, item
+    except UserError:
+        raise
+    except Exception as err:  # readers and the hub client raise many kinds
+        raise UserError(
+            f"the source cannot be read on after item {number} ({type(err).__name__}: "
+            f"{' '.join(str(err).split())}); finished shards are kept, the same command goes on"
+        ) from err
 
 
 def in_order(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ from distill.data.folder import damage, read_manifest
 from distill.errors import UserError
 from distill.prepare.buckets import resolutions
 from distill.prepare.captions import open_captions
-from distill.prepare.decode import decode, in_order
-from distill.prepare.item import Captions, Item
+from distill.prepare.decode import Decoded, decode, in_order, numbered
+from distill.prepare.item import Captions
 from distill.prepare.run import Encoders, Run, Settings, bad_limit, commonest, read_bad, same
 
 
@@ -28,14 +30,16 @@ def prepare(
     workers: int = 4,
     max_bad: str = "1%",
     progress: bool = True,
+    ray: str | None = None,
     **reading: Any,
 ) -> dict[str, Any]:
     """Turn `source` into the folder `out` of latent shards, or go on with it; returns its manifest.
 
     Args:
         model: FLUX folder or hub name whose VAE (and text encoders) encode.
-        workers: threads that decode; 0 decodes in the main thread.
+        workers: threads that decode; 0 decodes in the main thread. With `ray`, processes.
         max_bad: unreadable images that are skipped, see `bad_limit`.
+        ray: a cluster that decodes and encodes, see `distill.prepare.ray`; the result is the same.
         reading: keyword arguments of `open_captions`.
     """
     buckets = resolutions(settings.size, settings.max_aspect)
@@ -43,7 +47,7 @@ def prepare(
     out = ckpt.make_folder(out)
     with ckpt.locked(out, "`d2m prepare`"):
         return _prepare(
-            source, out, model, settings, buckets, device, workers, max_bad, progress, reading
+            source, out, model, settings, buckets, device, workers, max_bad, progress, ray, reading
         )
 
 
@@ -57,6 +61,7 @@ def _prepare(
     workers: int,
     max_bad: str,
     progress: bool,
+    ray: str | None,
     reading: dict[str, Any],
 ) -> dict[str, Any]:
     captions = open_captions(source, **reading)
@@ -69,15 +74,23 @@ def _prepare(
             return _some(old, source, out)
     elif any(f for f in out.iterdir() if not f.name.startswith((".", "shard-", "empty.", "bad."))):
         raise UserError(f"{out} is not empty and holds no manifest.json; choose another folder")
-    encoders = Encoders(model, settings, device)
-    if any(side % (2 * encoders.vae.factor) for bucket in buckets for side in bucket):
-        raise UserError(f"the VAE's factor is {encoders.vae.factor}; expected at most 8")
-    run = Run(out, settings, encoders, listing)
-    if encoders.text is not None:
-        text, pooled = (x[0].cpu() for x in encoders.text.encode([""]))
-        empty = {"text": text} | ({"pooled": pooled} if len(pooled) else {})
-        ckpt.save_plain(out / "empty.safetensors", empty)
-    _fill(run, captions, buckets, workers, max_bad, progress)
+    with ExitStack() as stack:
+        if ray is None:
+            encoders: Any = Encoders(model, settings, device)
+            decode_from = partial(_decoded, captions, buckets, settings.max_upscale, workers)
+        else:
+            from distill.prepare.ray import cluster
+
+            encoders, decode_from = stack.enter_context(
+                cluster(ray, source, reading, model, settings, device, workers)
+            )
+        side = 2 * encoders.about["vae"]["factor"]
+        if any(s % side for bucket in buckets for s in bucket):
+            raise UserError(f"the VAE's factor is {side // 2}; expected at most 8")
+        run = Run(out, settings, encoders, listing)
+        if empty := encoders.empty():
+            ckpt.save_plain(out / "empty.safetensors", empty)
+        _fill(run, decode_from(run.next), captions.total, max_bad, progress)
     return _some(run.manifest, source, out)
 
 
@@ -91,43 +104,25 @@ def _some(manifest: dict[str, Any], source: str, out: Path) -> dict[str, Any]:
     return manifest
 
 
-def _numbered(captions: Captions, start: int) -> Iterator[tuple[int, Item]]:
-    """The source's items from number `start` on; what goes wrong between them is a user's error."""
-    number = start
-    try:
-        for number, item in enumerate(captions.items(start), start):
-            yield number, item
-    except UserError:
-        raise
-    except Exception as err:  # readers and the hub client raise many kinds
-        raise UserError(
-            f"the source cannot be read on after item {number} ({type(err).__name__}: "
-            f"{' '.join(str(err).split())}); finished shards are kept, the same command goes on"
-        ) from err
+def _decoded(
+    captions: Captions, buckets: list[tuple[int, int]], most: float, workers: int, start: int
+) -> Iterator[Decoded]:
+    """The source's items from number `start` on, decoded in threads of this process."""
+    from PIL import Image
+
+    Image.init()  # its list of decoders, before threads use it
+    return in_order(
+        lambda pair: decode(pair[1], pair[0], buckets, most), numbered(captions, start), workers
+    )
 
 
 def _fill(
-    run: Run,
-    captions: Captions,
-    buckets: list[tuple[int, int]],
-    workers: int,
-    max_bad: str,
-    progress: bool,
+    run: Run, items: Iterator[Decoded], total: int | None, max_bad: str, progress: bool
 ) -> None:
-    from PIL import Image
     from tqdm import tqdm
 
-    Image.init()  # its list of decoders, before threads use it
-    most, start = run.settings.max_upscale, run.next
-    items = in_order(
-        lambda pair: decode(pair[1], pair[0], buckets, most),
-        _numbered(captions, start),
-        workers,
-    )
-    count = start
-    with tqdm(
-        total=captions.total, initial=start, unit="img", disable=not progress, file=sys.stderr
-    ) as bar:
+    count = start = run.next
+    with tqdm(total=total, initial=start, unit="img", disable=not progress, file=sys.stderr) as bar:
         for item in items:
             if item.error is not None:
                 run.reject(item, max_bad)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from distill import files as ckpt
 from distill.data.batch import generator
@@ -52,21 +54,40 @@ class Settings:
     seed: int = 0
 
 
-class Encoders:
+class Sizes:
+    """A sample's size in a shard.
+
+    about: the encoders' part of the manifest. text_rows: tokens of a cached text, padding included.
+    """
+
+    def __init__(self, settings: Settings, about: dict[str, Any], text_rows: int):
+        self.settings, self.about, self.text_rows = settings, about, text_rows
+
+    def tokens(self, bucket: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of tokens that an image of `bucket` pixels becomes."""
+        side = 2 * self.about["vae"]["factor"]
+        return bucket[0] // side, bucket[1] // side
+
+    def sample_bytes(self, item: Decoded) -> int:
+        """What one sample takes in a shard, but for its share of the header."""
+        rows, columns = self.tokens(item.bucket)
+        size = len(item.caption.encode()) + 16  # with its end and its CRC
+        size += (
+            rows * columns * self.about["vae"]["channels"] * DTYPES[self.settings.dtype].itemsize
+        )
+        if text := self.about["text"]:
+            width = self.text_rows * text["dim"] + text["pooled_dim"]
+            size += width * DTYPES[self.settings.text_precision].itemsize
+        return size
+
+
+class Encoders(Sizes):
     """The VAE and, for cached embeddings, the text encoders."""
 
     def __init__(self, model: str, settings: Settings, device: str):
-        self.settings = settings
         family = open_family(model)
-        self.vae = LatentEncoder(model, device, settings.precision, family)
-        self.text = None
-        if settings.text_embeddings:
-            options = (device, settings.text_precision, settings.length)
-            self.text = text_encoder(model, family, *options)
-
-    def describe(self) -> dict[str, Any]:
-        """The models' part of the manifest."""
-        vae, text = self.vae, self.text
+        self.vae = vae = LatentEncoder(model, device, settings.precision, family)
+        self.text = text = None
         about: dict[str, Any] = {
             "vae": {
                 "fingerprint": vae.fingerprint,
@@ -77,27 +98,31 @@ class Encoders:
             },
             "text": None,
         }
-        if text is not None:
+        if settings.text_embeddings:
+            options = (device, settings.text_precision, settings.length)
+            self.text = text = text_encoder(model, family, *options)
             about["text"] = {
                 "fingerprint": text.fingerprint,
                 "length": text.length,
                 "dim": text.text_dim,
                 "pooled_dim": text.pooled_dim,
             }
-        return about
+        super().__init__(settings, about, 0 if text is None else text.rows)
 
-    def sample_bytes(self, item: Decoded) -> int:
-        """What one sample takes in a shard, but for its share of the header."""
-        rows, columns = self.vae.tokens(item.bucket)
-        size = len(item.caption.encode()) + 16  # with its end and its CRC
-        size += rows * columns * self.vae.channels * DTYPES[self.settings.dtype].itemsize
-        if self.text is not None:
-            width = self.text.rows * self.text.text_dim + self.text.pooled_dim
-            size += width * DTYPES[self.settings.text_precision].itemsize
-        return size
+    def empty(self) -> dict[str, Tensor]:
+        """The empty prompt's embedding; nothing where none are cached."""
+        if self.text is None:
+            return {}
+        text, pooled = (x[0].cpu() for x in self.text.encode([""]))
+        return {"text": text} | ({"pooled": pooled} if len(pooled) else {})
+
+    def submit(self, images: list[Decoded]) -> Callable[[], list[Sample]]:
+        """Start to encode; what comes back gives the samples."""
+        samples = self.encode(images)
+        return lambda: samples
 
     def encode(self, images: list[Decoded]) -> list[Sample]:
-        """Images of one bucket; those whose latents are not finite get no latent (None)."""
+        """Images of one bucket to samples, in their order."""
         pixels = torch.from_numpy(np.stack([d.pixels for d in images]))
         draws = None
         if self.settings.latents == "sample":
@@ -122,17 +147,17 @@ def _plain(value: Any) -> Any:
 class Run:
     """The state of one `d2m prepare`: its manifest, bad items, and the shard being filled."""
 
-    def __init__(self, out: Path, settings: Settings, encoders: Encoders, source: dict[str, Any]):
+    def __init__(self, out: Path, settings: Settings, encoders: Any, source: dict[str, Any]):
         self.out, self.settings, self.encoders = out, settings, encoders
         self.pending: dict[tuple[int, int], list[Decoded]] = defaultdict(list)
-        self.samples: list[Sample] = []
+        self.encoding: list[Callable[[], list[Sample]]] = []
         self.bytes = 0
         start = {
             "format": FORMAT,
             "complete": False,
             "settings": asdict(settings),
             "source": source,
-            **encoders.describe(),
+            **encoders.about,
             "samples": 0,
             "bad": 0,
             "left_out": {},
@@ -180,12 +205,20 @@ class Run:
             self._encode(item.bucket)
 
     def _encode(self, bucket: tuple[int, int]) -> None:
-        for sample in self.encoders.encode(self.pending.pop(bucket)):
-            if torch.isfinite(sample.latent).all():
-                self.samples.append(sample)
+        self.encoding.append(self.encoders.submit(self.pending.pop(bucket)))
+
+    def _encoded(self) -> list[Sample]:
+        """The shard's samples; those whose latents are not finite are bad."""
+        found = [sample for wait in self.encoding for sample in wait()]
+        self.encoding = []
+        why = "the VAE's latents are not finite"
+        samples = []
+        for s in sorted(found, key=lambda s: s.number):
+            if torch.isfinite(s.latent).all():
+                samples.append(s)
             else:
-                why = "the VAE's latents are not finite"
-                self.bad.append({"number": sample.number, "key": sample.key, "error": why})
+                self.bad.append({"number": s.number, "key": s.key, "error": why})
+        return samples
 
     def close(self, until: int, complete: bool = False) -> None:
         """Write the shard that is being filled and the manifest that names it."""
@@ -194,16 +227,15 @@ class Run:
                 self._encode(bucket)
         self.pending.clear()
         self.bytes = 0
-        done = self.manifest
-        if not self.samples and not complete:
+        done, samples = self.manifest, self._encoded()
+        if not samples and not complete:
             return  # nothing but bad ones: they belong to the shard that comes next
-        if self.samples:
-            self.samples.sort(key=lambda s: s.number)
-            entry = write_shard(self.out, len(done["shards"]), self.samples, until)
+        if samples:
+            entry = write_shard(self.out, len(done["shards"]), samples, until)
             done["shards"].append(entry)
-            done["samples"] += len(self.samples)
+            done["samples"] += len(samples)
             for name, count in entry["buckets"].items():
-                rows, columns = self.encoders.vae.tokens(bucket_size(name))
+                rows, columns = self.encoders.tokens(bucket_size(name))
                 bucket = done["buckets"].setdefault(name, {"samples": 0, "tokens": [rows, columns]})
                 bucket["samples"] += count
         self.bad.sort(key=lambda b: b["number"])
@@ -211,7 +243,6 @@ class Run:
         done["buckets"] = dict(sorted(done["buckets"].items()))
         ckpt.write_text(self.out / "bad.jsonl", "".join(json.dumps(b) + "\n" for b in self.bad))
         ckpt.write_text(self.out / "manifest.json", json.dumps(done, indent=1) + "\n")
-        self.samples = []
 
     def reject(self, item: Decoded, max_bad: str) -> None:
         """Count an unreadable item; too many of them are an error."""

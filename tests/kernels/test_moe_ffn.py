@@ -124,12 +124,15 @@ def test_a_bad_row_stays_one_rows_problem(backend, bad):
     case = Case(T=50, bias=True)
     p = case.build(grad=False)
     clean = call(case, backend)(p)
+    sound = p["x"].clone()
     p["x"][17] = bad
     y, routing = call(case, backend, return_routing=True)(p)
     assert routing.ids.min() >= 0 and routing.ids.max() < case.E
     others = torch.arange(50) != 17
     torch.testing.assert_close(y[others], clean[others], rtol=1e-5, atol=1e-6)
     assert not y[17].isfinite().all()
+    y, same_places = (call(case, backend, routing=routing)({**p, "x": x}) for x in (p["x"], sound))
+    assert torch.equal(y[others], same_places[others])
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
