@@ -1,4 +1,4 @@
-"""Of benchmark results: PNGs, one self-contained page, and the tables of Markdown pages."""
+"""Of benchmark results: pictures, one self-contained page, and the tables of Markdown pages."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from report.pictures import FIGURES
 from report.quality import with_quality
 from report.read import Results, load_results, machine_label, rows_of
 from report.tables import TABLES, filled, markdown, origin
+from report.verdict import verdicts
 
 from distill import files as ckpt
 from distill.errors import UserError
@@ -88,6 +89,7 @@ def render(folder: Path | str) -> Path:
     text = html_page(
         "dense2moe benchmarks",
         "<h1>Does the latency fall as far as the FLOPs?</h1>",
+        *(f"<p><b>{html.escape(sentence)}</b></p>" for sentence in verdicts(results)),
         f"<p>Measured on: {html.escape(machines)}. All contenders ran in turn in one process, on "
         "random data;",
         "numbers are medians.</p>",

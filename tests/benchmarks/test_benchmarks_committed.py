@@ -59,7 +59,7 @@ def test_committed_tables_are_fresh(page):
 
 def words_and_pictures(page: Path) -> tuple[str, list[bytes]]:
     text = page.read_text(encoding="utf-8")
-    data = re.findall(r'src="data:image/png;base64,([^"]*)"', text)
+    data = re.findall(r'src="data:image/svg\+xml;base64,([^"]*)"', text)
     return re.sub(r'base64,[^"]*', "", text), [base64.b64decode(d) for d in data]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ from report import roofline
 from report.quality import with_quality
 from report.read import config_of, load_results, ran, run_ids
 from report.tables import TABLES, markdown, origin
+from report.verdict import verdicts
 
 from distill.evaluate.paper import TABLE1
 from distill.evaluate.scores import SCHEMA
@@ -197,7 +199,7 @@ def test_report_is_self_contained_and_described(folder):
     assert "no &lt;time&gt;" in text  # what was not measured, escaped
     assert "no &lt;module&gt;" in text  # why a peer is missing
     assert all("run h200-1, back-end triton" in image["alt"] for image in page.images)
-    scaling = page.images[list(report_page.FIGURES).index("scaling.png")]["alt"]
+    scaling = page.images[list(report_page.FIGURES).index("scaling.svg")]["alt"]
     assert "peak memory 1 to 2, dense 2 to 4 MiB" in scaling
     for file in report_page.FIGURES:
         assert (folder / file).stat().st_size > 1000
@@ -215,10 +217,41 @@ def test_rendering_twice_gives_the_same_bytes(folder):
 def test_a_picture_without_data_is_left_out(folder):
     results = machine()
     results["scaling"] = []
-    (folder / "scaling.png").write_bytes(b"old")
+    (folder / "scaling.svg").write_bytes(b"old")
     (folder / "h200.json").write_text(json.dumps(results))
     report_page.render(folder)
-    assert not (folder / "scaling.png").exists()
+    assert not (folder / "scaling.svg").exists()
+
+
+def test_the_question_is_asked_once_and_answered_for_every_machine(folder):
+    fast, slow = machine(), machine()
+    for model in fast["models"].values():
+        model["latency_over_flops"] = 1.02
+    fast["environment"]["device"] = "Fast GPU"
+    cpu = machine()
+    cpu["environment"] |= {"device_type": "cpu", "threads": 2}
+    assert verdicts({"a": fast})[0] == ("Fast GPU: yes; latency / FLOPs is 1.02 (1: as far).")
+    slow["models"]["flux-moe-xs"]["latency_over_flops"] = 1.3
+    assert verdicts({"b": slow})[0].startswith("Model GPU: not quite, 30% more at worst")
+    (words,) = verdicts({"c": cpu})
+    assert words.startswith(
+        "CPU (2 threads): yes in the parts that get sparser; latency / ideal is"
+    )
+    parts = cpu["models"]["flux-dense"]["parts"]
+    assert f"attention takes {parts['attention'] / sum(parts.values()):.0%} of dense's" in words
+    text = report_page.render(folder).read_text()
+    assert len(re.findall("as far as the FLOPs", text)) == 1
+    assert html.escape(verdicts(load_results(folder))[0]) in text.split("Measured on")[0]
+
+
+def test_pictures_are_dark_in_the_dark_and_leave_runs_to_the_caption(folder):
+    report_page.render(folder)
+    for file in report_page.FIGURES:
+        text = (folder / file).read_text()
+        assert "prefers-color-scheme:dark" in text
+        used = set(re.findall(r"var\((--[a-z]+)\)", text))
+        assert {"--ink", "--back"} <= used <= set(re.findall(r"(--[a-z]+):#", text))
+        assert "h200-1" not in text and "back-end" not in text
 
 
 CHROMIUM = next(

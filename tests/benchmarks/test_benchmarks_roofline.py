@@ -95,12 +95,24 @@ def test_shares_refer_to_the_ceilings_of_their_own_run():
 
 
 def test_the_roofline_draws_every_runs_own_ceilings(folder):
-    from report.pictures import roofline_png
+    from report.pictures import roofline_svg
 
-    words = roofline_png(folder / "x.png", {"h200": later_run(machine(), 50.0, 400.0, "scaling")})
+    words = roofline_svg(folder / "x.svg", {"h200": later_run(machine(), 50.0, 400.0, "scaling")})
     assert "100 TFLOP/s and 1e+03 GB/s (h200-1)" in words and "50 TFLOP/s" not in words
-    words = roofline_png(folder / "x.png", {"h200": later_run(machine(), 50.0, 400.0, "stages")})
+    words = roofline_svg(folder / "x.svg", {"h200": later_run(machine(), 50.0, 400.0, "stages")})
     assert "(h200-1), 50 TFLOP/s and 400 GB/s (h200-2)" in words
+
+
+def test_no_point_of_the_roofline_is_above_its_own_runs_ceiling(folder):
+    """Not one of a faster run beside a slower one; one out of the cache is on the roof."""
+    from report.pictures import roofline_svg
+
+    mixed = later_run(machine(), 40.0, 400.0, "stages")  # these rows reached 50 TFLOP/s
+    for row in mixed["stages"][1:]:
+        row["tflops"] = 20.0
+    words = roofline_svg(folder / "x.svg", {"h200": mixed})
+    assert "route 100.0%, grouped_gemm_up 50.0%" in words and "moe_ffn 50.0%" in words
+    assert "1 of 5, faster from the cache" in words
 
 
 def test_a_machine_without_waves_lends_dense_and_moe_the_same_ones():
