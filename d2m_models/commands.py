@@ -1,4 +1,4 @@
-"""The commands `d2m convert`, `inspect`, `diff` and `push`: their options, and what they print.
+"""The commands `d2m convert`, `export`, `inspect`, `diff`, `push`: options, and what they print.
 
 Everything heavy is imported when a command runs, so that `d2m --help` stays quick.
 """
@@ -13,6 +13,15 @@ from typing import Any
 def add_commands(commands: Any) -> None:
     """Adds them to an argparse sub-parser; each sets `run`."""
     _add_convert(commands)
+    export = commands.add_parser("export", help="a model as one file in FLUX's layout, and back")
+    export.add_argument("model", metavar="MODEL", help="folder, hub name or single file, any kind")
+    export.add_argument("target", metavar="DST", help="new NAME.safetensors, or a new folder")
+    export.add_argument(
+        "--format", choices=["bfl", "diffusers"], required=True,
+        help="bfl: one file in Black Forest Labs' layout; diffusers: a folder",
+    )  # fmt: skip
+    export.add_argument("--quiet", action="store_true", help="no bar")
+    export.set_defaults(run=run_export)
     inspect = commands.add_parser("inspect", help="parameters and FLOPs of models and presets")
     inspect.add_argument(
         "models", metavar="MODEL_OR_PRESET", nargs="+",
@@ -52,8 +61,9 @@ def _add_convert(commands: Any) -> None:
         "Interrupted, even killed, the same command goes on where it was.",
     )
     convert.add_argument(
-        "source", metavar="SRC", help="folder or hub name of a FLUX transformer or pipeline"
-    )
+        "source", metavar="SRC",
+        help="folder or hub name of a FLUX transformer or pipeline, or BFL's single file of it",
+    )  # fmt: skip
     convert.add_argument("target", metavar="DST", help="new folder")
     way = convert.add_mutually_exclusive_group(required=True)
     way.add_argument(
@@ -125,6 +135,13 @@ def run_convert(args: argparse.Namespace) -> None:
                                 progress=not args.quiet))  # fmt: skip
 
 
+def run_export(args: argparse.Namespace) -> None:
+    from d2m_models.checkpoints.single_file import export
+
+    export(args.model, args.target, args.format, progress=not args.quiet)
+    print(f"wrote {args.target}")
+
+
 def _convert(args: argparse.Namespace, config: Any, where: dict, dtype: Any) -> None:
     from d2m_models.checkpoints.convert import RECORD, convert_checkpoint
     from d2m_models.checkpoints.origin import base_pipeline
@@ -154,6 +171,8 @@ def _convert(args: argparse.Namespace, config: Any, where: dict, dtype: Any) -> 
             f"average, {errors[worst]:.2%} at worst ({worst}); all are in d2m_conversion.json"
         )
     base = base_pipeline(args.source, args.subfolder)
+    if Path(base).expanduser().is_file():  # a transformer alone, which does not name its pipeline
+        base = "PIPELINE"
     print(_next(args.target, base, args.preset, record["routers"]))
 
 

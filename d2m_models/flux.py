@@ -97,6 +97,12 @@ UNTRAINED = (
 )
 
 
+def warn_of_state(path: Any, model: nn.Module) -> None:
+    """Says once of a model from `path` that it was converted and not distilled, if so."""
+    if (model.config.get("origin") or {}).get("state") == "converted":
+        _warn_once(f"{path} {UNTRAINED}")
+
+
 class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
     """`FluxTransformer2DModel` whose FFNs may be MoE layers and whose blocks may form MoB groups.
 
@@ -352,15 +358,15 @@ class FluxMoETransformer2DModel(DenseLoRAMixin, FluxTransformer2DModel):
                 f"{path} holds a dense FLUX, and what was loaded is dense as well: "
                 "d2m_models.convert_flux makes a Mixture of Experts of it (d2m convert, on disk)"
             )
-        elif (model.config.get("origin") or {}).get("state") == "converted":
-            _warn_once(f"{path} {UNTRAINED}")
+        else:
+            warn_of_state(path, model)
         return (model, info) if wanted else model
 
     @classmethod
     def from_single_file(cls, *args, **kwargs):
         raise ValueError(
-            "single-file checkpoints hold the dense model: load them with "
-            "diffusers.FluxTransformer2DModel.from_single_file and pass the result to convert_flux"
+            "d2m_models.checkpoints.single_file.load_single_file reads single files, of dense and "
+            "of converted models; d2m convert and d2m export take them as well"
         )
 
 

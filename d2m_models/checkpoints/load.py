@@ -13,8 +13,13 @@ from d2m_models.checkpoints.places import may_be_hub_name, refuse_pickles
 
 
 def load_model(path: Path | str, dtype: torch.dtype | None = None) -> nn.Module:
-    """A saved MoE/MoB model or dense FLUX transformer, or a pipeline's, in eval mode."""
+    """A saved MoE/MoB model or dense FLUX transformer, a pipeline's or a single file's, in eval
+    mode."""
     path = Path(path).expanduser()
+    if path.is_file():
+        from d2m_models.checkpoints.single_file import load_single_file
+
+        return load_single_file(path, dtype or torch.float32)
     if (path / "model_index.json").is_file():
         path = path / "transformer"
     config = path / "config.json"

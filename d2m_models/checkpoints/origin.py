@@ -11,10 +11,10 @@ from d2m_models.checkpoints.places import may_be_hub_name
 
 def base_pipeline(source: str | Path, subfolder: str | None = None) -> str:
     """The pipeline whose transformer `source` is: a hub id as it is given, else the folder that has
-    model_index.json, and `source` itself where there is none."""
+    model_index.json, and `source` itself, folder or single file, where there is none."""
     local = Path(source).expanduser()
     if not local.is_dir():
-        return str(source)
+        return str(local.resolve() if local.is_file() else source)
     folder = (local / subfolder if subfolder else local).resolve()
     pipelines = [p for p in (folder, folder.parent) if (p / "model_index.json").is_file()]
     return str(pipelines[0] if pipelines else folder)

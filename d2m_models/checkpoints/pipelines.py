@@ -13,6 +13,7 @@ from torch import nn
 
 from d2m_models.checkpoints.origin import base_pipeline
 from d2m_models.checkpoints.places import may_be_hub_name
+from d2m_models.checkpoints.single_file import load_single_file
 from d2m_models.checkpoints.source import open_source
 from d2m_models.conversion.any_model import ENTRY, load_any
 from d2m_models.flux import FluxMoETransformer2DModel
@@ -48,7 +49,7 @@ def load_pipeline(
         raise ValueError(
             f"offload is {offload!r} on the device {device}; expected one of {OFFLOADS} on a GPU"
         )
-    whole = read_index(model)
+    whole = None if Path(model).expanduser().is_file() else read_index(model)
     if whole is None:
         transformer = load_transformer(model, dtype=dtype)
     else:
@@ -82,6 +83,8 @@ def load_transformer(
         dtype: by default the one that most of the saved weights have.
     """
     source = open_source(model, subfolder)
+    if source.folder.is_file():
+        return load_single_file(source.folder, dtype)
     name = source.config.get("_class_name")
     kind = FluxMoETransformer2DModel
     if name != kind.__name__:
@@ -104,7 +107,9 @@ def base_of(transformer: nn.Module, path: str | Path) -> str | None:
     """The pipeline that a model was made of, as it records it itself, or the one it lies in."""
     around = base_pipeline(path)
     found = (transformer.config.get("origin") or {}).get("base")
-    return found or (around if (Path(around) / INDEX).is_file() else None)
+    if found and not found.endswith(".safetensors"):
+        return found
+    return around if (Path(around) / INDEX).is_file() else None
 
 
 def read_index(model: str | Path) -> dict[str, Any] | None:

@@ -51,6 +51,11 @@ def checkpoint_to_dense(
         )
     check_new(target)
     opened = open_source(source)
+    if opened.folder.is_file():
+        raise ValueError(
+            f"{source} is a single file; make a folder of it first, and give --to-dense that: "
+            f"d2m export {source} FOLDER --format diffusers"
+        )
     model = check_moe_source(opened)
     if is_refitted(opened.folder):
         raise ValueError(

@@ -1,7 +1,8 @@
 """Finds the tensors of a saved FLUX transformer without loading them, and says what is wrong.
 
 A source is a folder as `save_pretrained` writes it, a pipeline's folder (its `transformer` is found
-itself) or a hub id; of a hub id only the transformer is downloaded.
+itself), a hub id, of which only the transformer is downloaded, or a single file in Black Forest
+Labs' layout.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 
+from d2m_models.checkpoints.bfl import is_bfl, read_bfl
 from d2m_models.checkpoints.places import may_be_hub_name, refuse_pickles
 from d2m_models.checkpoints.tensor_files import StoredTensor, read_header
 from d2m_models.flux import FluxMoETransformer2DModel
@@ -25,7 +27,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint's config, its tensors by name in file order, and its folder."""
+    """A checkpoint's config, its tensors by name in file order, and its folder or single file."""
 
     folder: Path
     config: dict[str, Any]
@@ -51,12 +53,15 @@ def open_source(path: str | Path, subfolder: str | None = None, variant: str | N
     """Reads config, index and file headers, nothing else.
 
     Args:
-        path: local folder or hub id. subfolder: folder within it.
+        path: local folder, hub id or single file. subfolder: folder within it.
         variant: as diffusers', "fp16" for diffusion_pytorch_model.fp16.safetensors.
 
     Raises:
         ValueError: what is there is no FLUX transformer in this format, or is not complete.
     """
+    local = Path(path).expanduser()
+    if local.is_file() and local.suffix == ".safetensors":
+        return Source(local, *read_bfl(local))
     folder = _find_folder(path, subfolder, variant)
     config_path = folder / "config.json"
     if not config_path.is_file():
@@ -80,8 +85,6 @@ def open_source(path: str | Path, subfolder: str | None = None, variant: str | N
 def _find_folder(path: str | Path, subfolder: str | None, variant: str | None) -> Path:
     local = Path(path).expanduser()
     if local.is_file():
-        if local.suffix == ".safetensors":
-            _refuse_single_files([local])
         raise ValueError(f"{local} is a file; expected the folder of a saved FLUX transformer")
     if not local.is_dir():
         if not may_be_hub_name(path):
@@ -141,13 +144,10 @@ def _find_files(folder: Path, variant: str | None) -> list[Path]:
 
 def _refuse_single_files(files: list[Path]) -> None:
     for file in files:
-        keys = read_header(file)
-        if any("double_blocks." in key for key in keys):
+        if is_bfl(read_header(file)):
             raise ValueError(
-                f"{file} is a single-file checkpoint in Black Forest Labs' format; load it with "
-                f"diffusers.FluxTransformer2DModel.from_single_file({str(file)!r}, "
-                "dtype=torch.bfloat16), save that with .save_pretrained(FOLDER), and convert "
-                "FOLDER"
+                f"{file.parent} is no saved model, but holds a single file in Black Forest Labs' "
+                f"layout; name the file itself: {file}"
             )
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -83,24 +83,39 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise ValueError(
             f"{path} is truncated, damaged or no safetensors file ({error}); download it again"
         ) from None
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
+    header, start = _parse(path)
     header.pop("__metadata__", None)
     tensors = []
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"{path}: {name} has dtype {entry['dtype']}, which is not supported")
-        begin = 8 + length + entry["data_offsets"][0]
+        begin = start + entry["data_offsets"][0]
         dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
         tensors.append(StoredTensor(name, dtype, shape, path, begin))
     tensors.sort(key=lambda tensor: tensor.begin)
     return {tensor.name: tensor for tensor in tensors}
 
 
-def write_file(path: Path, specs: Sequence[TensorSpec], tensors: Iterable[Tensor]) -> None:
+def read_metadata(path: Path) -> dict[str, str]:
+    """What else the header of a file holds that `read_header` takes."""
+    return _parse(path)[0].get("__metadata__") or {}
+
+
+def _parse(path: Path) -> tuple[dict, int]:
+    """The header, and the byte at which the tensors begin."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return json.loads(file.read(length)), 8 + length
+
+
+def write_file(
+    path: Path,
+    specs: Sequence[TensorSpec],
+    tensors: Iterable[Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Writes the tensors as they come; see `d2m_models.files` for what makes it a whole file."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for spec in specs:
         begin, end = end, end + spec.nbytes

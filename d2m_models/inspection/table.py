@@ -48,7 +48,7 @@ class Inspection:
 def inspect(
     model_or_preset: Any, height: int = 1024, width: int = 1024, text_tokens: int = 512
 ) -> Inspection:
-    """Counts a preset, a folder (only its config.json is read) or a loaded model."""
+    """Counts a preset, a folder or single file (only its configuration is read) or a model."""
     source, name = model_or_preset, str(model_or_preset)
     if isinstance(source, (str, Path)):
         known = name.removeprefix("hyper-")
@@ -75,6 +75,11 @@ def _meta_model(path: str) -> Any:
     if not folder.exists() and not may_be_hub_name(path):
         names = sorted([*DENSE, *PRESETS])
         raise ValueError(f"{path!r} is neither a folder nor a preset; presets are {names}")
+    if folder.is_file():
+        from d2m_models.checkpoints.single_file import meta_model
+        from d2m_models.checkpoints.source import open_source
+
+        return meta_model(open_source(folder))
     subfolder = "transformer" if (folder / "model_index.json").is_file() else None
     try:
         config = FluxTransformer2DModel.load_config(path, subfolder=subfolder)

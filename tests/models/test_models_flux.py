@@ -237,7 +237,7 @@ def test_controlnet_residuals_as_in_flux(repeat):
             ),
             "x",
         ),
-        (lambda d: FluxMoETransformer2DModel.from_single_file("a.safetensors"), "convert_flux"),
+        (lambda d: FluxMoETransformer2DModel.from_single_file("a.safetensors"), "load_single"),
     ],
 )
 def test_bad_input(make, words):
