@@ -88,8 +88,3 @@ def test_a_driver_that_is_killed_goes_on(flux, images, alone, tmp_path):
     subprocess.run(command, check=True)
     assert contents(out) == contents(alone)
     assert contents(out)["shard-00000.safetensors"] == before["shard-00000.safetensors"]
-
-
-def test_an_address_where_nothing_is(flux, images, tmp_path):
-    with pytest.raises(UserError, match="cannot join the Ray cluster 127.0.0.1:1"):
-        run(images, tmp_path / "out", flux, ray="127.0.0.1:1")
