@@ -22,7 +22,7 @@ D = 3072  # the width that diffusers' reader assumes; it cuts rows only, so colu
 
 def theirs(width=D, double=2, single=1, head=128, columns=2, guidance=True):
     """A file as Black Forest Labs name and shape it, written down apart from the library's table;
-    at another width than `columns` no model."""
+    only with `columns` = `width` can it be a model's."""
     wide = {
         "img_in": width, "txt_in": width, "time_in.in_layer": width, "time_in.out_layer": width,
         "vector_in.in_layer": width, "vector_in.out_layer": width, "final_layer.linear": 8,
