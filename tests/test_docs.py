@@ -14,7 +14,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(p for part in (".", "docs", "benchmarks/**") for p in ROOT.glob(f"{part}/*.md"))
-ROOMS = ("csrc", "d2m_kernels", "d2m_models", "distill", "benchmarks", "tests", "docs")
+ROOMS = (
+    "csrc", "d2m_kernels", "d2m_models", "distill", "benchmarks", "integrations", "tests", "docs"
+)  # fmt: skip
 SOURCE = re.compile(r"[\w-]+\.(py|sh|md|h|cpp|cu|cuh|toml|in)")  # a file of ours, by its name alone
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.M | re.S)
 
