@@ -34,7 +34,6 @@ class Outcome:
 def measure(context: Context, models: dict[str, nn.Module]) -> Outcome:
     """Fill the table: accounts, relative MSE on held-out icons, words read, latency."""
     from d2m_models import account, moe_layers
-    from d2m_models.config import group_names
 
     config, seed, icons = context.config.evaluate, context.seed, context.source
     held_out = held_out_batch(built_in(context.config.data, "test"), config.held_out, seed)
@@ -46,11 +45,10 @@ def measure(context: Context, models: dict[str, nn.Module]) -> Outcome:
     target, judge = ev.predict(context.teacher, held_out), ev.Judge(icons)
     seconds = ev.measure_latency(models, held_out[: config.latency_batch], config.latency_rounds)
     layers = two_layers(list(moe_layers(models["moe"])))
-    groups = list(group_names(models["mob"].d2m_config))
-    experts, blocks = Choices(len(noise), layers), Choices(len(noise), groups)
+    experts = Choices(len(noise), layers)
     rows, tensors = {}, {}
     for name, model in models.items():
-        hook = {"moe": experts, "mob": blocks}.get(name)
+        hook = experts if name == "moe" else None
         drawn = sample(model, noise, config.sample_steps, hook, len(noise), config.guidance)
         images = icons.to_images(drawn)
         counts = account(model, image_tokens=Icons.image_tokens, text_tokens=Icons.text_tokens)
@@ -74,8 +72,6 @@ def measure(context: Context, models: dict[str, nn.Module]) -> Outcome:
     for layer in layers:
         ids = experts.of(layer, Icons.image_tokens)[:, :shown, :, 0]  # the first choice
         tensors[f"experts/{layer}"] = ids.to(torch.uint8)
-    for group in groups:
-        tensors[f"blocks/{group}"] = blocks.of(group)[:, :shown, 0, 0].to(torch.uint8)
     for name in models:
         if name != "teacher":
             tensors[f"curve/{name}"] = curve(context.folder / name)
