@@ -18,7 +18,7 @@ def _bert(folder, extra=("[DEC]", "[ENC]")):
 
 def clip(folder, projection=12):
     """CLIP with its processor; texts of up to 16 tokens."""
-    from helpers.flux_folder import _clip_tokenizer
+    from helpers.flux_folder import clip_tokenizer
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
     torch.manual_seed(0)
@@ -30,7 +30,7 @@ def clip(folder, projection=12):
         projection_dim=projection,
     )  # fmt: skip
     CLIPModel(config).save_pretrained(folder)
-    _clip_tokenizer(folder)
+    clip_tokenizer(folder)
     side = {"height": 32, "width": 32}
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=side).save_pretrained(folder)
     return Path(folder)
