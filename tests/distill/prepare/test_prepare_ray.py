@@ -11,6 +11,7 @@ import time
 import pytest
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'dense2moe[ray]'")
+os.environ["RAY_worker_niceness"] = "0"  # 15 else: they would starve beside other tests
 pytest.importorskip("diffusers")
 pytest.importorskip("PIL")
 
