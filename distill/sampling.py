@@ -69,7 +69,6 @@ def sample(
             scheduler.set_timesteps(sigmas=levels, device=device)
             part = noise[rows].to(device)
             x, fixed = part.noise, part.inputs()
-            empty = {k: torch.zeros_like(fixed[k]) for k in PROMPT}
             if on_step is not None:
                 fixed["output_aux"] = True
             for i, t in enumerate(scheduler.timesteps):
@@ -79,6 +78,7 @@ def sample(
                     on_step(i, out.aux)
                 v = out.sample
                 if guidance != 1:
+                    empty = {name: torch.zeros_like(fixed[name]) for name in PROMPT}
                     free = model(**{**fixed, **empty, **now}).sample
                     v = free + guidance * (v - free)
                 # x stays in its own precision, also where autocast computes the velocity in bf16

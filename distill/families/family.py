@@ -85,6 +85,16 @@ class Family:
         return float(config.get("shift_factor") or 0), float(config.scaling_factor)
 
 
+class TokenFamily(Family):
+    """A transformer that takes tokens as they are stored, and no pooled text."""
+
+    def sizes(self) -> tuple[int, int, int]:
+        return self.config["in_channels"], self.config["joint_attention_dim"], 0
+
+    def latents(self, batch: Any, tokens: Tensor) -> Tensor:
+        return tokens
+
+
 def channelwise(vae: nn.Module) -> tuple[Tensor, Tensor]:
     """`Family.scaling` of a VAE whose configuration has mean and deviation of every channel."""
     mean, std = (

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.families.family import Family
+from distill.families.family import TokenFamily
 
 
-class Flux(Family):
+class Flux(TokenFamily):
     """FLUX.1. Its text encoders are run by `distill.data.encode.TextEncoder`."""
 
     transformers = ("FluxTransformer2DModel", "FluxMoETransformer2DModel")
@@ -19,9 +19,6 @@ class Flux(Family):
         names = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
         channels, text, pooled = (self.config[name] for name in names)
         return channels, text, pooled
-
-    def latents(self, batch: Any, tokens: Tensor) -> Tensor:
-        return tokens
 
     def inputs(self, batch: Any) -> dict[str, Any]:
         return {
@@ -35,17 +32,11 @@ class Flux(Family):
         }
 
 
-class Flux2(Family):
+class Flux2(TokenFamily):
     """FLUX.2: positions have four axes (time, row, column, text), and the VAE's batch norm scales
     the tokens."""
 
     transformers = ("Flux2Transformer2DModel",)
-
-    def sizes(self) -> tuple[int, int, int]:
-        return self.config["in_channels"], self.config["joint_attention_dim"], 0
-
-    def latents(self, batch: Any, tokens: Tensor) -> Tensor:
-        return tokens
 
     def inputs(self, batch: Any) -> dict[str, Any]:
         text = batch.text

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.families.family import Family, channelwise
+from distill.families.family import Family, TokenFamily, channelwise
 
 
 class StableDiffusion3(Family):
@@ -38,16 +38,10 @@ class StableDiffusion3(Family):
         return pipe.tokenizer_max_length + length
 
 
-class QwenImage(Family):
+class QwenImage(TokenFamily):
     """Tokens as they are stored; text of any length, with a mask."""
 
     transformers = ("QwenImageTransformer2DModel",)
-
-    def sizes(self) -> tuple[int, int, int]:
-        return self.config["in_channels"], self.config["joint_attention_dim"], 0
-
-    def latents(self, batch: Any, tokens: Tensor) -> Tensor:
-        return tokens
 
     def inputs(self, batch: Any) -> dict[str, Any]:
         return {

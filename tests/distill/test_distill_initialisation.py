@@ -18,6 +18,7 @@ from d2m_models import (
     fit_routers,
     moe_layers,
     neuron_order_from_importance,
+    prune_mlp,
     record_ffns,
 )
 from d2m_models.checkpoints.load import load_model
@@ -36,6 +37,7 @@ from distill.students import (
     make_student,
     measure,
     measure_importance,
+    refit_outputs,
 )
 from distill.teacher import load_teacher, modulation_inputs
 
@@ -213,6 +215,32 @@ def test_refitted_outputs_are_numpys_and_nearer_the_teacher(tmp_path, initialisa
         given = inputs @ w2 + wanted.mean(0) - inputs.mean(0) @ w2
         plain = inputs @ down.weight[:, first:].detach().double().numpy()[:, layer.neuron_order].T
         assert ((given - wanted) ** 2).sum() < 0.5 * ((plain - wanted) ** 2).sum(), name
+
+
+def test_pruned_outputs_are_refitted_by_numpys_least_squares():
+    """The start that pruning is given beside a mixture: w2 and b2 of the neurons that are left."""
+    teacher, digits, structure = parts()
+    records, keep = recorded(teacher, digits), {}
+    for name, (_, h) in records.items():
+        keep[name] = torch.randperm(h.shape[1], generator=torch.Generator().manual_seed(1))[:24]
+    pruned = prune_mlp(convert_flux(teacher, replace(structure, moe=None)), keep)
+    plain = {n: d.weight[:, f:].clone() for n, (_, d, f) in ffn_linears(pruned).items()}
+    before = {n: d.bias.detach().clone() for n, (_, d, _) in ffn_linears(pruned).items()}
+    refit_outputs(teacher, pruned, digits, keep, 2048, 1, 0, None)
+    for name, (_, h) in records.items():
+        _, down, first = ffn_linears(teacher)[name]
+        wanted = (h @ down.weight[:, first:].t()).double().detach().numpy()
+        inputs = h[:, keep[name].sort().values].double().numpy()
+        centred, target = inputs - inputs.mean(0), wanted - wanted.mean(0)
+        ridge = 1e-3 * centred.var(0).mean() * np.eye(24)
+        w2 = np.linalg.solve(centred.T @ centred / len(h) + ridge, centred.T @ target / len(h))
+        _, left, first = ffn_linears(pruned)[name]
+        got = left.weight[:, first:].detach().numpy()
+        np.testing.assert_allclose(got, w2.T, atol=2e-3 * abs(w2).max())
+        added = (left.bias - before[name]).detach().numpy()
+        np.testing.assert_allclose(added, wanted.mean(0) - inputs.mean(0) @ w2, atol=1e-4)
+        cut = inputs @ plain[name].double().detach().numpy().T
+        assert ((inputs @ got.T + added - wanted) ** 2).sum() < 0.7 * ((cut - wanted) ** 2).sum()
 
 
 def test_a_student_without_experts_has_nothing_to_initialise():
